@@ -1,0 +1,37 @@
+# `make train`, `make test`, `make bench`: each makes .venv first if it is missing or older than pyproject.toml.
+# Pass arguments on with ARGS: make train ARGS="--time-budget 10"
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test bench lint clean
+.DEFAULT_GOAL := train
+
+train: $(VENV)/.runtime
+	$(PY) -m train $(ARGS)
+
+test: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest tests $(ARGS)
+
+bench: $(VENV)/.dev
+	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+# The stamps say that an install finished: an interrupted one is taken up again.
+$(VENV)/.runtime: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in [(3, 11), (3, 12)])' \
+		|| { echo "timebox needs Python 3.11 or 3.12: make PYTHON=python3.11"; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.runtime
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
+	@touch $@
