@@ -1,0 +1,28 @@
+"""The ops, one file each, and the only door to them."""
+
+from .adamw import adamw_update
+from .common import layer_weight
+from .embedding import embedding
+from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
+from .mlp import relu2_mlp
+from .muon import muon_update, second_moment_shape
+from .polar_express import polar_express
+from .rms_norm import rms_norm
+from .rotary_attention import rotary_attention, rotary_tables
+
+__all__ = [
+    "adamw_update",
+    "embedding",
+    "layer_weight",
+    "linear",
+    "linear_cross_entropy",
+    "muon_update",
+    "polar_express",
+    "relu2_mlp",
+    "rms_norm",
+    "rotary_attention",
+    "rotary_tables",
+    "second_moment_shape",
+    "softcapped_logits",
+]

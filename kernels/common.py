@@ -1,0 +1,50 @@
+"""What every op shares: the epsilon, the dtype of accumulation, and gradients that add up in place.
+
+Gradients of weights. A training step is several micro-steps, and a bf16 accumulator would lose small terms, so a
+parameter may carry `main_grad`: an fp32 tensor of its own shape into which the backward *adds*. `layer_weight` hands
+such a parameter to the ops. An op may add to `weight.main_grad` itself and return no gradient, or return its gradient
+as usual, which is then added for it. A parameter without `main_grad` follows PyTorch's own rules (`.grad`).
+"""
+
+import torch
+from torch import Tensor
+
+EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in the dtype that sums and norms are taken in: fp32 for 16-bit inputs, fp32 and fp64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _AddToMainGrad(torch.autograd.Function):
+    """The identity. Its backward adds the gradient to `main_grad` and passes nothing on."""
+
+    @staticmethod
+    def forward(ctx, weight, main_grad):
+        ctx.set_materialize_grads(False)  # an op that added its gradient itself sends None
+        ctx.main_grad = main_grad
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is not None:
+            ctx.main_grad.add_(grad)
+        return None, None
+
+
+def layer_weight(parameter: Tensor, layer: int | None = None) -> Tensor:
+    """The matrix of one layer from a stack of them, its gradient bound for `parameter.main_grad` where there is one.
+
+    Args:
+        parameter: [layers, rows, cols], or a single weight of any shape when `layer` is None.
+        layer: index into the first dimension.
+    """
+    weight = parameter if layer is None else parameter[layer]
+    main_grad = getattr(parameter, "main_grad", None)
+    if main_grad is None or not torch.is_grad_enabled():
+        return weight
+    main_grad = main_grad if layer is None else main_grad[layer]
+    weight = _AddToMainGrad.apply(weight, main_grad)
+    weight.main_grad = main_grad
+    return weight

@@ -1,0 +1,86 @@
+"""Causal sliding-window attention with all that surrounds it between two matrix products.
+
+    q, k, v = split(qkv)
+    v ← v + 2·σ(gate)·ve                                  (on layers with a value embedding)
+    q, k ← norm(rotary(q)), norm(rotary(k))               halves rotated: (x₁c + x₂s, x₂c − x₁s)
+    out[t] = Σ_j softmax_j(q[t]·k[j] / √head_dim) · v[j]    over t − window ≤ j ≤ t
+
+A window of S is S + 1 keys: S back, and the token itself. Rotary: Su et al., arXiv 2104.09864; QK-norm:
+Henry et al., arXiv 2010.04245; value embeddings: Zhou et al., arXiv 2410.17897.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import EPS, upcast
+
+
+def rotary_tables(seq_len: int, head_dim: int, base: float = 10_000.0, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · base^(−2i/head_dim): two fp32 tensors [seq_len, head_dim / 2]."""
+    inv_freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.arange(seq_len, dtype=torch.float64, device=device)[:, None] * inv_freq
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotary_norm_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the halves of [B, T, H, head_dim] by position, then takes the RMSNorm over head_dim."""
+    x = upcast(x)
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[: x.shape[1], None].to(x.dtype), sin[: x.shape[1], None].to(x.dtype)
+    y = torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
+
+
+def window_mask(seq_len: int, window: int, device=None) -> Tensor:
+    """[T, T] booleans, true where query (row) t may see key (column) j: t − window ≤ j ≤ t."""
+    distance = torch.arange(seq_len, device=device)[:, None] - torch.arange(seq_len, device=device)
+    return (distance >= 0) & (distance <= window)
+
+
+def rotary_attention_ref(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    window: int,
+    ve: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    B, T, width = qkv.shape
+    head_dim = 2 * cos.shape[-1]
+    num_kv_heads = (width // head_dim - num_heads) // 2
+    q, k, v = qkv.view(B, T, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    if ve is not None:
+        weight = 2 * torch.sigmoid(upcast(gate))[..., None]  # [B, T, KVH, 1]
+        v = (upcast(v) + weight * upcast(ve.view(v.shape))).to(v.dtype)
+    q = rotary_norm_ref(q, cos, sin).to(qkv.dtype)
+    k = rotary_norm_ref(k, cos, sin).to(qkv.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, head_dim]
+    mask = window_mask(T, window, qkv.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=num_kv_heads != num_heads)
+    return out.transpose(1, 2).reshape(B, T, num_heads * head_dim)
+
+
+def rotary_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    window: int,
+    ve: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Attention over the packed projections of one layer.
+
+    Args:
+        qkv: [B, T, (H + 2·KVH)·head_dim], the query heads first, then keys, then values.
+        cos, sin: [≥ T, head_dim / 2], fp32, from `rotary_tables`.
+        num_heads: H, a multiple of KVH.
+        window: keys back that a query sees, besides its own.
+        ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
+
+    Returns:
+        [B, T, H·head_dim], in the dtype of `qkv`.
+    """
+    return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)

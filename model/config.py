@@ -1,0 +1,54 @@
+"""The shape of the model. The defaults are the published GPU configuration: 50.3M parameters."""
+
+from dataclasses import dataclass
+
+GATE_CHANNELS = 32  # the value embedding's gate reads this many channels of the normed stream
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT. Raises ValueError, in one line, for shapes that do not fit together."""
+
+    vocab_size: int = 8192
+    seq_len: int = 2048
+    depth: int = 8
+    d_model: int = 512
+    head_dim: int = 128
+    num_kv_heads: int = 0  # 0: as many as heads
+    window_pattern: str = "SSSL"  # repeated over the layers; S sees T/2 keys back, L all; the last layer is always L
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError(f"depth {self.depth} must be at least 1")
+        if self.head_dim % 2 or self.d_model % self.head_dim:
+            raise ValueError(f"d_model {self.d_model} must be a multiple of an even head_dim ({self.head_dim})")
+        if self.d_model < GATE_CHANNELS:
+            raise ValueError(f"d_model {self.d_model} must be at least {GATE_CHANNELS}, which the value gates read")
+        if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide the {self.num_heads} heads")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern {self.window_pattern!r} must be a string of S and L")
+
+    @property
+    def num_heads(self) -> int:
+        return self.d_model // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def windows(self) -> list[int]:
+        """Keys back that each layer's queries see, besides their own."""
+        short, full = self.seq_len // 2, self.seq_len
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)] + ["L"]
+        return [short if kind == "S" else full for kind in pattern]
+
+    @property
+    def ve_layers(self) -> list[int]:
+        """Layers with a value embedding: every other one, the last included."""
+        return [i for i in range(self.depth) if i % 2 == (self.depth - 1) % 2]

@@ -1,0 +1,119 @@
+"""The GPT. Shapes: B batch, T time, D model width, H heads, KVH key-value heads, V vocabulary, L layers.
+
+Parameters of one kind are one tensor for all layers, [L, rows, cols]: the optimizer updates each stack as a batch.
+A new weight is one line in `parameter_shapes`, one in `init_weights`, and its use in `forward`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+
+from .config import GATE_CHANNELS, GPTConfig
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by name. Those of three dimensions in `BLOCK_WEIGHTS` are stacks of matrices."""
+    L, D, V = config.depth, config.d_model, config.vocab_size
+    return {
+        "wte": (V, D),
+        "value_embeddings": (len(config.ve_layers), V, config.kv_width),
+        "lm_head": (V, D),
+        "w_qkv": (L, D + 2 * config.kv_width, D),
+        "w_out": (L, D, D),
+        "w_fc": (L, 4 * D, D),
+        "w_proj": (L, D, 4 * D),
+        "w_gate": (len(config.ve_layers), config.kv_heads, GATE_CHANNELS),
+        "lambda_r": (L,),
+        "lambda_0": (L,),
+    }
+
+
+BLOCK_WEIGHTS = ("w_qkv", "w_out", "w_fc", "w_proj", "w_gate")
+SCALARS = ("lambda_r", "lambda_0")
+
+
+def count_parameters(config: GPTConfig) -> dict[str, int]:
+    """Parameters by kind: wte, value_embeddings, lm_head, blocks, scalars, and their total."""
+    size = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
+    counts = {name: size[name] for name in ("wte", "value_embeddings", "lm_head")}
+    counts["blocks"] = sum(size[name] for name in BLOCK_WEIGHTS)
+    counts["scalars"] = sum(size[name] for name in SCALARS)
+    return {**counts, "total": sum(counts.values())}
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer; see `forward` for its equations and `init_weights` for where it starts."""
+
+    def __init__(self, config: GPTConfig, device=None):
+        super().__init__()
+        self.config = config
+        for name, shape in parameter_shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)))
+        cos, sin = kernels.rotary_tables(config.seq_len, config.head_dim, device=device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fills every parameter. Drawn on the CPU in fp32, so that a seed means the same weights on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        bound = math.sqrt(3 / self.config.d_model)  # a uniform of variance 1 / d_model
+
+        def normal(shape, std):
+            return torch.randn(shape, generator=generator) * std
+
+        def uniform(shape):
+            return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+        self.wte.copy_(normal(self.wte.shape, 1.0))
+        self.lm_head.copy_(normal(self.lm_head.shape, 0.001))
+        self.value_embeddings.copy_(uniform(self.value_embeddings.shape))
+        self.w_qkv.copy_(uniform(self.w_qkv.shape))
+        self.w_fc.copy_(uniform(self.w_fc.shape))
+        self.w_out.zero_()
+        self.w_proj.zero_()
+        self.w_gate.zero_()
+        self.lambda_r.fill_(1.0)
+        self.lambda_0.fill_(0.1)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """The loss in nats, or the logits.
+
+        Args:
+            tokens: [B, T] integers, T ≤ seq_len.
+            targets: [B, T] integers, or None.
+            reduction: "mean" for one number, "none" for one loss a token.
+
+        Returns:
+            with targets, the loss: a scalar or [B, T]; without, the last position's logits [B, V]. All in fp32.
+        """
+        x = self.features(tokens)
+        lm_head = kernels.layer_weight(self.lm_head)
+        if targets is None:
+            return kernels.softcapped_logits(x[:, -1], lm_head)
+        loss = kernels.linear_cross_entropy(x.flatten(0, 1), lm_head, targets.flatten(), reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """The final normed stream [B, T, D]: what the head reads."""
+        config, weight = self.config, kernels.layer_weight
+        lambda_r, lambda_0 = weight(self.lambda_r), weight(self.lambda_0)
+        ve_tables = [weight(self.value_embeddings, i) for i in range(len(config.ve_layers))]
+        x, *ve = kernels.embedding(tokens, [weight(self.wte), *ve_tables])
+        _, x0 = kernels.rms_norm(x)
+        x = x0
+        for i, window in enumerate(config.windows):
+            x, y = kernels.rms_norm(x, x0=x0, lambda_r=lambda_r[i], lambda_0=lambda_0[i])
+            qkv = kernels.linear(y, weight(self.w_qkv, i))
+            value, gate = None, None
+            if i in config.ve_layers:
+                j = config.ve_layers.index(i)
+                value, gate = ve[j], kernels.linear(y[..., :GATE_CHANNELS], weight(self.w_gate, j))
+            attn = kernels.rotary_attention(qkv, self.cos, self.sin, config.num_heads, window, value, gate)
+            x = kernels.linear(attn, weight(self.w_out, i), residual=x)
+            x, y = kernels.rms_norm(x)
+            x = kernels.relu2_mlp(y, weight(self.w_fc, i), weight(self.w_proj, i), residual=x)
+        return kernels.rms_norm(x)[1]
