@@ -6,10 +6,37 @@ such a parameter to the ops. An op may add to `weight.main_grad` itself and retu
 as usual, which is then added for it. A parameter without `main_grad` follows PyTorch's own rules (`.grad`).
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no Triton for macOS: there the kernels are defined, and never launched
+    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
+
+__all__ = ["EPS", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels"]
+
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
+
+
+_ops: str | None = None
+
+
+def set_ops(ops: str | None) -> None:
+    """Chooses for every op at once: "triton" (the kernels, on any device: the interpreter and meta tensors reach them
+    too), "reference", or None for the default: kernels on a GPU, references on a CPU."""
+    global _ops
+    if ops not in ("triton", "reference", None):
+        raise ValueError(f"ops {ops!r} must be 'triton', 'reference' or None")
+    _ops = ops
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether an op on `x` runs its Triton kernels."""
+    return x.is_cuda if _ops is None else _ops == "triton"
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -79,6 +79,12 @@ class GPT(nn.Module):
         self.lambda_r.fill_(1.0)
         self.lambda_0.fill_(0.1)
 
+    def to_forward_dtype(self, dtype: torch.dtype) -> None:
+        """Rounds every parameter but the scalars to what the forward reads: bf16 on a GPU, fp32 on a CPU."""
+        for name, parameter in self.named_parameters():
+            if name not in SCALARS:
+                parameter.data = parameter.data.to(dtype)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """The loss in nats, or the logits.
 

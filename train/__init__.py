@@ -1,0 +1,1 @@
+"""The loop: configuration, budget, schedules, optimizer, step, reports."""

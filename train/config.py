@@ -1,0 +1,178 @@
+"""One flat configuration; the command line is made from its fields.
+
+A field left at None takes its value from the device: the GPU column is the published configuration, the CPU column was
+chosen by measurement (bench/LOG.md).
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_type_hints
+
+from model import GPTConfig
+from prepare import InputError
+
+DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "time_budget": 300.0,
+        "depth": 8,
+        "head_dim": 128,
+        "seq_len": 2048,
+        "device_batch_size": 128,
+        "total_batch_size": 524_288,
+        "eval_tokens": 40 * 524_288,
+    },
+    "cpu": {
+        "time_budget": 60.0,
+        "depth": 2,
+        "head_dim": 64,
+        "seq_len": 256,
+        "device_batch_size": 16,
+        "total_batch_size": 4096,
+        "eval_tokens": 150_000,
+    },
+}
+
+
+def option(default, text: str, **metadata):
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on. `resolve` fills in what depends on the device, and checks the rest."""
+
+    data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)")
+    name: str = option("run", "name of the run, part of its folder's name")
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>)")
+    device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"))
+    seed: int = option(42, "seed of the initial weights")
+
+    time_budget: float | None = option(None, "seconds of timed training")
+    steps: int | None = option(None, "train this many steps instead, and let them drive the schedules")
+    untimed_steps: int = option(10, "first steps that do not count; 0: warm up on dummy data, then time every step")
+
+    depth: int | None = option(None, "layers")
+    d_model: int | None = option(None, "model width (default: 64 x depth, rounded up to a multiple of head_dim)")
+    head_dim: int | None = option(None, "width of a head")
+    num_kv_heads: int = option(0, "key-value heads; 0: as many as heads")
+    seq_len: int | None = option(None, "tokens a row")
+    window_pattern: str = option("SSSL", "attention windows, repeated over the layers: S half, L all; the last is L")
+
+    device_batch_size: int | None = option(None, "rows of a micro-step")
+    total_batch_size: int | None = option(None, "tokens of a step, a multiple of device_batch_size x seq_len")
+    packing: str = option("lossless", "how documents fill rows", choices=("lossless", "published"))
+    eval_tokens: int | None = option(None, "validation tokens of the final evaluation; 0: all of them")
+    autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
+
+    lm_head_lr: float = option(0.004, "AdamW, scaled by (d_model/768)^-0.5")
+    embedding_lr: float = option(0.6, "AdamW, wte and value embeddings, scaled by (d_model/768)^-0.5")
+    scalar_lr: float = option(0.5, "AdamW, lambda_0; lambda_r takes a hundredth of it")
+    matrix_lr: float = option(0.04, "Muon, scaled by sqrt(max(1, rows/cols))")
+    weight_decay: float = option(0.2, "Muon, cautious, falling to 0 linearly")
+    warmup_ratio: float = option(0.0, "share of the budget in which the learning rate rises")
+    warmdown_ratio: float = option(0.5, "share of the budget in which it falls")
+    final_lr_frac: float = option(0.0, "what it falls to, as a share of the full rate")
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.device_batch_size * self.seq_len
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.total_batch_size // self.micro_batch_tokens
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        try:
+            return GPTConfig(
+                vocab_size=vocab_size,
+                seq_len=self.seq_len,
+                depth=self.depth,
+                d_model=self.d_model,
+                head_dim=self.head_dim,
+                num_kv_heads=self.num_kv_heads,
+                window_pattern=self.window_pattern,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+def resolve(config: TrainConfig, device: str) -> TrainConfig:
+    """Fills in what was left open with the defaults of `device` ("cuda" or "cpu"). Raises InputError."""
+    filled = {key: value for key, value in DEVICE_DEFAULTS[device].items() if getattr(config, key) is None}
+    if config.total_batch_size is None and (config.device_batch_size or config.seq_len):
+        # Another micro-batch keeps the default total where it divides it, and is the total where it does not.
+        both = DEVICE_DEFAULTS[device] | {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+        micro_batch = both["device_batch_size"] * both["seq_len"]
+        if micro_batch > 0 and filled["total_batch_size"] % micro_batch:
+            filled["total_batch_size"] = micro_batch
+    config = dataclasses.replace(config, device=device, **filled)
+    if config.d_model is None:
+        width = -(-64 * config.depth // max(config.head_dim, 1)) * config.head_dim
+        config = dataclasses.replace(config, d_model=width)
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    at_least = {
+        "untimed_steps": 0, "eval_tokens": 0, "num_kv_heads": 0, "depth": 1, "head_dim": 2, "d_model": 32, "seq_len": 1,
+        "device_batch_size": 1, "total_batch_size": 1, "lm_head_lr": 0, "embedding_lr": 0, "scalar_lr": 0,
+        "matrix_lr": 0, "weight_decay": 0, "warmup_ratio": 0, "warmdown_ratio": 0, "final_lr_frac": 0,
+    }  # fmt: skip
+    for key, least in at_least.items():
+        if not getattr(config, key) >= least:  # NaN fails too
+            raise InputError(f"--{key.replace('_', '-')} {getattr(config, key)} must be at least {least}")
+    if config.steps is not None and config.steps < 1:
+        raise InputError(f"--steps {config.steps} must be at least 1")
+    if not 0 < config.time_budget < float("inf"):
+        raise InputError(f"--time-budget {config.time_budget:g} must be a positive number of seconds")
+    if config.warmup_ratio + config.warmdown_ratio > 1:
+        raise InputError("--warmup-ratio and --warmdown-ratio add up to more than 1: lower one of them")
+    if config.total_batch_size % config.micro_batch_tokens:
+        below = config.total_batch_size // config.micro_batch_tokens * config.micro_batch_tokens
+        raise InputError(
+            f"--total-batch-size {config.total_batch_size} is no multiple of the micro-batch,"
+            f" {config.device_batch_size} rows x {config.seq_len} tokens = {config.micro_batch_tokens}:"
+            f" use {below or config.micro_batch_tokens}, or another --device-batch-size"
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with exit code 2 and one line that names the nearest known option."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ": --help lists all"))
+        return parsed
+
+
+def parse(args: list[str] | None = None) -> TrainConfig:
+    """The configuration that a command line spells."""
+    description = "Trains a language model inside a time budget."
+    parser = Parser(prog="python -m train", description=description, allow_abbrev=False)
+    hints = get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        kind = next((t for t in get_args(hints[f.name]) if t is not type(None)), hints[f.name])
+        text = f.metadata["help"]
+        by_device = [f"{device} {d[f.name]:g}" for device, d in DEVICE_DEFAULTS.items() if f.name in d]
+        if by_device:
+            text += f" (default: {', '.join(by_device)})"
+        elif f.default is not None:
+            text += f" (default: {f.default})"
+        flag = "--" + f.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            choices = f.metadata.get("choices")
+            parser.add_argument(flag, type=kind, default=f.default, choices=choices, help=text,
+                                metavar=None if choices else kind.__name__.upper())  # fmt: skip
+    return TrainConfig(**vars(parser.parse_args(args)))

@@ -1,0 +1,55 @@
+"""What a run reports: the smoothed loss, the utilisation, the log line."""
+
+from dataclasses import dataclass
+
+import torch
+
+from model import GPTConfig, flops_per_token, flops_per_token_causal
+from model.flops import H100_PEAK, device_peak
+
+
+class DebiasedAverage:
+    """Exponential moving average, divided by 1 − βⁿ so that it starts at the first value and not at 0."""
+
+    def __init__(self, beta: float = 0.9):
+        self.beta, self.sum, self.count = beta, 0.0, 0
+
+    def update(self, value: float) -> float:
+        self.sum = self.beta * self.sum + (1 - self.beta) * value
+        self.count += 1
+        return self.sum / (1 - self.beta**self.count)
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Model FLOP/s over a peak, in percent, by each of the accountings; None where there is no peak to divide by."""
+
+    mfu: float | None  # the published convention, against an H100
+    mfu_causal: float | None  # only the query-key pairs that a causal window visits, against an H100
+    mfu_device: float | None  # the convention, against this GPU's own dense bf16 peak
+
+
+def utilisation(config: GPTConfig, device: torch.device, tokens_per_second: float) -> Utilisation:
+    """MFU at a pace. On a CPU there is none; on a GPU that the table does not know, no share of its own peak."""
+    if device.type != "cuda" or not tokens_per_second:
+        return Utilisation(None, None, None)
+    rate = 100 * tokens_per_second * flops_per_token(config)
+    own = device_peak(torch.cuda.get_device_name(device))
+    causal = 100 * tokens_per_second * flops_per_token_causal(config)
+    return Utilisation(rate / H100_PEAK, causal / H100_PEAK, rate / own if own else None)
+
+
+def percent(value: float | None, digits: int) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def log_line(
+    *, step: int, progress: float, loss: float, lr_multiplier: float, dt: float, tokens_per_second: float,
+    mfu: float | None, epoch: int, remaining: float,
+) -> str:  # fmt: skip
+    """One step in one line. `dt` and `remaining` in seconds, `progress` from 0 to 1, `mfu` in percent or None."""
+    share = "n/a" if mfu is None else f"{mfu:.1f}%"
+    return (
+        f"step {step:05d} ({100 * progress:.1f}%) | loss: {loss:.6f} | lrm: {lr_multiplier:.2f} | dt: {1000 * dt:.0f}ms"
+        f" | tok/sec: {tokens_per_second:,.0f} | mfu: {share} | epoch: {epoch} | remaining: {remaining:.0f}s"
+    )

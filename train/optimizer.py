@@ -1,0 +1,156 @@
+"""One optimizer, two kinds of group: `adamw` for tables and scalars, `muon` for the matrices inside the blocks.
+
+It owns what the parameters are not: fp32 masters (the parameters themselves where they are fp32), gradients, moments.
+All gradients are views of one fp32 buffer, zeroed at once and checked at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from model import GPT
+from model.gpt import BLOCK_WEIGHTS
+
+from .config import TrainConfig
+from .schedule import StepValues
+
+ADAM_EPS = 1e-10
+MAX_LOSS = 100.0
+
+
+@dataclass
+class AdamWGroup:
+    """Tensors that AdamW updates in one launch, at one learning rate."""
+
+    names: list[str]
+    lr: float
+    betas: tuple[float, float]
+    masters: list[Tensor]
+    grads: list[Tensor]
+    copies: list[Tensor | None]
+
+    def __post_init__(self):
+        self.exp_avgs = [torch.zeros_like(m) for m in self.masters]
+        self.exp_avg_sqs = [torch.zeros_like(m) for m in self.masters]
+
+    def hyper(self, values: StepValues) -> tuple[float, float, float]:
+        beta1, beta2 = self.betas
+        t = values.step + 1
+        return self.lr * values.lr_multiplier, 1 - beta1**t, 1 - beta2**t
+
+    def update(self, hyper: Tensor, apply: Tensor) -> None:
+        kernels.adamw_update(
+            self.masters, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies, hyper, apply, self.betas, ADAM_EPS
+        )
+
+
+@dataclass
+class MuonGroup:
+    """A batch of matrices of one shape, updated in one go."""
+
+    name: str
+    lr: float
+    master: Tensor  # [batch, rows, cols]
+    grad: Tensor
+    copy: Tensor | None
+
+    def __post_init__(self):
+        self.momentum = torch.zeros_like(self.master)
+        self.second_moment = self.master.new_zeros(kernels.second_moment_shape(self.master.shape))
+
+    def hyper(self, values: StepValues) -> tuple[float, float, float]:
+        return self.lr * values.lr_multiplier, values.momentum, values.weight_decay
+
+    def update(self, hyper: Tensor, apply: Tensor) -> None:
+        kernels.muon_update(self.master, self.grad, self.momentum, self.second_moment, self.copy, hyper, apply)
+
+
+def _split_rows(stack: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
+    """[L, R, C] as batches of the matrices stacked in R: one batch where they are alike, else one for each."""
+    if stack is None:
+        return [None] * (1 if len(set(sizes)) == 1 else len(sizes))
+    if len(set(sizes)) == 1:
+        return [stack.view(-1, sizes[0], stack.shape[2])]
+    return list(stack.split(sizes, dim=1))
+
+
+class Optimizer:
+    """Groups the parameters of a GPT, gives each its `main_grad`, and updates them.
+
+    Args:
+        model: fp32. Its parameters become what the forward reads, in `forward_dtype`, the scalars excepted; what
+            they were is kept in `masters`. At construction and after every step a parameter is its master, rounded.
+        config: learning rates and decay.
+        forward_dtype: bf16 on a GPU, fp32 on a CPU, where parameter and master are one tensor.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, forward_dtype: torch.dtype = torch.float32):
+        self.parameters = dict(model.named_parameters())
+        device = model.wte.device
+        self.masters = {name: p.data for name, p in self.parameters.items()}
+        model.to_forward_dtype(forward_dtype)
+        # Every view starts at a multiple of 32 elements (128 bytes): vector loads want aligned addresses.
+        offsets, size = {}, 0
+        for name, p in self.parameters.items():
+            offsets[name] = size
+            size += -(-p.numel() // 32) * 32
+        self.grads = torch.zeros(size, device=device)
+        for name, p in self.parameters.items():
+            p.main_grad = self.grads[offsets[name] : offsets[name] + p.numel()].view(p.shape)
+        self.groups = self._groups(model, config)
+        self.hyper = torch.zeros(len(self.groups), 3, device=device)
+
+    def _copy(self, name: str) -> Tensor | None:
+        parameter = self.parameters[name]
+        return None if parameter.dtype == torch.float32 else parameter.data
+
+    def _groups(self, model: GPT, config: TrainConfig) -> list[AdamWGroup | MuonGroup]:
+        width_scale = (model.config.d_model / 768) ** -0.5
+
+        def adamw(names, lr, betas=(0.8, 0.95)):
+            masters = [self.masters[n] for n in names]
+            grads = [self.parameters[n].main_grad for n in names]
+            return AdamWGroup(names, lr, betas, masters, grads, [self._copy(n) for n in names])
+
+        groups: list[AdamWGroup | MuonGroup] = [
+            adamw(["lm_head"], config.lm_head_lr * width_scale),
+            adamw(["wte", "value_embeddings"], config.embedding_lr * width_scale),
+            adamw(["lambda_r"], config.scalar_lr * 0.01),
+            adamw(["lambda_0"], config.scalar_lr, betas=(0.96, 0.95)),
+        ]
+        for name in BLOCK_WEIGHTS:
+            # q, k and v are stored as one tensor and orthogonalised as three matrices.
+            rows = [model.config.d_model, model.config.kv_width, model.config.kv_width]
+            sizes = rows if name == "w_qkv" else [self.masters[name].shape[1]]
+            tensors = (self.masters[name], self.parameters[name].main_grad, self._copy(name))
+            for master, grad, copy in zip(*(_split_rows(t, sizes) for t in tensors), strict=True):
+                lr = config.matrix_lr * max(1.0, master.shape[-2] / master.shape[-1]) ** 0.5
+                groups.append(MuonGroup(name, lr, master, grad, copy))
+        return groups
+
+    def zero_grad(self) -> None:
+        self.grads.zero_()
+
+    def set_hyper(self, values: StepValues) -> None:
+        """Writes the scalars of the next step to the device, a row a group."""
+        self.hyper.copy_(torch.tensor([group.hyper(values) for group in self.groups]))
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, apply: bool | Tensor = True) -> Tensor:
+        """Updates every parameter, unless the loss or a gradient is not finite or the loss is above 100.
+
+        Args:
+            loss: scalar, on the device.
+            apply: False makes it a rehearsal, after which every bit is as it was.
+
+        Returns:
+            whether loss and gradients were good: a scalar boolean on the device.
+        """
+        # A sum of finite gradients is finite, and one bad term makes it inf or NaN: one pass, one number.
+        good = torch.isfinite(self.grads.sum()) & (loss <= MAX_LOSS)  # NaN is not <= 100
+        gate = good & apply
+        for group, hyper in zip(self.groups, self.hyper, strict=True):
+            group.update(hyper, gate)
+        return good

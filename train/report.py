@@ -1,0 +1,55 @@
+"""What a run says while it goes: one line a step, and the same in metrics.jsonl."""
+
+import sys
+from typing import TextIO
+
+import torch
+
+from model import GPTConfig
+
+from .budget import Budget
+from .metrics import log_line, utilisation
+from .runs import RunFolder
+from .schedule import StepValues
+
+
+class Reporter:
+    """Prints the line of each step: redrawn in place on a terminal, one whole line each where redirected."""
+
+    def __init__(
+        self, folder: RunFolder, model: GPTConfig, device: torch.device, tokens_per_step: int, out: TextIO | None = None
+    ):
+        self.folder, self.model, self.device, self.tokens_per_step = folder, model, device, tokens_per_step
+        self.out = out or sys.stdout
+        self.redraw = self.out.isatty()
+
+    def step(self, budget: Budget, values: StepValues, dt: float, loss: float, smooth: float, epoch: int) -> None:
+        pace = self.tokens_per_step / dt
+        mfu = utilisation(self.model, self.device, pace).mfu
+        line = log_line(
+            step=values.step, progress=budget.progress, loss=smooth, lr_multiplier=values.lr_multiplier, dt=dt,
+            tokens_per_second=pace, mfu=mfu, epoch=epoch, remaining=budget.remaining,
+        )  # fmt: skip
+        # \r goes to the line's start, \x1b[K clears what a longer line before left behind.
+        self.out.write(f"\r{line}\x1b[K" if self.redraw else line + "\n")
+        self.out.flush()
+        self.folder.write_metrics(
+            {
+                "step": values.step, "progress": budget.progress, "loss": loss, "smooth_loss": smooth,
+                "lr_multiplier": values.lr_multiplier, "momentum": values.momentum,
+                "weight_decay": values.weight_decay, "seconds": dt, "timed_seconds": budget.timed_seconds,
+                "tokens": budget.step * self.tokens_per_step, "tokens_per_second": pace, "mfu": mfu, "epoch": epoch,
+            }
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """After the last step: what is printed next begins a line of its own."""
+        if self.redraw:
+            self.out.write("\n")
+
+
+def print_summary(summary: dict[str, str], out: TextIO | None = None) -> None:
+    """`---`, then a `key: value` line each."""
+    width = max(map(len, summary)) + 1
+    lines = ["---", *(f"{key + ':':<{width}} {value}" for key, value in summary.items())]
+    print("\n".join(lines), file=out or sys.stdout, flush=True)

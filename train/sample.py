@@ -1,0 +1,72 @@
+"""`python -m train.sample RUN --prompt TEXT`: text from a finished run."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from model import GPT
+from prepare import InputError
+
+from .config import Parser
+from .runs import load_run
+from .trainer import pick_device
+
+
+def next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """One draw from logits [V]; the likeliest where temperature is 0."""
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k:
+        least = logits.topk(min(top_k, logits.numel())).values[-1]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, tokens: list[int], count: int, *, banned: list[int], temperature: float, top_k: int, seed: int
+) -> list[int]:
+    """`count` tokens after `tokens`, none of them from `banned`. The context is the last seq_len tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, device = list(tokens), model.wte.device
+    start = len(tokens)
+    for _ in range(count):
+        context = torch.tensor([tokens[-model.config.seq_len :]], device=device)
+        logits = model(context)[0]
+        logits[banned] = float("-inf")
+        tokens.append(next_token(logits, temperature, top_k, generator))
+    return tokens[start:]
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m train.sample", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--prompt", default="", help="text to go on from")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to generate (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest; 0: from all (default: 50)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    options = parser.parse_args(args)
+    try:
+        if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < float("inf"):
+            raise InputError("--tokens, --top-k and --temperature must not be negative")
+        model, tokenizer, _ = load_run(options.run, pick_device(options.device))
+        special = list(range(tokenizer.bos, tokenizer.vocab_size))
+        prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]
+        text = generate(
+            model, prompt, options.tokens,
+            banned=special, temperature=options.temperature, top_k=options.top_k, seed=options.seed,
+        )  # fmt: skip
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.prompt + tokenizer.decode(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""A run from its configuration to its summary: what surrounds the loop."""
+
+import dataclasses
+import os
+import resource
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import torch
+
+from model import GPT, GPTConfig, flops_per_token
+from model.flops import device_peak
+from model.gpt import count_parameters
+from prepare import Dataset, Evaluation, InputError, Loader, default_folder, evaluate_bpb, prepare
+
+from .budget import Budget
+from .config import TrainConfig, resolve
+from .loop import train
+from .memory import available_bytes, check_batch_fits, check_state_fits
+from .metrics import percent, utilisation
+from .optimizer import Optimizer
+from .report import Reporter, print_summary
+from .runs import RunFolder
+from .schedule import step_values
+from .step import TrainStep
+
+CPU_VOCAB_SIZE = 2048  # of the corpus that `train` prepares by itself on a CPU (bench/LOG.md, 2026-11-23)
+EPOCHS_WORTH_A_WARNING = 4
+
+
+def pick_device(wanted: str | None) -> str:
+    """The device's type. Raises InputError where a GPU is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device here; leave the flag out to train on the CPU")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware, so that bf16 is the faster way (bench/LOG.md)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def open_data(folder: str | None, device: str) -> Dataset:
+    """The prepared corpus; the embedded one is prepared first where none is named and it is not there yet."""
+    if folder is not None:
+        return Dataset.open(folder)
+    default = default_folder("stdlib")
+    if not (default / "manifest.json").exists():
+        print(f"no corpus prepared yet: preparing the embedded one, once, in {default}", flush=True)
+        prepare("stdlib", vocab_size=CPU_VOCAB_SIZE if device == "cpu" else 8192)
+    return Dataset.open(default)
+
+
+def expected_epochs(config: TrainConfig, model: GPTConfig, tokens: int) -> float:
+    """Passes over `tokens` that the run will make: exact by steps, by seconds a guess from the device's usual pace."""
+    if config.steps is not None:
+        return config.steps * config.total_batch_size / tokens
+    if config.device == "cuda":
+        flops = 0.4 * (device_peak(torch.cuda.get_device_name()) or 100e12)
+    else:
+        flops = 25e9 * torch.get_num_threads()
+    return config.time_budget * flops / flops_per_token(model) / tokens
+
+
+def seconds_since_start() -> float:
+    """Of the process: imports count."""
+    return time.time() - psutil.Process(os.getpid()).create_time()
+
+
+def run(config: TrainConfig) -> dict[str, str]:
+    """Trains, evaluates, writes the run's folder and prints the summary. Raises InputError and TrainingError."""
+    device = pick_device(config.device)
+    config = resolve(config, device)
+    if config.autocast is None:
+        config = dataclasses.replace(config, autocast=device == "cpu" and cpu_has_bf16())
+    forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    data = open_data(config.data, device)
+    model_config = config.model_config(data.vocab_size)
+    check_state_fits(config, model_config, forward_dtype)
+
+    torch.manual_seed(config.seed)
+    model = GPT(model_config, device=device)
+    model.init_weights(config.seed)
+    optimizer = Optimizer(model, config, forward_dtype)
+    step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
+    check_batch_fits(config, model, step.precision(), available_bytes(device))
+
+    split = data.split("train")
+    loader = Loader(
+        split, config.device_batch_size, config.seq_len,
+        bos=data.tokenizer.bos, packing=config.packing, pin_memory=device == "cuda",
+    )  # fmt: skip
+    with closing(loader):
+        folder = RunFolder(config.run_dir, config.name)
+        fingerprint = {
+            "folder": str(Path(data.folder).resolve()),
+            "source": data.source,
+            "tokenizer_sha256": data.tokenizer.fingerprint,
+            "train_sha256": split.sha256,
+        }
+        resolved = dataclasses.asdict(config)
+        folder.write_config(resolved, dataclasses.asdict(model_config), fingerprint, data.folder / "tokenizer.json")
+        announce(config, model_config, data, folder)
+
+        budget = Budget(config.time_budget, config.steps, config.untimed_steps)
+        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size)
+        if config.untimed_steps == 0:
+            shape = (config.device_batch_size, config.seq_len + 1)
+            step.rehearse(shape, config.grad_accum_steps, step_values(config, 0, 0.0))
+        ready = seconds_since_start()
+        try:
+            train(config, step, loader, budget, report)
+        finally:
+            report.end()
+            folder.close()
+    folder.write_model(optimizer.masters)
+    evaluation = evaluate_bpb(
+        step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
+        max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
+    )  # fmt: skip
+    summary = summarise(config, model_config, budget, evaluation, ready)
+    folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
+    print_summary({**summary, "run": str(folder.path)})
+    return summary
+
+
+def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder) -> None:
+    """What is about to be trained, on what, in which folder."""
+    counts = count_parameters(model)
+    kinds = ", ".join(f"{kind} {n / 1e6:.2f}M" for kind, n in counts.items() if kind not in ("total", "scalars"))
+    tokens = data.split("train").num_tokens
+    where = torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
+    print(f"run:    {folder.path}")
+    print(f"device: {where}{', bf16 autocast' if config.autocast else ''}")
+    print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size}")
+    print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
+    print(f"train:  {length}; a step is {config.total_batch_size} tokens in {config.grad_accum_steps} micro-steps")
+    epochs = expected_epochs(config, model, tokens)
+    if epochs > EPOCHS_WORTH_A_WARNING:
+        print(
+            f"note:   this run will pass over the corpus about {epochs:.0f} times; for a real one:"
+            f" python -m prepare --source climbmix, then python -m train --data {default_folder('climbmix')}",
+        )
+    sys.stdout.flush()
+
+
+def summarise(
+    config: TrainConfig, model: GPTConfig, budget: Budget, evaluation: Evaluation, ready: float
+) -> dict[str, str]:
+    """The summary block. The first nine keys keep their names and their order; more may follow."""
+    device = torch.device(config.device)
+    timed_tokens = budget.timed_steps * config.total_batch_size
+    pace = timed_tokens / budget.timed_seconds if budget.timed_seconds else 0.0
+    used = utilisation(model, device, pace)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {
+        "val_bpb": f"{evaluation.bpb:.6f}",
+        "training_seconds": f"{budget.timed_seconds:.1f}",
+        "total_seconds": f"{seconds_since_start():.1f}",
+        "peak_vram_mb": f"{peak:.1f}",
+        "mfu_percent": percent(used.mfu, 2),
+        "total_tokens_M": f"{budget.step * config.total_batch_size / 1e6:.1f}",
+        "num_steps": f"{budget.step}",
+        "num_params_M": f"{count_parameters(model)['total'] / 1e6:.1f}",
+        "depth": f"{config.depth}",
+        "unigram_bpb": f"{evaluation.unigram_bpb:.6f}",
+        "mfu_causal_percent": percent(used.mfu_causal, 2),
+        "mfu_device_percent": percent(used.mfu_device, 2),
+        "tokens_per_second": f"{pace:.0f}",
+        "untimed_seconds": f"{budget.untimed_seconds:.1f}",
+        "untimed_steps": f"{budget.step - budget.timed_steps}",
+        "seconds_to_first_step": f"{ready:.1f}",
+        "peak_rss_mb": f"{rss:.1f}",
+        "val_rows": f"{evaluation.rows}",
+        "val_bytes": f"{evaluation.bytes_scored}",
+        "val_cropped_percent": f"{100 * evaluation.cropped_share:.1f}",
+        "packing": config.packing,
+        "val_sha256": evaluation.fingerprint["split_sha256"][:16],
+        "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
+        "seed": f"{config.seed}",
+        "comparable": "no (CPU defaults)" if config.device == "cpu" else "yes",
+    }
