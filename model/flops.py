@@ -5,12 +5,14 @@ position, causal or not. `flops_per_token_causal` charges only for the query-key
 plus backward as three times the forward, and a multiply-add as two.
 """
 
+import re
+
 from .config import GPTConfig
 from .gpt import count_parameters
 
 H100_PEAK = 989.5e12  # dense bf16 FLOP/s, SXM datasheet: what `mfu` divides by, on any GPU
 
-# Dense bf16 FLOP/s by a substring of the device's name, from the vendors' datasheets; the first match counts.
+# Dense bf16 FLOP/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DEVICE_PEAKS = {
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
@@ -23,15 +25,12 @@ DEVICE_PEAKS = {
     "A800": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
 }
 
 
 def device_peak(name: str) -> float | None:
     """Dense bf16 peak of a GPU by its name, None where it is not known: never a wrong number."""
-    return next((peak for key, peak in DEVICE_PEAKS.items() if key in name), None)
+    return next((peak for key, peak in DEVICE_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def matrix_parameters(config: GPTConfig) -> int:

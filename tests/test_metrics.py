@@ -1,0 +1,102 @@
+"""The log line, character for character, and the smoothed loss."""
+
+import io
+import json
+
+import pytest
+import torch
+
+import train.metrics
+from model import GPTConfig
+from train.budget import Budget
+from train.metrics import DebiasedAverage, log_line, utilisation
+from train.report import Reporter, print_summary
+from train.runs import RunFolder
+from train.schedule import StepValues
+
+SAMPLE = (
+    "step 00142 (47.3%) | loss: 2.481903 | lrm: 1.00 | dt: 627ms | tok/sec: 835,421 | mfu: 42.1% | epoch: 1"
+    " | remaining: 158s"
+)
+
+
+def test_log_line_is_the_sample():
+    line = log_line(
+        step=142, progress=0.47312, loss=2.4819034, lr_multiplier=1.0, dt=0.62661, tokens_per_second=835421.4,
+        mfu=42.08, epoch=1, remaining=158.1,
+    )  # fmt: skip
+    assert line == SAMPLE
+
+
+def test_log_line_without_a_peak():
+    line = log_line(
+        step=3, progress=1, loss=10, lr_multiplier=0.005, dt=12.3456, tokens_per_second=331.9, mfu=None, epoch=12,
+        remaining=0,
+    )  # fmt: skip
+    assert line == (
+        "step 00003 (100.0%) | loss: 10.000000 | lrm: 0.01 | dt: 12346ms | tok/sec: 332 | mfu: n/a | epoch: 12"
+        " | remaining: 0s"
+    )
+
+
+def test_smoothed_loss_is_debiased():
+    losses, average, beta = [4.0, 3.0, 5.0, 1.0], DebiasedAverage(), 0.9
+    for step in range(len(losses)):
+        raw = sum((1 - beta) * beta ** (step - i) * losses[i] for i in range(step + 1))
+        assert average.update(losses[step]) == pytest.approx(raw / (1 - beta ** (step + 1)))
+    assert DebiasedAverage().update(7.5) == pytest.approx(7.5)
+
+
+def test_utilisation(monkeypatch):
+    config, gpu = GPTConfig(), torch.device("cuda")
+    name = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(train.metrics.torch.cuda, "get_device_name", lambda device: name)
+    used = utilisation(config, gpu, 1.65e6)
+    assert used.mfu == used.mfu_device == pytest.approx(39.8, abs=0.1)  # the published pace and its MFU
+    assert used.mfu_causal == pytest.approx(used.mfu * 217.092 / 239.078, rel=1e-4)
+    name = "NVIDIA A100-SXM4-80GB"
+    assert utilisation(config, gpu, 1e5).mfu_device == pytest.approx(100 * 1e5 * 239.0784e6 / 312e12)
+    name = "Unheard Of 9000"
+    assert utilisation(config, gpu, 1e5).mfu_device is None
+    assert utilisation(config, gpu, 1e5).mfu is not None
+    assert utilisation(config, torch.device("cpu"), 1e5).mfu is None
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_are_whole_where_redirected_and_redrawn_on_a_terminal(tmp_path, terminal):
+    out = Terminal() if terminal else io.StringIO()
+    folder = RunFolder(str(tmp_path / "run"), "x")
+    report = Reporter(folder, GPTConfig(), torch.device("cpu"), tokens_per_step=1000, out=out)
+    budget = Budget(10.0, clock=iter([0.0, 0.5, 1.0, 1.5]).__next__)
+    for step in range(2):
+        budget.start()
+        dt = budget.stop()
+        report.step(budget, StepValues(step, 1.0, 0.85, 0.2), dt, loss=3.0, smooth=3.1, epoch=1)
+    report.end()
+    folder.close()
+    text = out.getvalue()
+    if terminal:
+        assert text.count("\r") == 2
+        assert text.endswith("\x1b[K\n")
+    else:
+        lines = text.splitlines()
+        assert len(lines) == 2
+        assert lines[0].startswith("step 00000 (0.0%) | loss: 3.100000 | ")
+        assert text.isprintable() is False  # newlines alone:
+        assert text.replace("\n", "").isprintable()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[1]["loss"] == 3.0
+    assert rows[1]["tokens"] == 2000
+    assert rows[1]["tokens_per_second"] == 2000
+
+
+def test_summary_block():
+    out = io.StringIO()
+    print_summary({"val_bpb": "1.234567", "depth": "8"}, out)
+    assert out.getvalue() == "---\nval_bpb: 1.234567\ndepth:   8\n"

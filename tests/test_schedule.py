@@ -1,0 +1,101 @@
+"""Schedules at their corners, and the budget with a clock of the test's own."""
+
+import pytest
+
+from train.budget import Budget
+from train.config import TrainConfig, resolve
+from train.schedule import lr_multiplier, muon_momentum, muon_weight_decay, step_values
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [(0, 1), (0.25, 1), (0.5, 1), (0.75, 0.5), (0.9, 0.2), (1, 0)],
+)
+def test_default_rate_is_flat_then_falls_to_zero(progress, expected):
+    assert lr_multiplier(progress, 0.0, 0.5, 0.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"), [(0, 0), (0.1, 0.5), (0.2, 1), (0.6, 1), (0.8, 0.55), (1, 0.1), (1.2, 0.1)]
+)
+def test_rate_with_warmup_and_a_floor(progress, expected):
+    assert lr_multiplier(progress, 0.2, 0.4, 0.1) == pytest.approx(expected)
+
+
+def test_no_warmdown_stays_flat():
+    assert lr_multiplier(1.0, 0.0, 0.0, 0.0) == 1
+
+
+def test_momentum_and_decay():
+    assert [muon_momentum(s) for s in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert [muon_weight_decay(p, 0.2) for p in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0])
+
+
+def test_step_values_put_them_together():
+    config = resolve(TrainConfig(weight_decay=0.4), "cpu")
+    values = step_values(config, step=30, progress=0.75)
+    assert (values.step, values.lr_multiplier) == (30, 0.5)
+    assert (values.momentum, values.weight_decay) == pytest.approx((0.86, 0.1))
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def run(budget: Budget, clock: Clock, seconds_of_step) -> list[float]:
+    """Steps until the budget is done; returns the progress before each."""
+    seen = []
+    while not budget.done:
+        seen.append(budget.progress)
+        budget.start()
+        clock.now += seconds_of_step(budget.step)
+        budget.stop()
+        clock.now += 17  # between steps: a checkpoint, an evaluation. Never counted.
+        assert len(seen) < 1000
+    return seen
+
+
+def test_ten_steps_are_untimed_and_the_run_stops_with_the_step_that_reaches_the_budget():
+    clock = Clock()
+    budget = Budget(seconds=5.0, clock=clock)
+    seen = run(budget, clock, lambda step: 60.0 if step < 10 else 0.75)
+    assert budget.step == len(seen) == 10 + 7  # 6 x 0.75 = 4.5 < 5 <= 7 x 0.75
+    assert seen[:11] == [0.0] * 11
+    assert seen[11:] == pytest.approx([0.15, 0.30, 0.45, 0.60, 0.75, 0.90])
+    assert (budget.timed_steps, budget.timed_seconds) == (7, pytest.approx(5.25))
+    assert budget.untimed_seconds == pytest.approx(600)
+    assert budget.progress == 1
+    assert budget.remaining == 0
+
+
+def test_exactly_reached_is_reached():
+    clock = Clock()
+    budget = Budget(seconds=1.0, untimed_steps=0, clock=clock)
+    run(budget, clock, lambda step: 0.25)
+    assert budget.step == 4
+
+
+def test_by_steps_time_has_no_say():
+    clock = Clock()
+    budget = Budget(seconds=0.001, steps=4, untimed_steps=10, clock=clock)
+    assert run(budget, clock, lambda step: 3.0) == [0, 0.25, 0.5, 0.75]
+    assert (budget.step, budget.timed_steps, budget.untimed_seconds) == (4, 0, 12)
+
+
+def test_remaining():
+    clock = Clock()
+    budget = Budget(seconds=10.0, untimed_steps=1, clock=clock)
+    for _ in range(3):
+        budget.start()
+        clock.now += 2
+        assert budget.stop() == 2
+    assert budget.remaining == 6
+    by_steps = Budget(seconds=10.0, steps=10, clock=clock)
+    by_steps.start()
+    clock.now += 2
+    by_steps.stop()
+    assert by_steps.remaining == 18
