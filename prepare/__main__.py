@@ -21,13 +21,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m prepare", description="Turns text into the token shards that train reads.")
-    parser.add_argument(
-        "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER", help="where the text comes from (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="python -m prepare", description="Turns text into the folder of tokens that train reads."
     )
-    parser.add_argument("--vocab-size", type=int, metavar="V", help="tokens, the 4 special ones included (default: 8192)")
+    parser.add_argument(
+        "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER", help="the text (default: %(default)s)"
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="tokens, special ones included (default: 8192)")
     parser.add_argument("--out", metavar="FOLDER", help="what to write (default: $TIMEBOX_HOME/<source>)")
-    parser.add_argument("--shards", type=int, metavar="N", help="climbmix: how many training shards to fetch (default: 10)")
+    parser.add_argument("--shards", type=int, metavar="N", help="climbmix: training shards to fetch (default: 10)")
     parser.add_argument("--base-url", metavar="URL", help="climbmix: where the shards are served")
     parser.add_argument("--seed", type=int, metavar="N", help="of the shuffle (default: 0)")
     return parser

@@ -12,8 +12,18 @@ from tqdm import tqdm
 from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
 from .errors import InputError, full_disk_is_input_error
 from .home import DEFAULT_SOURCE, default_folder, downloads_folder
-from .shards import FORMAT_VERSION, MANIFEST, TOKEN_COUNTS, TOKENIZER, SplitWriter, building, check_replaceable
-from .shards import file_record, save_array, write_json
+from .shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKEN_COUNTS,
+    TOKENIZER,
+    SplitWriter,
+    building,
+    check_replaceable,
+    file_record,
+    save_array,
+    write_json,
+)
 from .sources import SPLITS, Skipped, Source, climbmix_source, folder_source, stdlib_source
 from .tokenizer import MAX_TRAIN_CHARS, TRAIN_BYTES, Tokenizer, check_vocab_size
 

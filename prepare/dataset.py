@@ -1,6 +1,7 @@
 """Reads a prepared folder, and checks that it is what its manifest says."""
 
 import bisect
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ class Dataset:
         tokenizer = Tokenizer.load(folder / TOKENIZER)
         if tokenizer.fingerprint != manifest["tokenizer_sha256"] or tokenizer.vocab_size != manifest["vocab_size"]:
             raise InputError(
-                f"{folder / TOKENIZER} is not the tokenizer that the shards were made with; put that one back, or {_MEND}"
+                f"{folder / TOKENIZER} is not the tokenizer the shards were made with; put that one back, or {_MEND}"
             )
         dataset = cls(folder, manifest, tokenizer, verify=verify)
         if verify:
@@ -102,7 +103,7 @@ class Dataset:
         """int64 [V]: how often each token occurs in the train split."""
         counts = np.array(_load_array(self.folder / TOKEN_COUNTS, np.int64))
         if len(counts) != self.vocab_size:
-            raise InputError(f"{self.folder / TOKEN_COUNTS} has {len(counts)} counts for {self.vocab_size} tokens; {_MEND}")
+            raise InputError(f"{self.folder / TOKEN_COUNTS} has {len(counts)} counts, not {self.vocab_size}; {_MEND}")
         return counts
 
     def split(self, name: str) -> Split:
@@ -122,7 +123,7 @@ def _read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): prepare some with `python -m prepare`") from None
+        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): run `python -m prepare`") from None
     except (ValueError, OSError) as e:
         raise InputError(f"{path} cannot be read ({e}); {_MEND}") from e
     needed = {"format", "source", "vocab_size", "tokenizer_sha256", "token_counts", "splits"}
@@ -152,7 +153,7 @@ def _check_hashes(folder: Path, records: list[dict]) -> None:
         if not path.is_file():
             raise InputError(f"{path} is missing; {_MEND}")
         if sha256_of(path) != record["sha256"]:
-            raise InputError(f"{path} is not the file that was prepared (its SHA-256 disagrees with {MANIFEST}); {_MEND}")
+            raise InputError(f"{path} has changed since it was prepared (SHA-256 disagrees with {MANIFEST}); {_MEND}")
 
 
 def _check_changed(folder: Path, records: list[dict]) -> None:
@@ -165,10 +166,8 @@ def _check_changed(folder: Path, records: list[dict]) -> None:
         _check_hashes(folder, [record])
         stat = (folder / record["name"]).stat()
         verified[record["name"]] = [stat.st_size, stat.st_mtime_ns, record["sha256"]]
-    try:
+    with contextlib.suppress(OSError):  # a folder that cannot be written to is hashed at every start
         write_json(folder / VERIFIED, verified)
-    except OSError:
-        pass  # a folder that cannot be written to is hashed at every start
 
 
 def _unchanged(folder: Path, record: dict, verified: dict) -> bool:

@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 RETRIED_STATUS = (408, 429)  # of the 4xx; every 5xx is retried
 
 
-class _TryAgain(Exception):
+class _TryAgainError(Exception):
     """This try failed in a way that another may not."""
 
 
@@ -69,13 +69,18 @@ def _fetch(url: str, path: Path, bar: tqdm, stop: threading.Event) -> None:
             if not stop.is_set():
                 os.replace(part, path)
             return
-        except (_TryAgain, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+        except (
+            _TryAgainError,
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+        ) as e:
             reason = e
         except requests.RequestException as e:
             raise InputError(f"{url} cannot be fetched ({e}): check --base-url") from e
     raise InputError(
-        f"{url} cannot be fetched: {TRIES} tries, the last ended with: {' '.join(str(reason).split())}; check the network, or name a "
-        "mirror with --base-url, and run it again: what has arrived is kept"
+        f"{url} cannot be fetched: {TRIES} tries, the last ended with: {' '.join(str(reason).split())}; "
+        "check the network, or name a mirror with --base-url, and run it again: what has arrived is kept"
     )
 
 
@@ -86,9 +91,9 @@ def _fetch_once(url: str, part: Path, bar: tqdm, stop: threading.Event) -> None:
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # nothing beyond what is there: it was not ours to begin with, or is all there
             part.unlink(missing_ok=True)
-            raise _TryAgain("the server has fewer bytes than had arrived")
+            raise _TryAgainError("the server has fewer bytes than had arrived")
         if response.status_code in RETRIED_STATUS or response.status_code >= 500:
-            raise _TryAgain(f"status {response.status_code}")
+            raise _TryAgainError(f"status {response.status_code}")
         response.raise_for_status()
         start, size = _extent(response, have)
         with full_disk_is_input_error(part.parent, size or 0), part.open("r+b" if start else "wb") as file:
@@ -101,14 +106,14 @@ def _fetch_once(url: str, part: Path, bar: tqdm, stop: threading.Event) -> None:
                 bar.update(len(chunk))
         got = part.stat().st_size
         if size is not None and got < size:
-            raise _TryAgain(f"the connection was cut after {got:,} of {size:,} bytes")
+            raise _TryAgainError(f"the connection was cut after {got:,} of {size:,} bytes")
         if size is not None and got > size:
             part.unlink()
-            raise _TryAgain(f"the server sent {got:,} bytes and had announced {size:,}")
+            raise _TryAgainError(f"the server sent {got:,} bytes and had announced {size:,}")
         checksum = _sha256_given(response)
     if checksum and _sha256(part) != checksum:
         part.unlink()
-        raise _TryAgain("the SHA-256 is not the one the server gives")
+        raise _TryAgainError("the SHA-256 is not the one the server gives")
 
 
 def _extent(response: requests.Response, have: int) -> tuple[int, int | None]:
@@ -118,7 +123,7 @@ def _extent(response: requests.Response, have: int) -> tuple[int, int | None]:
         return 0, int(length) if length else None
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
     if not match or int(match[1]) != have:
-        raise _TryAgain(f"asked for the bytes from {have}, the server answers {response.headers.get('Content-Range')!r}")
+        raise _TryAgainError(f"asked for bytes from {have}, the server sent {response.headers.get('Content-Range')!r}")
     return have, None if match[3] == "*" else int(match[3])
 
 

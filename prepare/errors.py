@@ -17,7 +17,7 @@ def gigabytes(num_bytes: float) -> str:
 
 @contextmanager
 def full_disk_is_input_error(folder: Path, needed: int) -> Iterator[None]:
-    """Turns "no space left" (or a quota reached) below `folder` into an InputError; `needed` is in bytes, an estimate."""
+    """Turns "no space left" (or over quota) below `folder` into an InputError; `needed` is an estimate in bytes."""
     try:
         yield
     except OSError as e:

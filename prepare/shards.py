@@ -1,8 +1,8 @@
 """Writes one prepared folder: shuffled token shards, their offsets, counts, and a manifest over all of it.
 
-    tokenizer.json       train_00000.npy           uint16 [tokens], documents back to back, no BOS
-    manifest.json        train_00000_offsets.npy   int64 [documents + 1], where each document begins
-    token_counts.npy     val_00000.npy ...         holdout_00000.npy ...
+tokenizer.json       train_00000.npy           uint16 [tokens], documents back to back, no BOS
+manifest.json        train_00000_offsets.npy   int64 [documents + 1], where each document begins
+token_counts.npy     val_00000.npy ...         holdout_00000.npy ...
 """
 
 import hashlib
@@ -133,7 +133,7 @@ def check_replaceable(out: Path) -> None:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out`, renamed to `out` at the end; removed, with `out` untouched, where anything fails."""
+    """A temporary sibling of `out`, renamed to it at the end; removed, `out` untouched, where anything fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
     try:

@@ -117,8 +117,8 @@ class Source:
         if len(smallest) < needed:
             beside = " beside the validation files" if has_val_files else ""
             raise InputError(
-                f"{self.name} has {len(smallest)} different documents{beside}, and at least {needed} are needed to split "
-                "them: add documents, or cut the text into several files"
+                f"{self.name} has {len(smallest)} different documents{beside}, and at least {needed} are needed "
+                "for the splits: add documents, or cut the text into several files"
             )
         val_share = 0.0 if has_val_files else VAL_SHARE
         val_below = 0 if has_val_files else max(int(val_share * HASH_RANGE), smallest[0] + 1)
@@ -142,7 +142,7 @@ def stdlib_source() -> Source:
 
 
 def folder_source(folder: str | Path) -> Source:
-    """Every `.parquet`, `.jsonl`, `.txt` and `.md` below `folder`; files named `val*` are validation, and come first."""
+    """Every `.parquet`, `.jsonl`, `.txt` and `.md` below `folder`; files named `val*` are validation, and first."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
@@ -184,7 +184,7 @@ def _digest(text: str) -> bytes:
 
 
 def _read_python(path: Path, skipped: Skipped) -> Iterator[str | None]:
-    """A file that is no UTF-8 is skipped: nobody can mend the standard library, some of its tests are broken on purpose."""
+    """Skips what is no UTF-8: nobody can mend the standard library, and its tests hold such files on purpose."""
     try:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -195,7 +195,7 @@ def _read_text(path: Path, skipped: Skipped) -> Iterator[str | None]:
     try:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8: bad byte at offset {e.start}; convert it to UTF-8, or take it out") from e
+        raise InputError(f"{path} is not UTF-8: bad byte at offset {e.start}; convert it, or take it out") from e
 
 
 def _read_jsonl(path: Path, skipped: Skipped) -> Iterator[str | None]:
@@ -232,7 +232,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
         raise InputError(f"{path} is not a whole Parquet file ({_one_line(e)}): fetch or write it again") from e
     schema = file.schema_arrow
     if "text" not in schema.names:
-        raise InputError(f"{path} has no column named text, only {', '.join(schema.names) or 'none'}: rename the column")
+        raise InputError(f"{path} has no column text, only {', '.join(schema.names) or 'none'}: rename the column")
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):

@@ -39,8 +39,8 @@ MAX_ENCODE_CHARS = 100_000
 def check_vocab_size(vocab_size: int) -> None:
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(
-            f"a vocabulary of {vocab_size:,} tokens is not possible: --vocab-size takes {MIN_VOCAB_SIZE} (256 bytes and "
-            f"{len(SPECIAL_TOKENS)} special tokens) to {MAX_VOCAB_SIZE:,} (token ids are stored in 16 bits)"
+            f"a vocabulary of {vocab_size:,} tokens is not possible: --vocab-size takes {MIN_VOCAB_SIZE} (256 bytes "
+            f"and {len(SPECIAL_TOKENS)} special tokens) to {MAX_VOCAB_SIZE:,} (token ids are stored in 16 bits)"
         )
 
 
@@ -94,13 +94,13 @@ class Tokenizer:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] != FORMAT_VERSION:
-                raise InputError(f"{path} has format {content['version']!r}, this program reads {FORMAT_VERSION}: run prepare again")
+                raise InputError(f"{path} has format {content['version']!r}, not {FORMAT_VERSION}: run prepare again")
             merges = [base64.b64decode(token, validate=True) for token in content["merges"]]
             return cls(merges, content["pattern"], content["special_tokens"])
         except FileNotFoundError:
             raise InputError(f"{path} is missing: run prepare again") from None
         except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path} is not a tokenizer of this program ({type(e).__name__}: {e}): run prepare again") from e
+            raise InputError(f"{path} is not a tokenizer ({type(e).__name__}: {e}): run prepare again") from e
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._json(), encoding="utf-8")
