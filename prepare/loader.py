@@ -58,7 +58,7 @@ class Loader:
             raise InputError(f"batch size {batch_size}, prefetch {prefetch}: both take 1 or more")
         if split.num_tokens < batch_size * seq_len:
             raise InputError(
-                f"the {split.name} split has {split.num_tokens:,} tokens, one batch takes {batch_size:,} * {seq_len:,} = "
+                f"the {split.name} split has {split.num_tokens:,} tokens, a batch takes {batch_size:,} * {seq_len:,} = "
                 f"{batch_size * seq_len:,}: use a smaller batch or a shorter sequence, or prepare more text"
             )
         self.batch_size = batch_size
