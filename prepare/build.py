@@ -1,0 +1,159 @@
+"""`prepare`: a source becomes one folder that training reads."""
+
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
+from .errors import InputError, full_disk_is_input_error
+from .home import DEFAULT_SOURCE, default_folder, downloads_folder
+from .shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKEN_COUNTS,
+    TOKENIZER,
+    SplitWriter,
+    building,
+    check_replaceable,
+    file_record,
+    save_array,
+    write_json,
+)
+from .sources import SPLITS, Skipped, Source, climbmix_source, folder_source, stdlib_source
+from .tokenizer import MAX_TRAIN_CHARS, TRAIN_BYTES, Tokenizer, check_vocab_size
+
+DEFAULT_VOCAB_SIZE = 8192
+BATCH_CHARS = 8_000_000  # text encoded at a time: enough to keep many cores busy, little enough to hold
+
+
+def prepare(
+    source: str = DEFAULT_SOURCE,
+    out: str | Path | None = None,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    seed: int = 0,
+    shards: int = DEFAULT_SHARDS,
+    base_url: str = CLIMBMIX_URL,
+) -> Path:
+    """Writes tokenizer, shards and manifest of `source` to `out` and returns it; raises InputError.
+
+    `source` is `stdlib`, `climbmix` or a folder. `shards` and `base_url` matter to climbmix alone. The same text, seed
+    and library versions give the same bytes. A folder already there is replaced at the end, and kept on failure.
+    """
+    check_vocab_size(vocab_size)
+    if seed < 0:
+        raise InputError(f"--seed is {seed}: it takes 0 or more")
+    out = Path(out).expanduser().absolute() if out else default_folder(source)
+    check_replaceable(out)
+    text = open_source(source, shards=shards, base_url=base_url)
+    # Tokens are 2 bytes for at least 2 bytes of text, in all but the smallest vocabularies.
+    with full_disk_is_input_error(_existing(out), text.estimated_bytes), building(out) as folder:
+        tokenizer = Tokenizer.train(_sample(text, seed), vocab_size)
+        tokenizer.save(folder / TOKENIZER)
+        skipped = Skipped()
+        splits, train_counts = _write_splits(folder, text, tokenizer, seed, skipped)
+        save_array(folder / TOKEN_COUNTS, train_counts)
+        manifest = {
+            "format": FORMAT_VERSION,
+            "source": text.name,
+            "details": text.details,
+            "seed": seed,
+            "vocab_size": vocab_size,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "token_counts": file_record(folder / TOKEN_COUNTS),
+            "splits": splits,
+            "skipped": dict(skipped),
+            "versions": {name: version(name) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers")},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(folder / MANIFEST, manifest)
+    return out
+
+
+def open_source(source: str, *, shards: int = DEFAULT_SHARDS, base_url: str = CLIMBMIX_URL) -> Source:
+    """Finds the files of a source; climbmix is downloaded first. Raises InputError."""
+    if source == "stdlib":
+        return stdlib_source()
+    if source == "climbmix":
+        paths = fetch_climbmix(shards, base_url, downloads_folder(source))
+        return climbmix_source(paths, {"shards": shards, "base_url": base_url})
+    return folder_source(source)
+
+
+def summary(manifest: dict, folder: Path) -> str:
+    """The lines that `python -m prepare` ends with."""
+    lines = []
+    for name, split in manifest["splits"].items():
+        lines.append(
+            f"{name + ':':<9}{split['documents']:>10,} documents {split['tokens']:>15,} tokens "
+            f"{split['bytes'] / split['tokens']:>6.2f} bytes per token"
+        )
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest["skipped"].items()))
+    lines.append(f"{'skipped:':<9}{skipped or 'nothing'}")
+    lines.append(f"{'where:':<9}{folder}")
+    return "\n".join(lines)
+
+
+def _sample(source: Source, seed: int) -> Iterator[str]:
+    """Train documents to learn the vocabulary from: a random part of the whole corpus, however its files are ordered.
+
+    Long documents count as the tokenizer's trainer counts them, so the part is drawn a little too large and cut there.
+    """
+    share = 1.25 * TRAIN_BYTES / max(1, source.estimated_bytes)
+    rng = random.Random(seed)
+    with _bar(min(TRAIN_BYTES, source.estimated_bytes), "learning the vocabulary") as bar:
+        for split, text in source.documents():
+            if split == "train" and rng.random() < share:
+                yield text
+                bar.update(len(text[:MAX_TRAIN_CHARS].encode("utf-8")))
+
+
+def _write_splits(
+    folder: Path, source: Source, tokenizer: Tokenizer, seed: int, skipped: Skipped
+) -> tuple[dict[str, dict], np.ndarray]:
+    """Tokenises every document into its split's shards; returns the manifest's `splits` and the train token counts."""
+    seeds = np.random.SeedSequence(seed).spawn(len(SPLITS))
+    writers = {
+        name: SplitWriter(folder, name, source.estimated_split_bytes[name], np.random.default_rng(child))
+        for name, child in zip(SPLITS, seeds, strict=True)
+    }
+    num_bytes = dict.fromkeys(SPLITS, 0)
+    with _bar(source.estimated_bytes, "tokenising") as bar:
+        for batch in _batches(source.documents(skipped)):
+            encoded = tokenizer.encode_batch([text for _, text in batch])
+            for name, writer in writers.items():
+                writer.add([tokens for (split, _), tokens in zip(batch, encoded, strict=True) if split == name])
+            before = sum(num_bytes.values())
+            for split, text in batch:
+                num_bytes[split] += len(text.encode("utf-8"))
+            bar.update(sum(num_bytes.values()) - before)
+    finished = {name: writer.finish(tokenizer.token_bytes) for name, writer in writers.items()}
+    for name, (entry, _) in finished.items():
+        if entry["bytes"] != num_bytes[name]:  # bits per byte would be wrong
+            raise RuntimeError(f"the {name} tokens spell {entry['bytes']} bytes, the text has {num_bytes[name]}")
+    return {name: entry for name, (entry, _) in finished.items()}, finished["train"][1]
+
+
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, chars = [], 0
+    for split, text in documents:
+        batch.append((split, text))
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _bar(total: int, what: str) -> tqdm:
+    """In bytes of text, on stderr; quiet where that is no terminal."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -1,0 +1,140 @@
+"""Fetches published shards: in parallel, resumed where they broke off, checked before they get their name."""
+
+import hashlib
+import os
+import re
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from .errors import InputError, full_disk_is_input_error
+
+CLIMBMIX_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
+CLIMBMIX_TRAIN_SHARDS = 6542  # numbers 0..6541; the next one is pinned for validation
+DEFAULT_SHARDS = 10
+THREADS = 4
+TRIES = 5
+FIRST_PAUSE = 1.0  # seconds before the second try; each further pause is twice as long
+TIMEOUT = (10, 60)  # seconds to connect, and between two reads
+CHUNK = 1 << 20
+RETRIED_STATUS = (408, 429)  # of the 4xx; every 5xx is retried
+
+
+class _TryAgainError(Exception):
+    """This try failed in a way that another may not."""
+
+
+def fetch_climbmix(shards: int, base_url: str, folder: Path) -> list[Path]:
+    """The first `shards` training shards and the validation shard, which comes last. Raises InputError."""
+    if not 1 <= shards <= CLIMBMIX_TRAIN_SHARDS:
+        raise InputError(f"--shards is {shards:,}: it takes 1 to {CLIMBMIX_TRAIN_SHARDS:,}")
+    names = [f"shard_{i:05d}.parquet" for i in (*range(shards), CLIMBMIX_TRAIN_SHARDS)]
+    return fetch_all(base_url, names, folder)
+
+
+def fetch_all(base_url: str, names: list[str], folder: Path) -> list[Path]:
+    """Downloads `base_url`/name to `folder`/name, those that are not there yet. Raises InputError.
+
+    What a failure or Ctrl-C leaves are `.part` files, which the next call goes on with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in names]
+    missing = [path for path in paths if not path.exists()]
+    stop = threading.Event()
+    with (
+        tqdm(unit="B", unit_scale=True, desc=f"fetching {len(missing)} files", disable=None, leave=False) as bar,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
+        futures = [pool.submit(_fetch, f"{base_url.rstrip('/')}/{path.name}", path, bar, stop) for path in missing]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    return paths
+
+
+def _fetch(url: str, path: Path, bar: tqdm, stop: threading.Event) -> None:
+    part = path.with_name(path.name + ".part")
+    for attempt in range(TRIES):
+        if attempt and stop.wait(FIRST_PAUSE * 2 ** (attempt - 1)):
+            return
+        try:
+            _fetch_once(url, part, bar, stop)
+            if not stop.is_set():
+                os.replace(part, path)
+            return
+        except (
+            _TryAgainError,
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+        ) as e:
+            reason = e
+        except requests.RequestException as e:
+            raise InputError(f"{url} cannot be fetched ({e}): check --base-url") from e
+    raise InputError(
+        f"{url} cannot be fetched: {TRIES} tries, the last ended with: {' '.join(str(reason).split())}; "
+        "check the network, or name a mirror with --base-url, and run it again: what has arrived is kept"
+    )
+
+
+def _fetch_once(url: str, part: Path, bar: tqdm, stop: threading.Event) -> None:
+    """Appends to `part` what it lacks, and checks size and checksum. A part that turns out wrong is removed."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:  # nothing beyond what is there: it was not ours to begin with, or is all there
+            part.unlink(missing_ok=True)
+            raise _TryAgainError("the server has fewer bytes than had arrived")
+        if response.status_code in RETRIED_STATUS or response.status_code >= 500:
+            raise _TryAgainError(f"status {response.status_code}")
+        response.raise_for_status()
+        start, size = _extent(response, have)
+        with full_disk_is_input_error(part.parent, size or 0), part.open("r+b" if start else "wb") as file:
+            file.truncate(start)
+            file.seek(start)
+            for chunk in response.iter_content(CHUNK):
+                if stop.is_set():
+                    return
+                file.write(chunk)
+                bar.update(len(chunk))
+        got = part.stat().st_size
+        if size is not None and got < size:
+            raise _TryAgainError(f"the connection was cut after {got:,} of {size:,} bytes")
+        if size is not None and got > size:
+            part.unlink()
+            raise _TryAgainError(f"the server sent {got:,} bytes and had announced {size:,}")
+        checksum = _sha256_given(response)
+    if checksum and _sha256(part) != checksum:
+        part.unlink()
+        raise _TryAgainError("the SHA-256 is not the one the server gives")
+
+
+def _extent(response: requests.Response, have: int) -> tuple[int, int | None]:
+    """Where the answer's first byte belongs in the file, and the whole file's size where the server says it."""
+    length = response.headers.get("Content-Length")
+    if response.status_code != 206:  # the server ignores ranges, or none was asked for: all over again
+        return 0, int(length) if length else None
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if not match or int(match[1]) != have:
+        raise _TryAgainError(f"asked for bytes from {have}, the server sent {response.headers.get('Content-Range')!r}")
+    return have, None if match[3] == "*" else int(match[3])
+
+
+def _sha256_given(response: requests.Response) -> str | None:
+    """The checksum some servers give: of a file in large-file storage, the (linked) ETag is the SHA-256."""
+    answers = [*response.history, response]
+    tags = [a.headers["X-Linked-Etag"] for a in answers if "X-Linked-Etag" in a.headers]
+    tag = (tags or [response.headers.get("ETag", "")])[0].removeprefix("W/").strip('"')
+    return tag.lower() if re.fullmatch(r"[0-9a-fA-F]{64}", tag) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

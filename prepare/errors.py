@@ -1,0 +1,30 @@
+"""The one exception for what the user can mend."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Bad input or bad arguments: one line that names what is wrong and how to mend it."""
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+@contextmanager
+def full_disk_is_input_error(folder: Path, needed: int) -> Iterator[None]:
+    """Turns "no space left" (or over quota) below `folder` into an InputError; `needed` is an estimate in bytes."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise InputError(
+            f"the disk of {folder} is full: this needs about {gigabytes(needed)} there and {gigabytes(free)} are free; "
+            "make room, or name a folder on another disk (--out, or TIMEBOX_HOME)"
+        ) from e
