@@ -14,7 +14,8 @@ import torch
 from model import GPT, GPTConfig, flops_per_token
 from model.flops import device_peak
 from model.gpt import count_parameters
-from prepare import Dataset, Evaluation, InputError, Loader, default_folder, evaluate_bpb, prepare
+from prepare import Dataset, InputError, Loader, default_folder, evaluate_bpb, prepare
+from prepare.evaluate import Evaluation
 
 from .budget import Budget
 from .config import TrainConfig, resolve
@@ -92,7 +93,7 @@ def run(config: TrainConfig) -> dict[str, str]:
     split = data.split("train")
     loader = Loader(
         split, config.device_batch_size, config.seq_len,
-        bos=data.tokenizer.bos, packing=config.packing, pin_memory=device == "cuda",
+        bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
     )  # fmt: skip
     with closing(loader):
         folder = RunFolder(config.run_dir, config.name)
