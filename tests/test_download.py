@@ -74,6 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(download, "CHUNK", 1_000)
     server = Server()
     server.files["a"] = CONTENT
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
