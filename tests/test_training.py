@@ -106,14 +106,14 @@ def test_strict_mode_rehearses_without_a_trace(corpus, tmp_path):
     assert float(summary["training_seconds"]) > 0
 
 
-def make_step(corpus, **changes) -> TrainStep:
-    config = resolve(TrainConfig(depth=2, d_model=64, head_dim=16, seq_len=32, **changes), "cpu")
+def make_step(forward_dtype=torch.float32) -> TrainStep:
+    config = resolve(TrainConfig(depth=2, d_model=64, head_dim=16, seq_len=32), "cpu")
     model = GPT(config.model_config(512))
     model.init_weights(0)
     with torch.no_grad():  # away from initialisation, where most gradients are zero
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    return TrainStep(model, Optimizer(model, config))
+    return TrainStep(model, Optimizer(model, config, forward_dtype))
 
 
 VALUES = StepValues(step=0, lr_multiplier=1.0, momentum=0.85, weight_decay=0.2)
@@ -125,7 +125,7 @@ def batch(tokens: torch.Tensor) -> Batch:
 
 def test_two_micro_batches_of_four_rows_are_one_of_eight(corpus):
     tokens = torch.randint(512, (8, 33), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
-    one, two = make_step(corpus), make_step(corpus)
+    one, two = make_step(), make_step()
     loss_one, _ = one([batch(tokens)], VALUES)
     loss_two, _ = two([batch(tokens[:4]), batch(tokens[4:])], VALUES)
     torch.testing.assert_close(loss_one, loss_two)
@@ -137,8 +137,32 @@ def test_two_micro_batches_of_four_rows_are_one_of_eight(corpus):
         torch.testing.assert_close(p[clear], q[clear], rtol=0, atol=2e-2 * 0.04, msg=name)
 
 
-def test_rehearsal_restores_every_bit(corpus):
-    step, untouched = make_step(corpus), make_step(corpus)
+def test_the_precision_of_a_gpu():
+    """bf16 parameters and activations, fp32 masters and gradients: the step of a GPU, here on a CPU."""
+    full, half = make_step(), make_step(torch.bfloat16)
+    tokens = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    for _ in range(3):
+        loss_full, _ = full([batch(tokens)], VALUES)
+        loss_half, good = half([batch(tokens)], VALUES)
+        assert good
+        assert loss_half.dtype == torch.float32
+        torch.testing.assert_close(loss_half, loss_full, rtol=0, atol=0.05)
+        error = (half.optimizer.grads - full.optimizer.grads).norm() / full.optimizer.grads.norm()
+        assert error < 0.05
+        for name, parameter in half.model.named_parameters():
+            assert torch.equal(parameter, half.optimizer.masters[name].to(parameter.dtype))
+
+
+def test_published_packing_says_what_it_crops(corpus, tmp_path):
+    assert run_main(corpus, tmp_path / "run", "--steps", "3", "--packing", "published") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["packing"] == "published"
+    assert float(summary["train_cropped_percent"]) > 5
+    assert float(summary["val_cropped_percent"]) > 5
+
+
+def test_rehearsal_restores_every_bit():
+    step, untouched = make_step(), make_step()
     before = torch.random.get_rng_state()
     step.rehearse((4, 33), micro_steps=2, values=VALUES)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -281,8 +305,8 @@ def test_what_does_not_fit_is_said_up_front(corpus, tmp_path, capsys, monkeypatc
     assert "lower --depth" in capsys.readouterr().err
 
 
-def test_activation_count_grows_with_rows_and_is_what_autograd_keeps(corpus):
-    step = make_step(corpus)
+def test_activation_count_grows_with_rows_and_is_what_autograd_keeps():
+    step = make_step()
     one, four = (train.memory.activation_bytes(step.model, rows, step.precision()) for rows in (1, 4))
     kept = {}
 

@@ -28,7 +28,9 @@ from .runs import RunFolder
 from .schedule import step_values
 from .step import TrainStep
 
-CPU_VOCAB_SIZE = 2048  # of the corpus that `train` prepares by itself on a CPU (bench/LOG.md, 2026-11-23)
+# Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
+# a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
+VOCAB_SIZE = {"cuda": 8192, "cpu": 2048}
 EPOCHS_WORTH_A_WARNING = 4
 
 
@@ -49,10 +51,11 @@ def open_data(folder: str | None, device: str) -> Dataset:
     """The prepared corpus; the embedded one is prepared first where none is named and it is not there yet."""
     if folder is not None:
         return Dataset.open(folder)
-    default = default_folder("stdlib")
+    # `stdlib` is what `python -m prepare` writes, with 8,192 tokens; a CPU's smaller one stands beside it.
+    default = default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
     if not (default / "manifest.json").exists():
         print(f"no corpus prepared yet: preparing the embedded one, once, in {default}", flush=True)
-        prepare("stdlib", vocab_size=CPU_VOCAB_SIZE if device == "cpu" else 8192)
+        prepare("stdlib", out=default, vocab_size=VOCAB_SIZE[device])
     return Dataset.open(default)
 
 
@@ -123,7 +126,7 @@ def run(config: TrainConfig) -> dict[str, str]:
         step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
         max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
     )  # fmt: skip
-    summary = summarise(config, model_config, budget, evaluation, ready)
+    summary = summarise(config, model_config, budget, evaluation, ready, loader.cropped_share)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
     print_summary({**summary, "run": str(folder.path)})
     return summary
@@ -151,7 +154,7 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
 
 
 def summarise(
-    config: TrainConfig, model: GPTConfig, budget: Budget, evaluation: Evaluation, ready: float
+    config: TrainConfig, model: GPTConfig, budget: Budget, evaluation: Evaluation, ready: float, cropped: float
 ) -> dict[str, str]:
     """The summary block. The first nine keys keep their names and their order; more may follow."""
     device = torch.device(config.device)
@@ -182,6 +185,7 @@ def summarise(
         "val_bytes": f"{evaluation.bytes_scored}",
         "val_cropped_percent": f"{100 * evaluation.cropped_share:.1f}",
         "packing": config.packing,
+        "train_cropped_percent": f"{100 * cropped:.1f}",
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],
         "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
         "seed": f"{config.seed}",
