@@ -1,7 +1,9 @@
 """A run from its configuration to its summary: what surrounds the loop."""
 
+import ctypes
 import dataclasses
 import os
+import platform
 import resource
 import sys
 import time
@@ -47,6 +49,16 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed, as PyTorch's allocator does on a GPU. Given back to the kernel, they
+    come with a page fault for every 4 KiB when the next step asks for them: a sixth of a CPU step (bench/LOG.md)."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**30)
+
+
 def open_data(folder: str | None, device: str) -> Dataset:
     """The prepared corpus; the embedded one is prepared first where none is named and it is not there yet."""
     if folder is not None:
@@ -81,6 +93,8 @@ def run(config: TrainConfig) -> dict[str, str]:
     config = resolve(config, device)
     if config.autocast is None:
         config = dataclasses.replace(config, autocast=device == "cpu" and cpu_has_bf16())
+    if device == "cpu":
+        keep_freed_memory()
     forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
     data = open_data(config.data, device)
     model_config = config.model_config(data.vocab_size)
