@@ -137,8 +137,18 @@ def test_pieces_of_a_long_document_are_spread(tmp_path):
     assert neighbours.mean() < 0.01
 
 
+def test_of_equal_lengths_the_oldest_comes_first(tmp_path):
+    split = make_split(tmp_path, [[16] * 50])
+    assert one_epoch(split, 16, "lossless", seed=None)[:, 1].tolist() == list(range(0, 800, 16))
+
+
 def test_seed_and_epoch_change_the_order(tmp_path):
     split = make_split(tmp_path, LENGTHS)
+    aligned = make_split(tmp_path / "aligned", [[16] * 50])  # an epoch is 50 rows
+    rows = list(pack_rows(aligned, 16, bos=BOS, epochs=2))
+    first, second = np.stack(rows[:50]), np.stack(rows[50:])
+    assert not np.array_equal(first, second)
+    assert np.array_equal(np.sort(first, axis=0), np.sort(second, axis=0))
     assert np.array_equal(one_epoch(split, 16, "lossless", 0), one_epoch(split, 16, "lossless", 0))
     assert not np.array_equal(one_epoch(split, 16, "lossless", 0), one_epoch(split, 16, "lossless", 1))
 

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +105,20 @@ def test_a_folder_with_other_files_is_never_replaced(corpus, folder):
     assert (folder / "thesis.txt").exists()
     with pytest.raises(InputError, match="--out"):
         prepare(str(corpus), corpus, vocab_size=280)
+
+
+def test_save_array_writes_what_np_save_writes(tmp_path):
+    for values in (np.arange(7, dtype=np.uint16), np.arange(5), np.zeros(0, dtype=np.int64)):
+        np.save(tmp_path / "a.npy", values)
+        shards.save_array(tmp_path / "b.npy", values)
+        assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_save_array_says_that_the_disk_is_full():
+    with pytest.raises(OSError, match="No space left") as caught:
+        shards.save_array(Path("/dev/full"), np.zeros(10**6))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def flip_a_byte(path):

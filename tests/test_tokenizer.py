@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepare_corpus import sentence
+from tokenizers import Regex, pre_tokenizers
 
 from prepare import InputError, Tokenizer
 from prepare import tokenizer as module
@@ -69,13 +70,24 @@ def test_encode_batch_is_encode(tokenizer, texts):
 
 def test_training_and_encoding_split_text_alike(texts):
     """tiktoken does not show its pieces, but a piece that is a token of the vocabulary is encoded as that token."""
-    from tokenizers import Regex, pre_tokenizers
-
     splitter = pre_tokenizers.Split(Regex(module.PATTERN), behavior="isolated")
     for text in texts:
         pieces = [piece for piece, _ in splitter.pre_tokenize_str(text)]
         multibyte = sorted({piece.encode() for piece in pieces if len(piece.encode()) > 1})
         assert len(Tokenizer(multibyte).encode(text)) == len(pieces)
+
+
+def test_merges_are_learned_within_the_pieces_that_are_encoded():
+    """Learned to the last merge, every piece is one token; merges of any other pieces would miss some."""
+    with pytest.raises(InputError) as caught:
+        Tokenizer.train([ODD_TEXT] * 3, 10_000)
+    supported = int(str(caught.value).split("--vocab-size ")[1].split(",")[0])
+    tokenizer = Tokenizer.train([ODD_TEXT] * 3, supported)
+    single = {tokenizer.decode([i]) for i in tokenizer.encode(ODD_TEXT)}
+    assert {"Hello", "'s", "!!!\n\n", "12", "34", "56", "'Ve"} <= single
+
+    pieces = pre_tokenizers.Split(Regex(module.PATTERN), behavior="isolated").pre_tokenize_str(ODD_TEXT)
+    assert len(tokenizer.encode(ODD_TEXT)) == len(pieces)
 
 
 @pytest.mark.parametrize("unit", [" ", "\t ", "a", "é", "^", "\n", " \n", "line of text\n"])
