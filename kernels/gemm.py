@@ -64,16 +64,32 @@ def _arch() -> int:
         return 0
 
 
-def gemm_config(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes, warps and stages by dtype and architecture: chosen for no spills and the shared memory there is.
+def gemm_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes, warps and stages, so that nothing spills and the stages fit: no speed has been measured yet.
 
-    The stages hold 144 KiB on the datacentre chips from Hopper on, which have 227, and 64 KiB elsewhere (99 at least).
+    Hopper has 227 KiB of shared memory a multiprocessor. A long K takes the largest tile (144 KiB, all registers); a
+    short one takes half of it twice (2 x 96 KiB), so that one program's epilogue runs beside the other's products.
     """
     if dtype == torch.float32:  # exact products run on the ordinary cores, with both factors in registers
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
-    if _arch() in (90, 100, 103):
-        return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4}
+        return _tile(64, 64, 16, num_stages=2)
+    if N % 16 or K % 16:  # such rows are not aligned: elements are loaded one by one, each with an address of its own
+        return _tile(64, 64, 32, num_stages=2)
+    arch = _arch()
+    if arch == 90 and K > 1024:
+        return _tile(128, 256, 64, num_stages=3)
+    if arch in (90, 100, 103):
+        return _tile(128, 128, 64, num_stages=3)
+    return _tile(128, 128, 32, num_stages=4)  # 64 KiB: every chip from Ampere on has 99
+
+
+def _tile(block_m: int, block_n: int, block_k: int, num_stages: int, num_warps: int = 8) -> dict[str, int]:
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
 
 
 def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int]:

@@ -76,8 +76,8 @@ def _proj_bwd_kernel(
     tl.store(dz_ptr + offs, dz, mask=mask)
 
 
-def _config(K: int, dtype: torch.dtype) -> dict[str, int]:
-    config = gemm_config(dtype)
+def _config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+    config = gemm_config(N, K, dtype)
     return {**config, "GROUP_M": GROUP_M, "EVEN_K": K % config["BLOCK_K"] == 0}
 
 
@@ -85,7 +85,7 @@ def _fc_fwd(x: Tensor, w_fc: Tensor) -> Tensor:
     """relu(x·W_fcᵀ)²: [M, F]."""
     (M, K), N = x.shape, w_fc.shape[0]
     post = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = _config(K, x.dtype)
+    config = _config(N, K, x.dtype)
     _fc_fwd_kernel[gemm_grid(M, N, config)](
         x, w_fc, post, x.stride(0), x.stride(1), w_fc.stride(1), w_fc.stride(0), M, N, K, **config
     )
@@ -96,7 +96,7 @@ def _proj_fwd(post: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:
     """residual + post·W_projᵀ: [M, D]."""
     (M, K), N = post.shape, w_proj.shape[0]
     out = torch.empty(M, N, dtype=post.dtype, device=post.device)
-    config = _config(K, post.dtype)
+    config = _config(N, K, post.dtype)
     _proj_fwd_kernel[gemm_grid(M, N, config)](
         post, w_proj, residual, out, post.stride(0), post.stride(1), w_proj.stride(1), w_proj.stride(0),
         residual.stride(0), M, N, K, **config,
@@ -108,7 +108,7 @@ def _proj_bwd(dout: Tensor, w_proj: Tensor, post: Tensor) -> Tensor:
     """2·√post·(dout·W_proj): [M, F]."""
     (M, K), N = dout.shape, w_proj.shape[1]
     dz = torch.empty(M, N, dtype=post.dtype, device=post.device)
-    config = _config(K, post.dtype)
+    config = _config(N, K, post.dtype)
     _proj_bwd_kernel[gemm_grid(M, N, config)](
         dout, w_proj, post, dz, dout.stride(0), dout.stride(1), w_proj.stride(0), w_proj.stride(1), M, N, K, **config
     )
