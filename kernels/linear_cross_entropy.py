@@ -119,7 +119,7 @@ def _chunk_rows(vocab_size: int, device: torch.device) -> int:
 def _chunked_losses(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dx: Tensor | None = None, dweight: Tensor | None = None
 ) -> Tensor:
-    """The losses [N] by the kernel. Where they are given, `dx` receives count·dx, and count·dW is added to `dweight`."""
+    """The losses [N] by the kernel. Where they are given, `dx` receives count·dx and `dweight` has count·dW added."""
     (N, _), V = x.shape, weight.shape[0]
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     rows = max(1, min(N, _chunk_rows(V, x.device)))
