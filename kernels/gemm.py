@@ -79,7 +79,7 @@ def gemm_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
         return _tile(128, 256, 64, num_stages=3)
     if arch in (90, 100, 103):
         return _tile(128, 128, 64, num_stages=3)
-    return _tile(128, 128, 32, num_stages=4)  # 64 KiB: every chip from Ampere on has 99
+    return _tile(128, 128, 32, num_stages=4)  # at most 64 KiB: every chip from Ampere on has 99
 
 
 def _tile(block_m: int, block_n: int, block_k: int, num_stages: int, num_warps: int = 8) -> dict[str, int]:
