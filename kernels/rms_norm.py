@@ -5,12 +5,19 @@
 
 Both s and y are returned, so that the stream has one consumer and autograd has no sum of its own to make.
 x, x₀, residual, s, y: [..., D]; λᵣ, λ₀: scalars. Source: Zhang & Sennrich, arXiv 1910.07467.
+
+Backward, with x̂ = s·rstd:  g = ds + rstd·(dy − x̂·mean(dy·x̂));  dx = dresidual = λᵣ·g;  dx₀ = λ₀·g;
+dλᵣ = Σ g·(x + residual);  dλ₀ = Σ g·x₀, per block of rows first and then over the blocks, in a fixed order.
+
+Saved: rstd in fp32, and the tensors that s is made of; s itself where it is the sum of x and residual alone, one tensor
+instead of two. With x alone, s is x: nothing is written and nothing more is kept.
+Bytes per token at width D in 16 bits, x alone: 4D forward, 8D backward; with x₀: 8D and 12D. FLOPs: about 4D and 9D.
 """
 
 import torch
 from torch import Tensor
 
-from .common import EPS, upcast
+from .common import EPS, tl, triton, upcast, use_kernels
 
 
 def rms_norm_ref(
@@ -29,6 +36,195 @@ def rms_norm_ref(
     return s.to(x.dtype), y.to(x.dtype)
 
 
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, s_ptr, y_ptr, rstd_ptr,
+    x_stride_m, residual_stride_m, x0_stride_m, M, D,
+    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    s = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offs_m[:, None] * residual_stride_m + offs_d[None, :], mask=mask, other=0.0)
+        s += residual.to(tl.float32)
+    if HAS_X0:
+        x0 = tl.load(x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(lambda_r_ptr) * s + tl.load(lambda_0_ptr) * x0
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(s * s, axis=1) / D + EPS)  # [BM]
+    offs = offs_m[:, None] * D + offs_d[None, :]
+    if HAS_RESIDUAL or HAS_X0:
+        tl.store(s_ptr + offs, s.to(s_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, (s * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    ds_ptr, dy_ptr, x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, rstd_ptr, dx_ptr, dx0_ptr, partial_ptr,
+    x_stride_m, residual_stride_m, x0_stride_m, M, D,
+    HAS_DS: tl.constexpr, HAS_DY: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    offs_d = tl.arange(0, BLOCK_D)
+    dlambda_r = 0.0
+    dlambda_0 = 0.0
+    for step in range(STEPS):
+        offs_m = (pid.to(tl.int64) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & (offs_d < D)[None, :]
+        offs = offs_m[:, None] * D + offs_d[None, :]
+        inner = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            residual_ptrs = residual_ptr + offs_m[:, None] * residual_stride_m + offs_d[None, :]
+            inner += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        s = inner
+        if HAS_X0:
+            x0_ptrs = x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :]
+            x0 = tl.load(x0_ptrs, mask=mask, other=0.0).to(tl.float32)
+            s = tl.load(lambda_r_ptr) * inner + tl.load(lambda_0_ptr) * x0
+        g = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        if HAS_DY:
+            rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+            dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            normed = s * rstd
+            g += rstd * (dy - normed * (tl.sum(dy * normed, axis=1)[:, None] / D))
+        if HAS_DS:
+            g += tl.load(ds_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_X0:
+            dlambda_r += tl.sum(g * inner)
+            dlambda_0 += tl.sum(g * x0)
+            tl.store(dx_ptr + offs, (tl.load(lambda_r_ptr) * g).to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx0_ptr + offs, (tl.load(lambda_0_ptr) * g).to(dx0_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(dx_ptr + offs, g.to(dx_ptr.dtype.element_ty), mask=mask)
+    if HAS_X0:
+        tl.store(partial_ptr + 2 * pid, dlambda_r)
+        tl.store(partial_ptr + 2 * pid + 1, dlambda_0)
+
+
+@triton.jit
+def _dlambda_kernel(
+    partial_ptr, dlambda_r_ptr, dlambda_0_ptr, N,
+    ACCUMULATE_R: tl.constexpr, ACCUMULATE_0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums the [N, 2] partial gradients of λᵣ and λ₀: one program, always in the same order."""
+    sum_r = tl.zeros([BLOCK], dtype=tl.float32)
+    sum_0 = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, N, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        sum_r += tl.load(partial_ptr + 2 * offs, mask=offs < N, other=0.0)
+        sum_0 += tl.load(partial_ptr + 2 * offs + 1, mask=offs < N, other=0.0)
+    dlambda_r = tl.sum(sum_r)
+    dlambda_0 = tl.sum(sum_0)
+    if ACCUMULATE_R:
+        dlambda_r += tl.load(dlambda_r_ptr)
+    if ACCUMULATE_0:
+        dlambda_0 += tl.load(dlambda_0_ptr)
+    tl.store(dlambda_r_ptr, dlambda_r)
+    tl.store(dlambda_0_ptr, dlambda_0)
+
+
+MAX_WIDTH = 16384  # a row is one tile
+
+
+def _config(D: int) -> dict[str, int]:
+    """A tile holds whole rows: 2,048 elements for four warps, two vectors of 16 bytes a thread and 16-bit tensor."""
+    block_d = triton.next_power_of_2(D)
+    block_m = max(1, 2048 // block_d)
+    return {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(16, block_m * block_d // 512))}
+
+
+# Blocks of rows that a program of the backward walks: what divides the number of partial sums of the λ gradients.
+STEPS = 8
+
+
+def _rows(name: str, tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """[..., D] as [M, D] with unit stride along D. Raises ValueError for what the kernels cannot read."""
+    if tensor is None:
+        return None
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, x has {tuple(like.shape)} {like.dtype}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        raise ValueError(f"{name}: stride {tensor.stride(-1)} along the last dimension, the kernels need 1")
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _check(x: Tensor, x0: Tensor | None, lambdas: tuple[Tensor | None, Tensor | None]) -> None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x: {x.dtype}, the kernels take float32, float16 and bfloat16")
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x: width {x.shape[-1]}, the kernels take 1 to {MAX_WIDTH}")
+    for name, value in zip(("lambda_r", "lambda_0"), lambdas, strict=True):
+        if (value is None) != (x0 is None):
+            raise ValueError(f"{name} is given exactly when x0 is")
+        if value is not None and (value.numel() != 1 or value.dtype != torch.float32):
+            raise ValueError(f"{name}: {tuple(value.shape)} {value.dtype}, expected one float32")
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0):
+        _check(x, x0, (lambda_r, lambda_0))
+        ctx.set_materialize_grads(False)
+        rows, rows_residual, rows_x0 = _rows("x", x, x), _rows("residual", residual, x), _rows("x0", x0, x)
+        M, D = rows.shape
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        s = x if residual is None and x0 is None else torch.empty_like(y)
+        rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+        config = _config(D)
+        _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
+            rows, rows_residual, rows_x0, lambda_r, lambda_0, s, y, rstd,
+            rows.stride(0), 0 if residual is None else rows_residual.stride(0), 0 if x0 is None else rows_x0.stride(0),
+            M, D, EPS=EPS, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None, **config,
+        )  # fmt: skip
+        if x0 is None:
+            rows, rows_residual = s.reshape(M, D), None
+        ctx.save_for_backward(rows, rows_residual, rows_x0, lambda_r, lambda_0, rstd)
+        ctx.has_residual = residual is not None
+        ctx.dlambda = dlambda_r, dlambda_0
+        return s, y
+
+    @staticmethod
+    def backward(ctx, ds, dy):
+        x, residual, x0, lambda_r, lambda_0, rstd = ctx.saved_tensors
+        if ds is None and dy is None:
+            return None, None, None, None, None, None, None
+        shape = (dy if ds is None else ds).shape
+        ds, dy = (None if g is None else g.contiguous() for g in (ds, dy))
+        M, D = x.shape
+        config = _config(D)
+        programs = triton.cdiv(M, config["BLOCK_M"] * STEPS)
+        dx = torch.empty(shape, dtype=x.dtype, device=x.device)
+        dx0 = None if x0 is None else torch.empty_like(dx)
+        partial = None if x0 is None else torch.empty(programs, 2, dtype=torch.float32, device=x.device)
+        _rms_norm_bwd_kernel[(programs,)](
+            ds, dy, x, residual, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
+            x.stride(0), 0 if residual is None else residual.stride(0), 0 if x0 is None else x0.stride(0), M, D,
+            HAS_DS=ds is not None, HAS_DY=dy is not None, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None,
+            STEPS=STEPS, **config,
+        )  # fmt: skip
+        dresidual = dx if ctx.has_residual else None
+        if x0 is None:
+            return dx, dresidual, None, None, None, None, None
+        targets = [
+            torch.empty(like.shape, dtype=torch.float32, device=x.device) if main_grad is None else main_grad
+            for like, main_grad in zip((lambda_r, lambda_0), ctx.dlambda, strict=True)
+        ]
+        _dlambda_kernel[(1,)](
+            partial, *targets, programs,
+            ACCUMULATE_R=ctx.dlambda[0] is not None, ACCUMULATE_0=ctx.dlambda[1] is not None, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+        dlambda_r, dlambda_0 = (
+            target if main_grad is None else None for target, main_grad in zip(targets, ctx.dlambda, strict=True)
+        )
+        return dx, dresidual, dx0, dlambda_r, dlambda_0, None, None
+
+
 def rms_norm(
     x: Tensor,
     residual: Tensor | None = None,
@@ -40,9 +236,25 @@ def rms_norm(
 
     Args:
         x, residual, x0: [..., D], one dtype.
-        lambda_r, lambda_0: 0-dimensional, fp32 or wider; given exactly when `x0` is.
+        lambda_r, lambda_0: 0-dimensional, fp32 or wider; given exactly when `x0` is. Where one carries `main_grad`,
+            the kernels add its gradient there.
 
     Returns:
-        (s, y), both shaped and typed like `x`.
+        (s, y), both shaped and typed like `x`. With `x` alone, s is a view of it.
     """
-    return rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
+    if not use_kernels(x):
+        return rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
+    dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
+    return _RMSNorm.apply(x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0)
+
+
+def cost(
+    rows: int, width: int, has_residual: bool = False, has_x0: bool = False, itemsize: int = 2, backward: bool = False
+) -> tuple[int, int]:
+    """Bytes that have to move and FLOPs, for [rows, width]."""
+    mixed = has_residual or has_x0
+    if not backward:
+        tensors = 1 + has_residual + has_x0 + mixed + 1  # the inputs, s, y
+        return rows * (width * tensors * itemsize + 4), rows * width * (4 + has_residual + 3 * has_x0)
+    tensors = 2 + 1 + 2 * has_x0 + (has_residual and has_x0) + 1  # ds, dy, what was kept, dx and dx0
+    return rows * (width * tensors * itemsize + 4), rows * width * (9 + 9 * has_x0)

@@ -106,13 +106,13 @@ class GPT(nn.Module):
     def features(self, tokens: Tensor) -> Tensor:
         """The final normed stream [B, T, D]: what the head reads."""
         config, weight = self.config, kernels.layer_weight
-        lambda_r, lambda_0 = weight(self.lambda_r), weight(self.lambda_0)
         ve_tables = [weight(self.value_embeddings, i) for i in range(len(config.ve_layers))]
         x, *ve = kernels.embedding(tokens, [weight(self.wte), *ve_tables])
         _, x0 = kernels.rms_norm(x)
         x = x0
         for i, window in enumerate(config.windows):
-            x, y = kernels.rms_norm(x, x0=x0, lambda_r=lambda_r[i], lambda_0=lambda_0[i])
+            lambdas = {"lambda_r": weight(self.lambda_r, i), "lambda_0": weight(self.lambda_0, i)}
+            x, y = kernels.rms_norm(x, x0=x0, **lambdas)
             qkv = kernels.linear(y, weight(self.w_qkv, i))
             value, gate = None, None
             if i in config.ve_layers:

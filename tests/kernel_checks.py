@@ -1,7 +1,12 @@
 """How a kernel is judged: against a truth in higher precision, by PyTorch's own error in the same dtype."""
 
+import importlib.util
+import linecache
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,3 +52,69 @@ def outputs_and_gradients(
     leaves = [x for x in cast if x is not None and x.requires_grad]
     gradients = torch.autograd.grad(outs, leaves, cotangents)
     return [*(o.detach() for o in outs), *gradients]
+
+
+def fill_empty_with_nan(monkeypatch) -> None:
+    """Every floating tensor that comes from `empty` is full of NaN: what a kernel forgot to write then shows."""
+
+    def filled(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args, **kwargs):
+            out = empty(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+def mutant(module: ModuleType, *edits: tuple[str, str], folder: Path) -> ModuleType:
+    """A copy of `module` in which each `(old, new)` has been replaced: a check that accepts it checks nothing.
+
+    Args:
+        module: an op's file.
+        edits: what to replace, every `old` exactly once in the source as it then stands.
+        folder: where the copy is written; Triton reads a kernel's source from its file.
+    """
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    for old, new in edits:
+        assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {module.__file__}"
+        source = source.replace(old, new)
+    name = f"{module.__name__.rpartition('.')[2]}_mutant"
+    path = folder / f"{name}.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"{module.__package__}.{name}", path)
+    copy = importlib.util.module_from_spec(spec)
+    linecache.checkcache(str(path))  # two mutants in one folder share a path
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def exact_bfloat16(monkeypatch) -> None:
+    """Makes bf16 in Triton's interpreter behave as on a GPU: it multiplies the raw bits in `tl.dot`, and truncates
+    where a GPU rounds to nearest even. Does nothing where kernels are compiled. Written against the pinned Triton."""
+    if DEVICE == "cuda":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def upcast(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def exact_dot(self, a, b, d, *args):
+        return create_dot(self, upcast(a), upcast(b), d, *args)
+
+    def rounded(data, source, target, mode):
+        if source != tl.float32 or target != tl.bfloat16:
+            return convert(data, source, target, mode)
+        bits = np.ascontiguousarray(data).view(np.uint32).astype(np.uint64)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(data), np.uint16(0x7FC0), nearest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", exact_dot)
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)

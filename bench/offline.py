@@ -1,0 +1,218 @@
+"""Every kernel of a training step, compiled for a GPU that is not there.
+
+`python -m bench.offline --arch 80 90 100` runs one whole step (forward, backward, update) of the default GPU
+configuration on tensors of device "meta": nothing is allocated and nothing runs, but each kernel is compiled exactly as
+the step would launch it. It prints what each costs on that architecture, and exits with 1 on a spill that
+`ALLOWED_SPILLS` does not name, on more shared memory than there is, and on a matrix product without wgmma on sm_90.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ALLOWED_SPILLS: dict[tuple[str, int], tuple[int, str]] = {
+    # (kernel, arch): (bytes of stack a thread, why it is accepted)
+}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of a multiprocessor, from the CUDA programming guide's table of compute capabilities."""
+
+    shared_per_sm: int
+    shared_per_cta: int
+    warps: int = 64
+    ctas: int = 32
+    registers: int = 65536
+
+
+ARCHS = {
+    80: Arch(164 * 1024, 163 * 1024),
+    89: Arch(100 * 1024, 99 * 1024, warps=48, ctas=24),
+    90: Arch(228 * 1024, 227 * 1024),
+    100: Arch(228 * 1024, 227 * 1024),
+}
+RESERVED_SHARED = 1024  # the driver's own, in every CTA
+REGISTER_UNIT = 256  # registers are given to a warp in units of this many
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One compiled variant of a kernel."""
+
+    name: str
+    launches: int
+    warps: int
+    registers: int
+    stack: int  # bytes a thread: registers that did not fit
+    shared: int
+    is_matrix: bool
+    wgmma: int
+
+    def ctas_per_sm(self, arch: int) -> int:
+        """CTAs that fit on a multiprocessor at once; 0 where not even one does."""
+        limits = ARCHS[arch]
+        registers = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT * self.warps
+        by_registers = limits.registers // max(registers, 1)
+        by_shared = limits.shared_per_sm // (self.shared + RESERVED_SHARED)
+        return min(limits.ctas, limits.warps // self.warps, by_registers, by_shared)
+
+    def faults(self, arch: int) -> list[str]:
+        """What is wrong with it, a line each."""
+        found = []
+        allowed, _ = ALLOWED_SPILLS.get((self.name, arch), (0, ""))
+        if self.stack > allowed:
+            found.append(f"{self.name}: {self.stack} bytes of spills, {allowed} allowed")
+        if self.shared > ARCHS[arch].shared_per_cta:
+            found.append(f"{self.name}: {self.shared} bytes of shared memory, {ARCHS[arch].shared_per_cta} there")
+        if arch == 90 and self.is_matrix and not self.wgmma:
+            found.append(f"{self.name}: a matrix product without wgmma")
+        return found
+
+
+class _Driver:
+    """What the compiler asks of a driver, answered for a device that is not there."""
+
+    def __init__(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        import torch
+
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[Counter]:
+    """Inside, a launch compiles for `arch` and does nothing else. Yields the launches of each compiled kernel."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    launches: Counter = Counter()
+    launch = JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        launches[kernel] += 1
+        return kernel
+
+    triton.runtime.driver.set_active(_Driver(arch))
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = launch
+
+
+def usage(kernel, launches: int) -> Usage:
+    """What the assembler made of a compiled kernel."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    ir = kernel.asm.get("ttir", "") + kernel.asm.get("ttgir", "")
+    return Usage(
+        name=kernel.metadata.name,
+        launches=launches,
+        warps=kernel.metadata.num_warps,
+        registers=numbers["REG"],
+        stack=numbers["STACK"] + numbers["LOCAL"],
+        shared=kernel.metadata.shared,
+        is_matrix=re.search(r"\btt\.dot\b|warp_group_dot|tc_gen5_mma", ir) is not None,
+        wgmma=kernel.asm["ptx"].count("wgmma.mma_async"),
+    )
+
+
+def run_step(vocab_size: int) -> None:
+    """One step of the real trainer, at the default GPU configuration, on meta tensors with every kernel there is."""
+    import torch
+
+    from kernels.common import set_ops
+    from model import GPT
+    from prepare import Batch
+    from train.config import TrainConfig, resolve
+    from train.optimizer import Optimizer
+    from train.schedule import step_values
+    from train.step import TrainStep
+
+    config = resolve(TrainConfig(), "cuda")
+    model = GPT(config.model_config(vocab_size), device="meta")
+    optimizer = Optimizer(model, config, torch.bfloat16)
+    tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
+    batch = Batch(tokens=tokens, epoch=0, state={}, index=0)
+    set_ops("triton")
+    try:
+        TrainStep(model, optimizer)([batch] * config.grad_accum_steps, step_values(config, 0, 0.0))
+    finally:
+        set_ops(None)
+
+
+def report(usages: list[Usage], arch: int) -> list[str]:
+    """Prints the table and returns the faults."""
+    width = max(len(u.name) for u in usages)
+    print(f"{'kernel':<{width}}  launches  warps  registers  spills  shared  CTAs/SM  wgmma")
+    for u in usages:
+        print(
+            f"{u.name:<{width}}  {u.launches:>8}  {u.warps:>5}  {u.registers:>9}  {u.stack:>6}  {u.shared:>6}"
+            f"  {u.ctas_per_sm(arch):>7}  {u.wgmma if u.is_matrix else '-':>5}"
+        )
+    faults = [fault for u in usages for fault in u.faults(arch)]
+    for fault in faults:
+        print(f"FAULT {fault}")
+    return faults
+
+
+def compile_step(arch: int, vocab_size: int) -> int:
+    """Compiles, reports, and returns the exit code."""
+    with recording(arch) as launches:
+        run_step(vocab_size)
+    usages = sorted((usage(kernel, count) for kernel, count in launches.items()), key=lambda u: u.name)
+    print(f"sm_{arch}, V = {vocab_size}: {sum(launches.values())} launches of {len(usages)} compiled kernels in a step")
+    return 1 if report(usages, arch) else 0
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.offline", description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHS, help="compute capability x 10")
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=[8192])
+    options = parser.parse_args(args)
+    pairs = [(arch, vocab_size) for arch in options.arch for vocab_size in options.vocab_size]
+    if len(pairs) == 1 and "TRITON_INTERPRET" not in os.environ:
+        return compile_step(*pairs[0])
+    # Triton keeps the target it has once compiled for, and whether it interprets: each pair gets a process of its own.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    codes = []
+    for arch, vocab_size in pairs:
+        command = [sys.executable, "-m", "bench.offline", "--arch", str(arch), "--vocab-size", str(vocab_size)]
+        codes.append(subprocess.run(command, env=environment, check=False).returncode)
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The offline report: compiled in a process of its own, since the tests' own Triton interprets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from bench.offline import ALLOWED_SPILLS, Usage
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import torch, triton
+import triton.language as tl
+from bench.offline import recording, usage
+
+@triton.jit
+def _center_kernel(x_ptr, N: tl.constexpr):
+    # Every element is needed again once the sum is known, and one warp has not the registers for them.
+    offs = tl.arange(0, N)
+    x = tl.load(x_ptr + offs)
+    tl.store(x_ptr + offs, x - tl.sum(x))
+
+@triton.jit
+def _dot_kernel(x_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x = tl.load(x_ptr + offs[:, None] * N + offs[None, :])
+    tl.store(x_ptr + offs[:, None] * N + offs[None, :], tl.dot(x, x).to(x.dtype))
+
+x = torch.empty(2**16, device="meta", dtype=torch.{dtype})
+with recording(90) as launches:
+    {launch}
+    {launch}
+for kernel, count in launches.items():
+    u = usage(kernel, count)
+    print(u.launches, u.is_matrix, u.wgmma > 0, u.stack > 0, u.ctas_per_sm(90) > 0, *u.faults(90), sep="|")
+"""
+
+
+def compiled(folder: Path, dtype: str, launch: str) -> list[str]:
+    program = PROGRAM.replace("{dtype}", dtype).replace("{launch}", launch)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    script = folder / "program.py"  # Triton reads a kernel's source from its file: no `python -c`
+    script.write_text(program, encoding="utf-8")
+    out = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    return out.stdout.strip().split("|")
+
+
+def test_a_spill_is_a_fault(tmp_path):
+    launches, is_matrix, _, spills, _, *faults = compiled(
+        tmp_path, "float32", "_center_kernel[(1,)](x, N=16384, num_warps=1)"
+    )
+    assert (launches, is_matrix, spills) == ("2", "False", "True")
+    assert len(faults) == 1
+    assert "bytes of spills, 0 allowed" in faults[0]
+
+
+def test_a_matrix_kernel_needs_wgmma(tmp_path):
+    assert compiled(tmp_path, "bfloat16", "_dot_kernel[(1,)](x, N=64)") == ["2", "True", "True", "False", "True"]
+    *seen, fault = compiled(tmp_path, "bfloat16", "_dot_kernel[(1,)](x, N=16)")  # too small for a warp group
+    assert seen == ["2", "True", "False", "False", "True"]
+    assert "without wgmma" in fault
+
+
+def test_what_does_not_fit():
+    kernel = Usage("k", launches=1, warps=4, registers=64, stack=0, shared=166_000, is_matrix=False, wgmma=0)
+    assert (kernel.ctas_per_sm(80), kernel.ctas_per_sm(90)) == (1, 1)
+    assert kernel.faults(90) == []
+    assert kernel.faults(89) == ["k: 166000 bytes of shared memory, 101376 there"]
+    light = Usage("k", launches=1, warps=4, registers=33, stack=0, shared=0, is_matrix=False, wgmma=0)
+    assert light.ctas_per_sm(90) == 65536 // (40 * 32 * 4)
+
+
+def test_an_allowed_spill_is_no_fault(monkeypatch):
+    kernel = Usage("k", launches=1, warps=4, registers=255, stack=16, shared=0, is_matrix=False, wgmma=0)
+    assert len(kernel.faults(90)) == 1
+    monkeypatch.setitem(ALLOWED_SPILLS, ("k", 90), (16, "known"))
+    assert kernel.faults(90) == []
+    assert len(kernel.faults(80)) == 1

@@ -1,0 +1,173 @@
+"""RMSNorm's kernels against the reference in fp64."""
+
+import importlib
+
+import pytest
+import torch
+
+from kernels import layer_weight
+from kernels.common import set_ops, upcast
+from tests.kernel_checks import DEVICE, assert_as_good, fill_empty_with_nan, mutant, outputs_and_gradients
+
+op = importlib.import_module("kernels.rms_norm")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+PARTS = ["x", "residual", "x0", "residual+x0"]
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    fill_empty_with_nan(monkeypatch)
+    set_ops("triton")
+    yield
+    set_ops(None)
+
+
+def make_inputs(shape, parts, dtype, seed=0):
+    """Inputs that `dtype` holds exactly; rows of very different size, one of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor():
+        t = torch.randn(shape, generator=generator)
+        t = t * torch.logspace(-3, 1, shape[-2])[:, None]
+        t[..., 0, :] = 0
+        return t.to(DEVICE, dtype)
+
+    x, residual = tensor(), tensor() if "residual" in parts else None
+    if "x0" not in parts:
+        return [x, residual]
+    return [x, residual, tensor(), torch.tensor(1.25, device=DEVICE), torch.tensor(-0.375, device=DEVICE)]
+
+
+def run(function, inputs, dtype):
+    def call(x, residual, x0=None, lambda_r=None, lambda_0=None):
+        scalars = [None if v is None else upcast(v) for v in (lambda_r, lambda_0)]
+        return function(x, residual, x0, *scalars)
+
+    return outputs_and_gradients(call, inputs, dtype)
+
+
+def check(function, shape, parts, dtype, truth_dtype=torch.float64, reference=op.rms_norm_ref, draws=1, inputs=None):
+    """Judges outputs and gradients over all draws together: of one draw, dλ is one number, and its error luck."""
+    got, baseline, truth = [], [], []
+    for seed in range(draws):
+        given = make_inputs(shape, parts, dtype, seed) if inputs is None else inputs
+        got.append(run(function, given, dtype))
+        baseline.append(run(reference, given, dtype))
+        truth.append(run(reference, given, truth_dtype))
+    for index, values in enumerate(zip(*(zip(*draws, strict=True) for draws in (got, baseline, truth)), strict=True)):
+        assert_as_good(f"output or gradient {index} of {parts}", *(torch.stack(v) for v in values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("parts", PARTS)
+def test_outputs_and_gradients(parts, dtype):
+    draws = 8 if "x0" in parts else 1
+    check(op.rms_norm, (5, 9, 300), parts, dtype, draws=draws)  # several programs, the last one partly filled
+    check(op.rms_norm, (3, 7, 37), parts, dtype, draws=draws)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 1025)])
+def test_sizes_of_one(shape):
+    check(op.rms_norm, shape, "residual+x0", torch.float32)
+
+
+def test_strided_rows():
+    inputs = make_inputs((6, 80), "residual+x0", torch.float32)
+    inputs[:3] = [t[:, 7:50] for t in inputs[:3]]
+    check(op.rms_norm, (6, 43), "residual+x0", torch.float32, inputs=inputs)
+
+
+@pytest.mark.parametrize("only", ["s", "y"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_one_gradient_may_be_absent(parts, only):
+    def one(function):
+        return lambda *inputs: function(*inputs)[only == "y"]
+
+    check(one(op.rms_norm), (3, 5, 24), parts, torch.float32, reference=one(op.rms_norm_ref), draws=8)
+
+
+def test_lambda_gradients_add_up_in_main_grad():
+    x, _, x0, *_ = make_inputs((4, 9, 40), "x0", torch.float32)
+    lambdas = [torch.tensor([0.5, 1.5], device=DEVICE, requires_grad=True) for _ in range(2)]
+    truth = [value.detach().double().requires_grad_() for value in lambdas]
+    for value in lambdas:
+        value.main_grad = torch.tensor([3.0, -2.0], device=DEVICE)
+    for scale in (1.0, 0.5):
+        _, y = op.rms_norm(x, None, x0, *(layer_weight(v, 1) for v in lambdas))
+        (scale * y[..., 3]).sum().backward()
+        _, y = op.rms_norm_ref(x.double(), None, x0.double(), *(v[1] for v in truth))
+        (scale * y[..., 3]).sum().backward()
+    for value, exact in zip(lambdas, truth, strict=True):
+        assert value.grad is None
+        assert value.main_grad[0] == 3.0
+        torch.testing.assert_close(value.main_grad[1].double(), exact.grad[1] - 2.0, rtol=1e-5, atol=1e-5)
+
+
+MUTANTS = {
+    "the mean of squares forgets its tail": (("/ D + EPS", "/ BLOCK_D + EPS"),),
+    "no projection": (("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", ""),),
+    "the projection is not divided": (("axis=1)[:, None] / D", "axis=1)[:, None]"),),
+    "the stream's gradient is lost": (("g += tl.load(ds_ptr", "tl.load(ds_ptr"),),
+    "dx unscaled": (("(tl.load(lambda_r_ptr) * g)", "g"),),
+    "dλr from the mixed stream": (("tl.sum(g * inner)", "tl.sum(g * s)"),),
+    "one program's dλ is left out": (("for start in range(0, N, BLOCK)", "for start in range(0, N - 1, BLOCK)"),
+                                     ("BLOCK=1024", "BLOCK=1")),
+    "the last row is not written": (("mask_m = offs_m < M\n    mask =", "mask_m = offs_m < M - 1\n    mask ="),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, tmp_path):
+    wrong = mutant(op, *MUTANTS[name], folder=tmp_path)
+    with pytest.raises(AssertionError):
+        check(wrong.rms_norm, (5, 9, 300), "residual+x0", torch.float32)
+
+
+def test_errors_name_the_argument():
+    x = torch.randn(4, 8, device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+    with pytest.raises(ValueError, match="residual"):
+        op.rms_norm(x, x[:2])
+    with pytest.raises(ValueError, match="x0"):
+        op.rms_norm(x, None, x.half(), one, one)
+    with pytest.raises(ValueError, match="lambda_0"):
+        op.rms_norm(x, None, x, one)
+    with pytest.raises(ValueError, match="stride"):
+        op.rms_norm(x.T)
+    with pytest.raises(ValueError, match="float64"):
+        op.rms_norm(x.double())
+
+
+def test_cost_counts_every_tensor_once():
+    assert op.cost(10, 512) == (10 * (512 * 2 * 2 + 4), 10 * 512 * 4)  # x, y and rstd
+    assert op.cost(10, 512, has_x0=True, backward=True)[0] == 10 * (512 * 6 * 2 + 4)  # ds, dy, x, x0, dx, dx0; rstd
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", PARTS)
+def test_bfloat16_at_the_models_shape(parts):
+    check(op.rms_norm, (16, 2048, 512), parts, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.gpu
+def test_the_same_bits_twice():
+    inputs = make_inputs((16, 2048, 512), "residual+x0", torch.bfloat16)
+    for a, b in zip(run(op.rms_norm, inputs, torch.bfloat16), run(op.rms_norm, inputs, torch.bfloat16), strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.gpu
+def test_past_two_to_the_31_elements():
+    x = torch.randn(2**20 + 8, 2048, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    _, y = op.rms_norm(x)
+    dy = torch.randn(8, 2048, device=DEVICE, dtype=torch.bfloat16)
+    y[-8:].backward(dy)
+    last = x.detach()[-8:].clone().requires_grad_()
+    _, expected = op.rms_norm(last)
+    expected.backward(dy)
+    assert torch.equal(y[-8:], expected)
+    assert torch.equal(x.grad[-8:], last.grad)
+    assert not x.grad[:-8].any()
