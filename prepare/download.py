@@ -96,9 +96,7 @@ def _fetch_once(url: str, part: Path, bar: tqdm, stop: threading.Event) -> None:
             raise _TryAgainError(f"status {response.status_code}")
         response.raise_for_status()
         start, size = _extent(response, have)
-        with full_disk_is_input_error(part.parent, size or 0), part.open("r+b" if start else "wb") as file:
-            file.truncate(start)
-            file.seek(start)
+        with full_disk_is_input_error(part.parent, size or 0), part.open("ab" if start else "wb") as file:
             for chunk in response.iter_content(CHUNK):
                 if stop.is_set():
                     return

@@ -51,9 +51,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, content, trouble=trouble)
         if start >= len(content):
             return self.answer(416, b"")
+        if trouble == "capped range":
+            return self.answer(206, content[start:][:9], {"Content-Range": f"bytes {start}-{start + 8}/{len(content)}"})
         shift = 10 if trouble == "wrong range" else 0
         content_range = f"bytes {start + shift}-{len(content) - 1}/{len(content)}"
-        return self.answer(206, content[start:], {"Content-Range": content_range}, trouble)
+        return self.answer(206, content[start + shift :], {"Content-Range": content_range}, trouble)
 
     def answer(self, status, body, headers=None, trouble=None):
         self.send_response(status)
@@ -126,6 +128,12 @@ def test_a_server_without_ranges_sends_it_all_again(server, tmp_path):
 def test_a_wrong_range_is_not_appended(server, tmp_path):
     server.trouble = ["cut", "wrong range"]
     assert fetched(server, tmp_path) == [CONTENT]
+
+
+def test_a_server_that_sends_less_of_a_range_than_it_could(server, tmp_path):
+    server.trouble = ["cut", "capped range"]
+    assert fetched(server, tmp_path) == [CONTENT]
+    assert server.requests[-1] == ("a", "bytes=50009-")
 
 
 def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):

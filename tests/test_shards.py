@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,17 @@ def test_every_document_arrives_in_its_split(corpus, folder):
         assert split.num_bytes == sum(len(text.encode()) for text in texts)
         assert split.num_documents == len(texts)
     assert texts_of(data, "train") != expected["train"]  # shuffled
+
+
+def test_the_vocabulary_is_learned_from_the_train_split_alone(corpus, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    fingerprints = set()
+    for word in ("alpha", "zebra"):
+        (folder / "val.txt").write_text(f"{word} " * 1_000)
+        out = prepare(str(folder), tmp_path / word, vocab_size=VOCAB_SIZE)
+        fingerprints.add(Dataset.open(out).tokenizer.fingerprint)
+    assert len(fingerprints) == 1
 
 
 def test_attributes(corpus, folder):
@@ -176,8 +188,9 @@ def test_train_shards_are_hashed_once_after_a_copy(folder, monkeypatch):
     assert opened() == opened() == ["train_00000.npy"]
 
 
-def test_a_tokenizer_the_shards_were_not_made_with(corpus, folder, tmp_path):
-    other = prepare(str(corpus), tmp_path / "other", vocab_size=280)
+def test_a_tokenizer_the_shards_were_not_made_with(folder, tmp_path):
+    corpus_of_others = write_corpus(tmp_path / "corpus", 40)
+    other = prepare(str(corpus_of_others), tmp_path / "other", vocab_size=VOCAB_SIZE)
     (folder / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
     with pytest.raises(InputError, match="not the tokenizer the shards were made with"):
         Dataset.open(folder)
