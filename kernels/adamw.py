@@ -49,7 +49,7 @@ def adamw_update_ref(
 @triton.jit
 def _adamw_kernel(
     table_ptr, hyper_ptr, apply_ptr, tensors, lerp1, lerp2, eps,
-    COPY_DTYPE: tl.constexpr, MAX_TENSORS: tl.constexpr, BLOCK: tl.constexpr,
+    COPY_DTYPE: tl.constexpr, WHOLE_VECTORS: tl.constexpr, MAX_TENSORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows of the table: master, gradient, m, v, copy (0 for none), elements, first block."""
     if tl.load(apply_ptr):
@@ -64,7 +64,10 @@ def _adamw_kernel(
         v_ptr = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
         copy_address = tl.load(row + 4)
         offs = (pid - tl.load(row + 6)) * BLOCK + tl.arange(0, BLOCK)  # int64
-        mask = offs < tl.load(row + 5)
+        size = tl.load(row + 5)
+        if WHOLE_VECTORS:
+            size = tl.multiple_of(size, 16)
+        mask = offs < size
 
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
         m = tl.load(m_ptr + offs, mask=mask, other=0.0)
@@ -141,7 +144,8 @@ def _launch(
     copy_dtype = getattr(tl, _TL_DTYPES[copy_dtypes.pop()]) if copy_dtypes else None
     _adamw_kernel[(blocks,)](
         table, hyper, apply, len(rows), 1 - betas[0], 1 - betas[1], eps,
-        COPY_DTYPE=copy_dtype, MAX_TENSORS=triton.next_power_of_2(len(rows)), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        COPY_DTYPE=copy_dtype, WHOLE_VECTORS=all(row[-1] % 16 == 0 for row in rows),
+        MAX_TENSORS=triton.next_power_of_2(len(rows)), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
