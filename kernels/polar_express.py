@@ -10,7 +10,7 @@ G: [batch, rows, cols]; X the same, read through its transpose where G is tall, 
 are symmetric: only tiles on and below the diagonal are computed, and each is stored twice. Sums are fp32, each product
 is rounded once. No backward.
 FLOPs per matrix of short side m and long side n: 5·(m²n + m³ + 2m²n), the two symmetric products at half the price.
-Bytes per matrix at 16 bits: G in fp32 twice, then ten times X and nine times m² for each of the five steps, about.
+Bytes: G twice in fp32 and X once; then in each of the five steps four times X and five times m², in 16 bits.
 """
 
 import torch
@@ -183,7 +183,7 @@ def cost(batch: int, rows: int, cols: int, itemsize: int = 2) -> tuple[int, int]
     """Bytes that have to move and FLOPs, where the symmetric products are made by half."""
     M, N = min(rows, cols), max(rows, cols)
     size = M * N
-    step_bytes = itemsize * (4 * size + 5 * M * M)  # X read three times and written once; A and B likewise, five in all
+    step_bytes = itemsize * (4 * size + 5 * M * M)  # X read three times, written once; A written and read twice; B
     steps = len(COEFFICIENTS)
     flops = 4 * size + steps * (M * M * N + M**3 + 2 * M * M * N)
     return batch * (2 * 4 * size + itemsize * size + steps * step_bytes), batch * flops
