@@ -86,7 +86,7 @@ def _adamw_kernel(
             tl.store(copy_ptr + offs, master.to(COPY_DTYPE), mask=mask & (copy_address != 0))
 
 
-BLOCK, NUM_WARPS = 1024, 4  # two vectors of 16 bytes a thread and fp32 tensor
+BLOCK, NUM_WARPS = 1024, 8  # a vector of 16 bytes a thread and tensor
 ALIGNMENT = 16  # bytes: what a vector load needs
 
 

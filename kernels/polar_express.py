@@ -132,9 +132,13 @@ def _config(M: int, N: int) -> tuple[dict[str, int], dict[str, int]]:
     A batch here is 8 to 24 matrices of at most 512 on the short side: tiles of 64 make enough programs to fill a GPU
     and are the least that wgmma takes; the tile matters little in all of a step. Not yet measured.
     """
-    symmetric = {"BLOCK": 64 if M <= 512 else 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    block_n = 128 if N >= 128 else 64
-    return symmetric, {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    # Rows that are no whole vectors need an address for each element, and more threads to hold them.
+    whole = M % 16 == N % 16 == 0
+    block = 128 if M > 512 and whole else 64
+    common = {"BLOCK_K": 64, "num_stages": 3}
+    symmetric = {"BLOCK": block, "num_warps": 4 if block == 64 and whole else 8, **common}
+    block_n = 128 if N >= 128 and whole else 64
+    return symmetric, {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4 if whole else 8, **common}
 
 
 def _launch(g: Tensor, dtype: torch.dtype) -> Tensor:
