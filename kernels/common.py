@@ -6,6 +6,7 @@ such a parameter to the ops. An op may add to `weight.main_grad` itself and retu
 as usual, which is then added for it. A parameter without `main_grad` follows PyTorch's own rules (`.grad`).
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -17,7 +18,7 @@ try:
 except ImportError:  # there is no Triton for macOS: there the kernels are defined, and never launched
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
-__all__ = ["EPS", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels"]
+__all__ = ["EPS", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad"]
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
@@ -75,3 +76,39 @@ def layer_weight(parameter: Tensor, layer: int | None = None) -> Tensor:
     weight = _AddToMainGrad.apply(weight, main_grad)
     weight.main_grad = main_grad
     return weight
+
+
+@cache
+def _has_accumulating_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `addmm` takes 16-bit factors and adds their product to an fp32 matrix in place: tried once a device."""
+    out = torch.zeros(16, 16, device=device)
+    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(out, factor, factor, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | None:
+    """dW = dyᵀ·x of y = x·Wᵀ, summed in fp32.
+
+    Args:
+        dy: [M, N]; x: [M, K], of one dtype.
+        main_grad: [N, K] fp32, to which dW is added in place, or None.
+
+    Returns:
+        None where `main_grad` took the gradient, else dW in the dtype of x.
+    """
+    if main_grad is None:
+        return torch.mm(dy.mT, x)
+    if x.dtype == main_grad.dtype:
+        main_grad.addmm_(dy.mT, x)
+    elif x.is_cuda and _has_accumulating_gemm(x.device, x.dtype):
+        # C and D of the GEMM are main_grad: it is read and written once, and the product never exists by itself.
+        torch.addmm(main_grad, dy.mT, x, out_dtype=main_grad.dtype, out=main_grad)
+    elif x.is_cuda:
+        main_grad.add_(torch.mm(dy.mT, x, out_dtype=main_grad.dtype))
+    else:
+        main_grad.addmm_(dy.mT.to(main_grad.dtype), x.to(main_grad.dtype))
+    return None

@@ -1,16 +1,28 @@
 """The head and its loss, in one: z = x·Wᵀ, logits = c·tanh(z/c), loss = logsumexp(logits) − logits[target].
 
-The softcap c keeps every logit within ±c; softmax and loss are taken in fp32. Source of the softcap: Gemma 2,
-arXiv 2408.00118.
+x: [N, D]; W: [V, D]; targets: [N], −1 for a token that counts nowhere. The softcap c keeps every logit within ±c: the
+sum of exponentials can neither overflow nor vanish, and needs no running maximum. Softmax and loss are fp32.
+
+    dz = (softmax − onehot(target))·(1 − tanh²(z/c)) / count;  dx = dz·W;  dW = dzᵀ·x
+
+The rows are taken in chunks, and for "mean" the forward also takes the gradients, since it has the logits at hand: one
+kernel reads a chunk of z, writes its losses and puts count·dz where z was. So z of more than one chunk never exists.
+The chunk is in the dtype of x: PyTorch's own linear rounds z in the same way, and fp32 would double the bytes. Backward
+scales by dloss / count, which is known only then.
+
+Saved: dx and dW (fp32), before scaling. Bytes per token in 16 bits: 10V + 6D, and 4D for the scaling. FLOPs per token:
+6DV. Source of the softcap: Gemma 2, arXiv 2408.00118.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import upcast
+from .common import tl, triton, upcast, use_kernels, weight_grad
 
 SOFTCAP = 15.0
+IGNORED = -1  # a target that contributes neither loss nor gradient, and is not counted in the mean
+MAX_SOFTCAP = 64.0  # V·e^c stays finite in fp32
 
 
 def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = SOFTCAP) -> Tensor:
@@ -21,7 +33,80 @@ def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = SOFTCAP) -> Te
 def linear_cross_entropy_ref(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float = SOFTCAP, reduction: str = "mean"
 ) -> Tensor:
-    return F.cross_entropy(softcapped_logits(x, weight, softcap), targets.long(), reduction=reduction)
+    logits = softcapped_logits(x, weight, softcap)
+    return F.cross_entropy(logits, targets.long(), ignore_index=IGNORED, reduction=reduction)
+
+
+@triton.jit
+def _softcap_exp(z, softcap):
+    """tanh(z / c) and e^(c·tanh(z / c)), of any size of z: where e^(2z/c) is infinite, tanh is 1."""
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp(z * (2.0 / softcap)))
+    return tanh, tl.exp(softcap * tanh)
+
+
+@triton.jit
+def _dlogits(tanh, exp, offs, target, inverse_sum):
+    """(softmax − onehot)·(1 − tanh²); `inverse_sum` is 0 and `target` no column where the row does not count."""
+    return (exp * inverse_sum - tl.where(offs == target, 1.0, 0.0)) * (1.0 - tanh * tanh)
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, targets_ptr, losses_ptr, logits_stride_m, V, softcap,
+    IGNORED: tl.constexpr, HAS_GRAD: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss, and with HAS_GRAD count·dz in place of z. A row of one block is read once and kept."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride_m
+    target = tl.load(targets_ptr + row)
+    counts = target != IGNORED
+    # Any other target outside the vocabulary makes the loss NaN, which the trainer reports.
+    z_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    offs = tl.arange(0, BLOCK_V)
+    if ONE_BLOCK:
+        z = tl.load(logits_ptr + offs, mask=offs < V, other=0.0).to(tl.float32)
+        tanh, exp = _softcap_exp(z, softcap)
+        total = tl.sum(tl.where(offs < V, exp, 0.0))
+    else:
+        sums = tl.zeros([BLOCK_V], dtype=tl.float32)
+        for start in range(0, V, BLOCK_V):
+            mask = offs < V - start
+            z = tl.load(logits_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+            tanh, exp = _softcap_exp(z, softcap)
+            sums += tl.where(mask, exp, 0.0)
+        total = tl.sum(sums)
+    tanh_target, _ = _softcap_exp(z_target, softcap)
+    tl.store(losses_ptr + row, tl.where(counts, tl.log(total) - softcap * tanh_target, 0.0))
+    if HAS_GRAD:
+        tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
+        inverse_sum = tl.where(counts, 1.0 / total, 0.0)
+        if ONE_BLOCK:
+            dz = _dlogits(tanh, exp, offs, target, inverse_sum)
+            tl.store(logits_ptr + offs, dz.to(logits_ptr.dtype.element_ty), mask=offs < V)
+        else:
+            for start in range(0, V, BLOCK_V):
+                mask = offs < V - start
+                z = tl.load(logits_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+                tanh, exp = _softcap_exp(z, softcap)
+                dz = _dlogits(tanh, exp, start + offs, target, inverse_sum)
+                tl.store(logits_ptr + start + offs, dz.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+def _config(V: int) -> dict[str, int]:
+    """A row of up to 16,384 is one block, whose tanh and exponentials stay in registers, 32 of each a thread; 64 would
+    spill, so a longer row is read twice, the second time from the caches. Not yet measured."""
+    block_v = triton.next_power_of_2(V)
+    if block_v > 16384:
+        return {"ONE_BLOCK": False, "BLOCK_V": 4096, "num_warps": 8}
+    return {"ONE_BLOCK": True, "BLOCK_V": block_v, "num_warps": max(4, min(16, block_v // 1024))}
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, softcap: float, has_grad: bool) -> None:
+    """Writes the losses of [rows, V] products z, and with `has_grad` their unscaled gradient in place of them."""
+    rows, V = logits.shape
+    _cross_entropy_kernel[(rows,)](
+        logits, targets, losses, logits.stride(0), V, softcap, IGNORED=IGNORED, HAS_GRAD=has_grad, **_config(V)
+    )
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -29,6 +114,71 @@ def _chunk_rows(vocab_size: int, device: torch.device) -> int:
     # (bench/LOG.md, 2026-11-23). On a GPU it only has to be large enough to fill the device.
     elements = 2**20 if device.type == "cpu" else 2**28
     return max(64, elements // vocab_size)
+
+
+def _chunked_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, dx: Tensor | None = None, dweight: Tensor | None = None
+) -> Tensor:
+    """The losses [N] by the kernel. Where they are given, `dx` receives count·dx and `dweight` has count·dW added."""
+    (N, _), V = x.shape, weight.shape[0]
+    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    rows = max(1, min(N, _chunk_rows(V, x.device)))
+    aligned = triton.cdiv(V, 64) * 64  # every row starts at a multiple of 128 bytes, for the GEMMs and the kernel
+    buffer = torch.empty(rows, aligned, dtype=x.dtype, device=x.device)
+    has_grad = dx is not None or dweight is not None
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        chunk = buffer[: part.stop - start, :V]
+        torch.mm(x[part], weight.mT, out=chunk)
+        _cross_entropy(chunk, targets[part], losses[part], softcap, has_grad)
+        if dx is not None:
+            torch.mm(chunk, weight, out=dx[part])
+        if dweight is not None:
+            weight_grad(chunk, x[part], dweight)
+    return losses
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or weight.dtype != x.dtype:
+        raise ValueError(f"x {x.dtype}, weight {weight.dtype}: the kernels take one of float32, float16 and bfloat16")
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected [N, D] and [V, D]")
+    if targets.shape != x.shape[:1] or targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"targets: {tuple(targets.shape)} {targets.dtype}, expected [{x.shape[0]}] int32 or int64")
+    if not 0 < softcap <= MAX_SOFTCAP:
+        raise ValueError(f"softcap {softcap} must be above 0 and at most {MAX_SOFTCAP:g}")
+
+
+def _count(targets: Tensor) -> Tensor:
+    return (targets != IGNORED).sum()  # on the device: nothing waits for it
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The mean loss by the kernel. dW waits in fp32 for dloss, and is then added to `main_grad` in one pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softcap, main_grad):
+        needs_dx, needs_dw, *_ = ctx.needs_input_grad
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
+        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if needs_dw else None
+        losses = _chunked_losses(x, weight, targets, softcap, dx, dweight)
+        count = _count(targets)
+        ctx.save_for_backward(dx, dweight, count)
+        ctx.main_grad, ctx.dtype = main_grad, weight.dtype
+        return losses.sum() / count
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dweight, count = ctx.saved_tensors
+        scale = dloss / count
+        if dx is not None:
+            dx = dx * scale
+        if dweight is not None and ctx.main_grad is not None:
+            ctx.main_grad.addcmul_(dweight, scale)
+            dweight = None
+        elif dweight is not None:
+            dweight = (dweight * scale).to(ctx.dtype)
+        return dx, dweight, None, None, None
 
 
 class _ChunkedMean(torch.autograd.Function):
@@ -40,11 +190,11 @@ class _ChunkedMean(torch.autograd.Function):
         weight = weight.detach().requires_grad_()
         dx = torch.empty_like(x)
         total = 0.0
-        rows = _chunk_rows(weight.shape[0], x.device)
+        rows, count = _chunk_rows(weight.shape[0], x.device), _count(targets)
         for part, targets_part, dx_part in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                loss = linear_cross_entropy_ref(part, weight, targets_part, softcap, "sum") / x.shape[0]
+                loss = linear_cross_entropy_ref(part, weight, targets_part, softcap, "sum") / count
             loss.backward()
             dx_part.copy_(part.grad)
             total = total + loss.detach()
@@ -63,21 +213,44 @@ def linear_cross_entropy(
     """Cross-entropy of a softcapped linear head, in nats.
 
     Args:
-        x: [N, D]; weight: [V, D]; targets: [N], integers in [0, V).
-        reduction: "mean" over the N tokens, or "none" for one loss a token (evaluation; chunked where no gradient
-            is asked for).
+        x: [N, D]; weight: [V, D]. Where `weight` carries `main_grad`, the kernels add its gradient there.
+        targets: [N], integers in [0, V), or −1 for a token that does not count.
+        softcap: above 0; for the kernels at most 64.
+        reduction: "mean" over the tokens that count, or "none" for one loss a token, 0 where it does not count. "none"
+            is for evaluation: with gradients enabled the reference does it, and holds the logits of all rows.
 
     Returns:
         a scalar or [N], in fp32 (fp64 where the inputs are).
+
+    Raises:
+        ValueError: shapes, dtypes or a softcap that the kernels do not take.
     """
+    kernels = use_kernels(x)
+    if kernels:
+        _check(x, weight, targets, softcap)
+        targets = targets.contiguous()
     if torch.is_grad_enabled():
-        if reduction == "mean":
-            return _ChunkedMean.apply(x, weight, targets, softcap)
-        return linear_cross_entropy_ref(x, weight, targets, softcap, reduction)
-    rows = _chunk_rows(weight.shape[0], x.device)
-    losses = [
-        linear_cross_entropy_ref(part, weight, targets_part, softcap, "none")
-        for part, targets_part in zip(x.split(rows), targets.split(rows), strict=True)
-    ]
-    losses = torch.cat(losses)
-    return losses.mean() if reduction == "mean" else losses
+        if reduction == "none":
+            return linear_cross_entropy_ref(x, weight, targets, softcap, reduction)
+        if kernels:
+            return _LinearCrossEntropy.apply(x, weight, targets, softcap, getattr(weight, "main_grad", None))
+        return _ChunkedMean.apply(x, weight, targets, softcap)
+    if kernels:
+        losses = _chunked_losses(x, weight, targets, softcap)
+    else:
+        rows = _chunk_rows(weight.shape[0], x.device)
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        losses = torch.cat([linear_cross_entropy_ref(part, weight, t, softcap, "none") for part, t in parts])
+    return losses if reduction == "none" else losses.sum() / _count(targets)
+
+
+def cost(rows: int, width: int, vocab: int, itemsize: int = 2, backward: bool = False) -> tuple[int, int]:
+    """Bytes that have to move and FLOPs, for [rows, width] and [vocab, width]; chunks of logits go through memory.
+
+    W and its fp32 gradient are counted once: how often they are read again depends on the chunks.
+    """
+    weight, product = width * vocab, 2 * rows * width * vocab
+    if not backward:  # x, z written and read, W, the targets as int64, the losses
+        return (rows * (width + 2 * vocab) + weight) * itemsize + rows * 12, product + 10 * rows * vocab
+    # dz written, and read for dx and for dW; x; dx written, then read and written scaled; W; dW read and written
+    return (rows * (4 * width + 3 * vocab) + weight) * itemsize + 8 * weight, 2 * product + 5 * rows * vocab

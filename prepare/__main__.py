@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 
+from .arguments import Parser
 from .errors import InputError
 from .home import DEFAULT_SOURCE
 
@@ -20,9 +21,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m prepare", description="Turns text into the folder of tokens that train reads."
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m prepare",
+        description="Turns text into the folder of tokens that train reads.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER", help="the text (default: %(default)s)"

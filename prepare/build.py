@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
-from .errors import InputError, full_disk_is_input_error
+from .errors import InputError, bad_path_is_input_error, full_disk_is_input_error
 from .home import DEFAULT_SOURCE, default_folder, downloads_folder
 from .shards import (
     FORMAT_VERSION,
@@ -48,8 +48,13 @@ def prepare(
     if seed < 0:
         raise InputError(f"--seed is {seed}: it takes 0 or more")
     out = Path(out).expanduser().absolute() if out else default_folder(source)
-    check_replaceable(out)
-    text = open_source(source, shards=shards, base_url=base_url)
+    with bad_path_is_input_error():
+        check_replaceable(out)
+        _build(open_source(source, shards=shards, base_url=base_url), out, vocab_size, seed)
+    return out
+
+
+def _build(text: Source, out: Path, vocab_size: int, seed: int) -> None:
     # Tokens are 2 bytes for at least 2 bytes of text, in all but the smallest vocabularies.
     with full_disk_is_input_error(_existing(out), text.estimated_bytes), building(out) as folder:
         tokenizer = Tokenizer.train(_sample(text, seed), vocab_size)
@@ -71,7 +76,6 @@ def prepare(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(folder / MANIFEST, manifest)
-    return out
 
 
 def open_source(source: str, *, shards: int = DEFAULT_SHARDS, base_url: str = CLIMBMIX_URL) -> Source:

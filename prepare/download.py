@@ -19,7 +19,7 @@ THREADS = 4
 TRIES = 5
 FIRST_PAUSE = 1.0  # seconds before the second try; each further pause is twice as long
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
-CHUNK = 1 << 20
+CHUNK = 1 << 16  # what arrived of a chunk that was cut is lost
 RETRIED_STATUS = (408, 429)  # of the 4xx; every 5xx is retried
 
 

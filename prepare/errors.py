@@ -15,6 +15,21 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
 
 
+# What the caller can mend by naming another path, or by changing its permissions.
+_MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+@contextmanager
+def bad_path_is_input_error() -> Iterator[None]:
+    """Turns an OSError about a path that cannot be read or written into an InputError that names it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _MENDABLE or e.filename is None:
+            raise
+        raise InputError(f"{e.filename}: {e.strerror}; name another path, or change its permissions") from e
+
+
 @contextmanager
 def full_disk_is_input_error(folder: Path, needed: int) -> Iterator[None]:
     """Turns "no space left" (or over quota) below `folder` into an InputError; `needed` is an estimate in bytes."""

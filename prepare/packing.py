@@ -19,6 +19,7 @@ PACKINGS = ("lossless", "published")
 BUFFER_DOCUMENTS = 1_000
 # Pieces are shuffled within so many documents: else the pieces of one long document would fill whole batches.
 BLOCK_DOCUMENTS = 4_096
+_COUNTERS = ("epoch", "block", "next_piece", "entered", "placed", "cropped")
 
 
 class Packer:
@@ -52,7 +53,10 @@ class Packer:
         self.epoch = 1  # of the token placed last
         self.block = 0  # blocks of BLOCK_DOCUMENTS documents, in stored order
         self.next_piece = 0  # of the block, not yet in the buffer
-        self.buffer: list[tuple[int, int]] = []  # (length, position in the split) of each piece, sorted
+        self.entered = 0  # pieces of this epoch that have entered the buffer
+        # Of each piece its length, the negated number of its entry, and its position in the split; sorted, so that of
+        # equal lengths the oldest comes last. By position, pieces of one document would come out side by side again.
+        self.buffer: list[tuple[int, int, int]] = []
         self.placed = 0  # tokens, since the start
         self.cropped = 0
         self._read_block()
@@ -88,11 +92,11 @@ class Packer:
         """Position and length of the tokens that come next; the length is at most `room`."""
         largest_that_fits = bisect_right(self.buffer, room, key=_length) - 1
         if largest_that_fits >= 0:
-            length, start = self.buffer.pop(largest_that_fits)
+            length, _, start = self.buffer.pop(largest_that_fits)
             return start, length
-        length, start = self.buffer.pop(0)
+        length, entry, start = self.buffer.pop(0)
         if self.lossless:
-            insort(self.buffer, (length - room, start + room))
+            insort(self.buffer, (length - room, entry, start + room))
         else:
             self.cropped += length - room
         return start, room
@@ -101,8 +105,10 @@ class Packer:
         while (missing := BUFFER_DOCUMENTS - len(self.buffer)) > 0:
             stop = self.next_piece + missing
             lengths = self._lengths[self.next_piece : stop].tolist()
-            for piece in zip(lengths, self._starts[self.next_piece : stop].tolist(), strict=True):
-                insort(self.buffer, piece)
+            starts = self._starts[self.next_piece : stop].tolist()
+            for length, start in zip(lengths, starts, strict=True):
+                self.entered += 1
+                insort(self.buffer, (length, -self.entered, start))
             self.next_piece += len(lengths)
             if len(lengths) < missing:
                 if (self.block + 1) * BLOCK_DOCUMENTS >= self.split.num_documents:
@@ -115,7 +121,7 @@ class Packer:
         if self.epochs is not None and self.epoch >= self.epochs:
             return False
         self.epoch += 1
-        self.block = self.next_piece = 0
+        self.block = self.next_piece = self.entered = 0
         self._read_block()
         return True
 
@@ -132,14 +138,13 @@ class Packer:
         self._starts, self._lengths = starts, lengths
 
     def state_dict(self) -> dict:
-        """What the rows to come depend on, about 20 kB as JSON."""
-        names = ("epoch", "block", "next_piece", "placed", "cropped")
-        return {name: getattr(self, name) for name in names} | {"buffer": self.buffer.copy()}
+        """What the rows to come depend on, about 25 kB as JSON."""
+        return {name: getattr(self, name) for name in _COUNTERS} | {"buffer": self.buffer.copy()}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("epoch", "block", "next_piece", "placed", "cropped"):
+        for name in _COUNTERS:
             setattr(self, name, state[name])
-        self.buffer = [(length, start) for length, start in state["buffer"]]
+        self.buffer = [tuple(piece) for piece in state["buffer"]]
         self._read_block()
 
 
@@ -177,7 +182,7 @@ def pack_evaluation(
     return np.stack(rows), packer.cropped_share
 
 
-def _length(piece: tuple[int, int]) -> int:
+def _length(piece: tuple[int, int, int]) -> int:
     return piece[0]
 
 

@@ -43,7 +43,10 @@ def file_record(path: Path) -> dict:
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
-    np.save(path, values, allow_pickle=False)
+    """The bytes of np.save, which reports a full disk as an OSError without errno."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(np.ascontiguousarray(values).data)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -70,6 +70,7 @@ class Source:
         name decides, a copy of a document of another split is left out, so that nothing trained on is scored.
         """
         skipped = Skipped() if skipped is None else skipped
+        _ = self._thresholds  # too few documents are an error even where no hash is ever asked for
         split_of: dict[bytes, str] = {}
         for file, text in self._texts(skipped):
             digest = _digest(text)

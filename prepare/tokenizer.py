@@ -96,6 +96,8 @@ class Tokenizer:
             if content["version"] != FORMAT_VERSION:
                 raise InputError(f"{path} has format {content['version']!r}, not {FORMAT_VERSION}: run prepare again")
             merges = [base64.b64decode(token, validate=True) for token in content["merges"]]
+            if len(set(merges)) < len(merges):
+                raise ValueError("a merge appears twice")
             return cls(merges, content["pattern"], content["special_tokens"])
         except FileNotFoundError:
             raise InputError(f"{path} is missing: run prepare again") from None

@@ -68,7 +68,8 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_lines_are_whole_where_redirected_and_redrawn_on_a_terminal(tmp_path, terminal):
+def test_lines_are_whole_where_redirected_and_redrawn_on_a_terminal(tmp_path, monkeypatch, terminal):
+    monkeypatch.setenv("COLUMNS", "60")
     out = Terminal() if terminal else io.StringIO()
     folder = RunFolder(str(tmp_path / "run"), "x")
     report = Reporter(folder, GPTConfig(), torch.device("cpu"), tokens_per_step=1000, out=out)
@@ -83,6 +84,7 @@ def test_lines_are_whole_where_redirected_and_redrawn_on_a_terminal(tmp_path, te
     if terminal:
         assert text.count("\r") == 2
         assert text.endswith("\x1b[K\n")
+        assert all(len(line) == 59 for line in text.replace("\x1b[K", "").rstrip("\n").split("\r")[1:])
     else:
         lines = text.splitlines()
         assert len(lines) == 2

@@ -6,12 +6,12 @@ chosen by measurement (bench/LOG.md).
 
 import argparse
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
 from model import GPTConfig
 from prepare import InputError
+from prepare.arguments import Parser
 
 DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -137,22 +137,6 @@ def _check(config: TrainConfig) -> None:
             f" {config.device_batch_size} rows x {config.seq_len} tokens = {config.micro_batch_tokens}:"
             f" use {below or config.micro_batch_tokens}, or another --device-batch-size"
         )
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with exit code 2 and one line that names the nearest known option."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ": --help lists all"))
-        return parsed
 
 
 def parse(args: list[str] | None = None) -> TrainConfig:

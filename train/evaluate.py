@@ -3,8 +3,9 @@
 import sys
 
 from prepare import Dataset, InputError, evaluate_bpb
+from prepare.arguments import Parser
 
-from .config import Parser, TrainConfig
+from .config import TrainConfig
 from .runs import load_run
 from .step import TrainStep
 from .trainer import pick_device

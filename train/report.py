@@ -1,5 +1,6 @@
 """What a run says while it goes: one line a step, and the same in metrics.jsonl."""
 
+import shutil
 import sys
 from typing import TextIO
 
@@ -30,8 +31,12 @@ class Reporter:
             step=values.step, progress=budget.progress, loss=smooth, lr_multiplier=values.lr_multiplier, dt=dt,
             tokens_per_second=pace, mfu=mfu, epoch=epoch, remaining=budget.remaining,
         )  # fmt: skip
-        # \r goes to the line's start, \x1b[K clears what a longer line before left behind.
-        self.out.write(f"\r{line}\x1b[K" if self.redraw else line + "\n")
+        if self.redraw:
+            # A line that wraps could not be redrawn. \r goes to its start, \x1b[K clears what a longer one left behind.
+            columns = shutil.get_terminal_size().columns
+            self.out.write(f"\r{line[: columns - 1]}\x1b[K")
+        else:
+            self.out.write(line + "\n")
         self.out.flush()
         self.folder.write_metrics(
             {

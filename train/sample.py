@@ -7,8 +7,8 @@ from torch import Tensor
 
 from model import GPT
 from prepare import InputError
+from prepare.arguments import Parser
 
-from .config import Parser
 from .runs import load_run
 from .trainer import pick_device
 

@@ -1,7 +1,9 @@
 """A run from its configuration to its summary: what surrounds the loop."""
 
+import ctypes
 import dataclasses
 import os
+import platform
 import resource
 import sys
 import time
@@ -28,7 +30,9 @@ from .runs import RunFolder
 from .schedule import step_values
 from .step import TrainStep
 
-CPU_VOCAB_SIZE = 2048  # of the corpus that `train` prepares by itself on a CPU (bench/LOG.md, 2026-11-23)
+# Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
+# a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
+VOCAB_SIZE = {"cuda": 8192, "cpu": 2048}
 EPOCHS_WORTH_A_WARNING = 4
 
 
@@ -45,14 +49,25 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed, as PyTorch's allocator does on a GPU. Given back to the kernel, they
+    come with a page fault for every 4 KiB when the next step asks for them: a sixth of a CPU step (bench/LOG.md)."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**30)
+
+
 def open_data(folder: str | None, device: str) -> Dataset:
     """The prepared corpus; the embedded one is prepared first where none is named and it is not there yet."""
     if folder is not None:
         return Dataset.open(folder)
-    default = default_folder("stdlib")
+    # `stdlib` is what `python -m prepare` writes, with 8,192 tokens; a CPU's smaller one stands beside it.
+    default = default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
     if not (default / "manifest.json").exists():
         print(f"no corpus prepared yet: preparing the embedded one, once, in {default}", flush=True)
-        prepare("stdlib", vocab_size=CPU_VOCAB_SIZE if device == "cpu" else 8192)
+        prepare("stdlib", out=default, vocab_size=VOCAB_SIZE[device])
     return Dataset.open(default)
 
 
@@ -78,6 +93,8 @@ def run(config: TrainConfig) -> dict[str, str]:
     config = resolve(config, device)
     if config.autocast is None:
         config = dataclasses.replace(config, autocast=device == "cpu" and cpu_has_bf16())
+    if device == "cpu":
+        keep_freed_memory()
     forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
     data = open_data(config.data, device)
     model_config = config.model_config(data.vocab_size)
@@ -123,7 +140,7 @@ def run(config: TrainConfig) -> dict[str, str]:
         step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
         max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
     )  # fmt: skip
-    summary = summarise(config, model_config, budget, evaluation, ready)
+    summary = summarise(config, model_config, budget, evaluation, ready, loader.cropped_share)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
     print_summary({**summary, "run": str(folder.path)})
     return summary
@@ -151,7 +168,7 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
 
 
 def summarise(
-    config: TrainConfig, model: GPTConfig, budget: Budget, evaluation: Evaluation, ready: float
+    config: TrainConfig, model: GPTConfig, budget: Budget, evaluation: Evaluation, ready: float, cropped: float
 ) -> dict[str, str]:
     """The summary block. The first nine keys keep their names and their order; more may follow."""
     device = torch.device(config.device)
@@ -182,6 +199,7 @@ def summarise(
         "val_bytes": f"{evaluation.bytes_scored}",
         "val_cropped_percent": f"{100 * evaluation.cropped_share:.1f}",
         "packing": config.packing,
+        "train_cropped_percent": f"{100 * cropped:.1f}",
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],
         "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
         "seed": f"{config.seed}",

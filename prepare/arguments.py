@@ -1,0 +1,20 @@
+"""A command line whose errors are one line."""
+
+import argparse
+import difflib
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with exit code 2 and one line for an error, which names the nearest known option."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ": --help lists all"))
+        return parsed

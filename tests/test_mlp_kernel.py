@@ -1,0 +1,181 @@
+"""The feed-forward block's kernels against the reference in fp64."""
+
+import importlib
+
+import pytest
+import torch
+
+from kernels.common import set_ops
+from tests.kernel_checks import (
+    DEVICE,
+    assert_as_good,
+    exact_bfloat16,
+    fill_empty_with_nan,
+    mutant,
+    outputs_and_gradients,
+)
+from tests.weight_grads import accumulated_gradients
+
+op = importlib.import_module("kernels.mlp")
+gemm = importlib.import_module("kernels.gemm")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DTYPES = [torch.float32, torch.float16]
+SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    fill_empty_with_nan(monkeypatch)
+    set_ops("triton")
+    yield
+    set_ops(None)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Small shapes then have many tiles: two groups of rows, and tails in every direction."""
+    monkeypatch.setattr(op, "gemm_config", lambda N, K, dtype: SMALL_TILES)
+
+
+def make_inputs(rows, D, hidden, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*rows, D), (hidden, D), (D, hidden), (*rows, D)]
+    scales = [1.0, D**-0.5, hidden**-0.5, 2.0]
+    return [
+        (scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype)
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def check(function, inputs, dtype, truth_dtype=torch.float64):
+    runs = (outputs_and_gradients(f, inputs, d) for f, d in
+            ((function, dtype), (op.relu2_mlp_ref, dtype), (op.relu2_mlp_ref, truth_dtype)))  # fmt: skip
+    for name, *values in zip(("out", "dx", "dw_fc", "dw_proj", "dresidual"), *runs, strict=True):
+        assert_as_good(name, *values)
+
+
+def check_accumulation(function, inputs, dtype):
+    runs = (accumulated_gradients(f, inputs, [1, 2], d) for f, d in
+            ((function, dtype), (op.relu2_mlp_ref, dtype), (op.relu2_mlp_ref, torch.float64)))  # fmt: skip
+    for name, *values in zip(("w_fc", "w_proj"), *runs, strict=True):
+        assert_as_good(f"{name}.main_grad", *values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_and_gradients(dtype):
+    check(op.relu2_mlp, make_inputs((2, 35), 37, 91, dtype), dtype)
+    check(op.relu2_mlp, make_inputs((1, 1), 16, 64, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tiles(small_tiles, dtype):
+    check(op.relu2_mlp, make_inputs((2, 75), 37, 91, dtype), dtype)
+    check(op.relu2_mlp, make_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
+
+
+def test_bfloat16(small_tiles, monkeypatch):
+    exact_bfloat16(monkeypatch)
+    check(op.relu2_mlp, make_inputs((2, 35), 37, 91, torch.bfloat16), torch.bfloat16)
+
+
+def test_strided_inputs(small_tiles):
+    x, w_fc, w_proj, residual = make_inputs((2, 21), 80, 64, torch.float32)
+    inputs = [x[..., 3:43], w_proj[:40].T, w_fc[:, :40].T, residual[..., 40:]]
+    check(op.relu2_mlp, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_add_up_in_main_grad(dtype):
+    check_accumulation(op.relu2_mlp, make_inputs((2, 21), 24, 72, dtype), dtype)
+
+
+MUTANTS = {
+    "no relu": (("z = tl.maximum(z, 0.0)", "z = z"),),
+    "no residual": (("acc + residual.to(tl.float32)", "acc"),),
+    "half of the gradient": (("2.0 * tl.sqrt(post)", "tl.sqrt(post)"),),
+    "the gradient of relu, not of its square": (("2.0 * tl.sqrt(post)", "tl.where(post > 0, 1.0, 0.0)"),),
+    "the last column is not written": (("post, mask=mask)", "post, mask=mask & (offs_n < N - 1)[None, :])"),),
+    "dW of the post-activation": (("weight_grad(dz, x,", "weight_grad(post, x,"),),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, tmp_path):
+    wrong = mutant(op, *MUTANTS[name], folder=tmp_path)
+    with pytest.raises(AssertionError):
+        check(wrong.relu2_mlp, make_inputs((2, 35), 37, 91, torch.float32), torch.float32)
+
+
+TILE_MUTANTS = {
+    "the last of K is left out": ("offs_k < K - start", "offs_k < K - start - 1"),
+    "only the first block of K": ("a_ptrs += BLOCK_K * a_stride_k", "a_ptrs += 0"),
+    "a group too many rows": ("tl.minimum(tiles_m - first_m, GROUP_M)", "GROUP_M"),
+}
+
+
+@pytest.mark.parametrize("name", TILE_MUTANTS)
+def test_mutants_of_the_tile_fail(name, tmp_path):
+    wrong, wrong_gemm = mutant(op, folder=tmp_path), mutant(gemm, TILE_MUTANTS[name], folder=tmp_path)
+    wrong.gemm_config = lambda N, K, dtype: SMALL_TILES
+    inputs = make_inputs((2, 75), 37, 91, torch.float32)
+    check(wrong.relu2_mlp, inputs, torch.float32)  # the copy is right as long as its tile is
+    wrong.gemm_tile, wrong.tile_offsets = wrong_gemm.gemm_tile, wrong_gemm.tile_offsets
+    with pytest.raises(AssertionError):
+        check(wrong.relu2_mlp, inputs, torch.float32)
+
+
+def test_a_gradient_that_overwrites_fails(tmp_path):
+    wrong = mutant(op, ("weight_grad(rows, post, main_grad_proj)", "weight_grad(rows, post, main_grad_proj.zero_())"),
+                   folder=tmp_path)  # fmt: skip
+    with pytest.raises(AssertionError):
+        check_accumulation(wrong.relu2_mlp, make_inputs((2, 21), 24, 72, torch.float32), torch.float32)
+
+
+def test_errors_name_the_argument():
+    x, w_fc, w_proj, residual = make_inputs((4,), 8, 32, torch.float32)
+    with pytest.raises(ValueError, match="w_fc"):
+        op.relu2_mlp(x, w_fc[:, :5], w_proj, residual)
+    with pytest.raises(ValueError, match="w_proj"):
+        op.relu2_mlp(x, w_fc, w_proj.half(), residual)
+    with pytest.raises(ValueError, match="residual"):
+        op.relu2_mlp(x, w_fc, w_proj, residual[:2])
+    with pytest.raises(ValueError, match="stride"):
+        op.relu2_mlp(x, w_fc, w_proj, residual.T.contiguous().T)
+    with pytest.raises(ValueError, match="float64"):
+        op.relu2_mlp(*(t.double() for t in (x, w_fc, w_proj, residual)))
+
+
+def test_cost_counts_every_tensor_once_a_product():
+    assert op.cost(10, 16, 64) == (2 * (10 * (3 * 16 + 2 * 64) + 2 * 16 * 64), 4 * 10 * 16 * 64)
+    activations = 10 * (4 * 16 + 5 * 64) * 2
+    assert op.cost(10, 16, 64, backward=True) == (activations + 16 * 64 * (4 + 16), 8 * 10 * 16 * 64)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("D", "hidden"), [(512, 2048), (1280, 5120), (264, 1000)])
+def test_bfloat16_at_the_models_shape(D, hidden):
+    inputs = make_inputs((4, 2048), D, hidden, torch.bfloat16)
+    check(op.relu2_mlp, inputs, torch.bfloat16)
+    check_accumulation(op.relu2_mlp, inputs, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.gpu
+def test_the_same_bits_twice():
+    inputs = make_inputs((8, 2048), 512, 2048, torch.bfloat16)
+    runs = [outputs_and_gradients(op.relu2_mlp, inputs, torch.bfloat16) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.gpu
+def test_past_two_to_the_31_elements():
+    """The hidden layer of 2²⁰ + 8 rows: the last rows are what they are alone, bit by bit."""
+    x, w_fc, w_proj, residual = make_inputs((2**20 + 8,), 64, 2048, torch.bfloat16)
+    last = slice(-8, None)
+    post = op._fc_fwd(x, w_fc)
+    assert torch.equal(post[last], op._fc_fwd(x[last], w_fc))
+    assert torch.equal(op._proj_fwd(post, w_proj, residual)[last], op._proj_fwd(post[last], w_proj, residual[last]))
+    assert torch.equal(op._proj_bwd(residual, w_proj, post)[last], op._proj_bwd(residual[last], w_proj, post[last]))

@@ -1,0 +1,202 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prepare_corpus import VOCAB_SIZE, write_corpus
+
+from prepare import Dataset, InputError, dataset, prepare, shards
+from prepare.sources import folder_source
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 120)
+
+
+@pytest.fixture
+def folder(corpus, tmp_path):
+    return prepare(str(corpus), tmp_path / "out", vocab_size=VOCAB_SIZE)
+
+
+def texts_of(data, name):
+    split = data.split(name)
+    return [data.tokenizer.decode(split.document(i)) for i in range(split.num_documents)]
+
+
+def test_every_document_arrives_in_its_split(corpus, folder):
+    data = Dataset.open(folder)
+    expected = {"train": [], "val": [], "holdout": []}
+    for split, text in folder_source(corpus).documents():
+        expected[split].append(text)
+    for name, texts in expected.items():
+        assert sorted(texts_of(data, name)) == sorted(texts)
+        split = data.split(name)
+        assert split.num_bytes == sum(len(text.encode()) for text in texts)
+        assert split.num_documents == len(texts)
+    assert texts_of(data, "train") != expected["train"]  # shuffled
+
+
+def test_attributes(corpus, folder):
+    data = Dataset.open(folder)
+    assert (data.folder, data.source, data.vocab_size) == (folder, str(corpus), VOCAB_SIZE)
+    train = data.split("train")
+    tokens = np.concatenate([train.document(i) for i in range(train.num_documents)])
+    assert tokens.dtype == np.uint16
+    assert tokens.max() < data.tokenizer.bos  # documents are stored without it
+    assert np.array_equal(data.token_counts, np.bincount(tokens, minlength=VOCAB_SIZE))
+    assert data.token_bytes[tokens].sum() == train.num_bytes
+    assert train.sha256 != data.split("val").sha256
+    assert len(train.sha256) == 64
+    assert data.manifest["seed"] == 0
+    assert set(data.manifest["versions"]) >= {"tokenizers", "tiktoken"}
+    with pytest.raises(InputError, match="no split 'test'"):
+        data.split("test")
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("shard_bytes", [250_000_000, 5_000])
+def test_same_seed_same_bytes(corpus, tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", shard_bytes)
+    monkeypatch.setattr("prepare.build.BATCH_CHARS", 3_000)
+    folders = [prepare(str(corpus), tmp_path / f"{i}", VOCAB_SIZE, seed) for i, seed in enumerate((7, 7, 8))]
+    one, two, other = map(files_of, folders)
+    assert one == two
+    assert one != other
+    assert one["tokenizer.json"] == other["tokenizer.json"]  # the whole corpus is its sample
+    num_shards = sum(name.startswith("train") and "offsets" not in name for name in one)
+    assert num_shards == 1 if shard_bytes > 10**6 else num_shards > 5
+    data = Dataset.open(folders[0])
+    assert sorted(texts_of(data, "train")) == sorted(texts_of(Dataset.open(folders[2]), "train"))
+    assert not list(folders[0].glob("*.bucket"))
+
+
+def test_the_shuffle_is_uniform(tmp_path, monkeypatch):
+    """Over many seeds each of four documents is found at each place equally often, with two buckets."""
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", 10)
+    places = np.zeros((4, 4))
+    for seed in range(400):
+        writer = shards.SplitWriter(tmp_path, "train", 20, np.random.default_rng(seed))
+        writer.add([np.array([i], dtype=np.uint16) for i in range(2)])
+        writer.add([np.array([i], dtype=np.uint16) for i in range(2, 4)])
+        entry, _ = writer.finish(np.ones(4, dtype=np.int32))
+        names = [record["name"] for record in entry["files"] if "offsets" not in record["name"]]
+        places[np.arange(4), np.concatenate([np.load(tmp_path / name) for name in names])] += 1
+    assert abs(places - 100).max() < 40  # 4.6 standard deviations
+
+
+def test_an_existing_folder_is_replaced(corpus, folder):
+    before = files_of(folder)
+    prepare(str(corpus), folder, vocab_size=280)
+    assert Dataset.open(folder).vocab_size == 280
+    assert files_of(folder)["tokenizer.json"] != before["tokenizer.json"]
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_a_folder_with_other_files_is_never_replaced(corpus, folder):
+    (folder / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(InputError, match=r"thesis\.txt.*--out"):
+        prepare(str(corpus), folder, vocab_size=280)
+    assert (folder / "thesis.txt").exists()
+    with pytest.raises(InputError, match="--out"):
+        prepare(str(corpus), corpus, vocab_size=280)
+
+
+def test_save_array_writes_what_np_save_writes(tmp_path):
+    for values in (np.arange(7, dtype=np.uint16), np.arange(5), np.zeros(0, dtype=np.int64)):
+        np.save(tmp_path / "a.npy", values)
+        shards.save_array(tmp_path / "b.npy", values)
+        assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_save_array_says_that_the_disk_is_full():
+    with pytest.raises(OSError, match="No space left") as caught:
+        shards.save_array(Path("/dev/full"), np.zeros(10**6))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["train_00000.npy", "val_00000.npy", "val_00000_offsets.npy", "token_counts.npy"])
+def test_a_changed_shard_is_found_at_the_start(folder, name):
+    flip_a_byte(folder / name)
+    with pytest.raises(InputError, match=rf"{name} has changed since it was prepared .*SHA-256"):
+        Dataset.open(folder)
+    Dataset.open(folder, verify=False)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=rf"{name} is missing"):
+        Dataset.open(folder)
+
+
+def test_a_changed_validation_shard_is_found_though_size_and_mtime_are_the_old(folder):
+    path = folder / "val_00000.npy"
+    stat = path.stat()
+    flip_a_byte(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(InputError, match="SHA-256"):
+        Dataset.open(folder)
+
+
+def test_the_holdout_is_read_and_checked_only_when_asked_for(folder):
+    flip_a_byte(folder / "holdout_00000.npy")
+    data = Dataset.open(folder)
+    data.split("train"), data.split("val")
+    with pytest.raises(InputError, match="holdout_00000"):
+        data.split("holdout")
+
+
+def test_train_shards_are_hashed_once_after_a_copy(folder, monkeypatch):
+    hashed = []
+    original = dataset.sha256_of
+    monkeypatch.setattr(dataset, "sha256_of", lambda path: hashed.append(path.name) or original(path))
+
+    def opened():
+        hashed.clear()
+        Dataset.open(folder)
+        return [name for name in hashed if name.startswith("train")]
+
+    assert opened() == []
+    os.utime(folder / "train_00000.npy")
+    assert opened() == ["train_00000.npy"]
+    assert opened() == []
+    (folder / "verified.json").write_text("broken")
+    assert opened() == ["train_00000.npy"]
+    os.utime(folder / "train_00000.npy", ns=(1, 1))
+    monkeypatch.setattr(dataset, "write_json", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert opened() == opened() == ["train_00000.npy"]
+
+
+def test_a_tokenizer_the_shards_were_not_made_with(corpus, folder, tmp_path):
+    other = prepare(str(corpus), tmp_path / "other", vocab_size=280)
+    (folder / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    with pytest.raises(InputError, match="not the tokenizer the shards were made with"):
+        Dataset.open(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "\x00\xff"])
+def test_a_manifest_that_is_none(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest\.json .*python -m prepare"):
+        Dataset.open(folder)
+
+
+def test_a_missing_or_later_manifest(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(InputError, match="has format 2, this program reads 1"):
+        Dataset.open(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match="holds no prepared data"):
+        Dataset.open(folder)
+    with pytest.raises(InputError, match="holds no prepared data"):
+        Dataset.open(folder / "nowhere")

@@ -1,0 +1,347 @@
+"""The program end to end, on a small corpus: what it prints, writes and promises."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train.__main__
+import train.memory
+from model import GPT
+from prepare import Batch, Dataset
+from train import evaluate, sample
+from train.config import TrainConfig, resolve
+from train.optimizer import Optimizer
+from train.runs import load_run
+from train.schedule import StepValues
+from train.step import TrainStep
+
+TINY = [
+    "--device", "cpu", "--depth", "2", "--d-model", "64", "--head-dim", "16", "--seq-len", "32",
+    "--device-batch-size", "4", "--total-batch-size", "256", "--no-autocast",
+]  # fmt: skip
+
+
+def run_main(corpus, folder, *args: str) -> int:
+    return train.__main__.main([*TINY, "--data", str(corpus), "--run-dir", str(folder), *args])
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run of 30 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run_main(corpus, folder, "--steps", "30") == 0
+    return folder
+
+
+def test_a_run_learns_and_writes_its_folder(finished, corpus):
+    assert sorted(p.name for p in finished.iterdir()) == [
+        "config.json", "metrics.jsonl", "model.safetensors", "summary.json", "tokenizer.json",
+    ]  # fmt: skip
+    history = losses(finished)
+    assert len(history) == 30
+    assert history[0] == pytest.approx(math.log(512), rel=0.01)
+    assert history[-1] < history[0] - 1
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary)[:9] == [
+        "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
+        "num_params_M", "depth",
+    ]  # fmt: skip
+    assert summary["num_steps"] == "30"
+    assert summary["untimed_steps"] == "10"
+    assert summary["mfu_percent"] == "n/a"
+    assert summary["comparable"] == "no (CPU defaults)"
+    assert float(summary["val_bpb"]) < 8
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["depth"] == 2
+    assert config["model"]["vocab_size"] == 512
+    data = Dataset.open(corpus)
+    assert summary["fingerprint"]["split_sha256"] == data.split("val").sha256
+    assert int(summary["val_bytes"]) == data.split("val").num_bytes
+
+
+def test_printed_lines(corpus, tmp_path, capfd):
+    assert run_main(corpus, tmp_path / "run", "--steps", "3") == 0
+    out = capfd.readouterr().out
+    assert "\r" not in out
+    assert "\x1b" not in out
+    lines = out.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    pattern = (
+        r"step \d{5} \(\d+\.\d%\) \| loss: \d+\.\d{6} \| lrm: \d\.\d\d \| dt: \d+ms \| tok/sec: [\d,]+ \| mfu: n/a"
+        r" \| epoch: \d+ \| remaining: \d+s"
+    )
+    assert len(steps) == 3
+    assert all(re.fullmatch(pattern, line) for line in steps)
+    summary = lines[lines.index("---") + 1 :]
+    assert all(re.fullmatch(r"[a-zA-Z0-9_]+: +\S.*", line) for line in summary)
+    assert summary[0].startswith("val_bpb:")
+
+
+def test_same_seed_same_losses_bit_for_bit(corpus, tmp_path):
+    for name, seed in [("a", "1"), ("b", "1"), ("c", "2")]:
+        assert run_main(corpus, tmp_path / name, "--steps", "12", "--untimed-steps", "2", "--seed", seed) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_strict_mode_rehearses_without_a_trace(corpus, tmp_path):
+    assert run_main(corpus, tmp_path / "strict", "--steps", "4", "--untimed-steps", "0") == 0
+    assert run_main(corpus, tmp_path / "usual", "--steps", "4") == 0
+    assert losses(tmp_path / "strict") == losses(tmp_path / "usual")
+    summary = json.loads((tmp_path / "strict" / "summary.json").read_text())
+    assert summary["untimed_steps"] == "0"
+    assert float(summary["training_seconds"]) > 0
+
+
+def make_step(forward_dtype=torch.float32) -> TrainStep:
+    config = resolve(TrainConfig(depth=2, d_model=64, head_dim=16, seq_len=32), "cpu")
+    model = GPT(config.model_config(512))
+    model.init_weights(0)
+    with torch.no_grad():  # away from initialisation, where most gradients are zero
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return TrainStep(model, Optimizer(model, config, forward_dtype))
+
+
+VALUES = StepValues(step=0, lr_multiplier=1.0, momentum=0.85, weight_decay=0.2)
+
+
+def batch(tokens: torch.Tensor) -> Batch:
+    return Batch(tokens=tokens, epoch=1, index=0, state={})
+
+
+def test_two_micro_batches_of_four_rows_are_one_of_eight(corpus):
+    tokens = torch.randint(512, (8, 33), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    one, two = make_step(), make_step()
+    loss_one, _ = one([batch(tokens)], VALUES)
+    loss_two, _ = two([batch(tokens[:4]), batch(tokens[4:])], VALUES)
+    torch.testing.assert_close(loss_one, loss_two)
+    torch.testing.assert_close(one.optimizer.grads, two.optimizer.grads, rtol=1e-4, atol=1e-6)
+    # AdamW turns a gradient near zero into a whole step of either sign, so parameters are compared where it is not.
+    for (name, p), q in zip(one.model.named_parameters(), two.model.parameters(), strict=True):
+        clear = p.main_grad.abs() > 1e-5
+        assert clear.any(), name
+        torch.testing.assert_close(p[clear], q[clear], rtol=0, atol=2e-2 * 0.04, msg=name)
+
+
+def test_the_precision_of_a_gpu():
+    """bf16 parameters and activations, fp32 masters and gradients: the step of a GPU, here on a CPU."""
+    full, half = make_step(), make_step(torch.bfloat16)
+    tokens = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    for _ in range(3):
+        loss_full, _ = full([batch(tokens)], VALUES)
+        loss_half, good = half([batch(tokens)], VALUES)
+        assert good
+        assert loss_half.dtype == torch.float32
+        torch.testing.assert_close(loss_half, loss_full, rtol=0, atol=0.05)
+        error = (half.optimizer.grads - full.optimizer.grads).norm() / full.optimizer.grads.norm()
+        assert error < 0.05
+        for name, parameter in half.model.named_parameters():
+            assert torch.equal(parameter, half.optimizer.masters[name].to(parameter.dtype))
+
+
+def test_published_packing_says_what_it_crops(corpus, tmp_path):
+    assert run_main(corpus, tmp_path / "run", "--steps", "3", "--packing", "published") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["packing"] == "published"
+    assert float(summary["train_cropped_percent"]) > 5
+    assert float(summary["val_cropped_percent"]) > 5
+
+
+def test_rehearsal_restores_every_bit():
+    step, untouched = make_step(), make_step()
+    before = torch.random.get_rng_state()
+    step.rehearse((4, 33), micro_steps=2, values=VALUES)
+    assert torch.equal(before, torch.random.get_rng_state())
+    tokens = torch.randint(512, (4, 33), dtype=torch.int32)
+    for s in (step, untouched):
+        s([batch(tokens)], VALUES)
+        s([batch(tokens)], VALUES)
+    for p, q in zip(step.model.parameters(), untouched.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("value", "cause"), [(math.nan, "is nan"), (math.inf, "is inf"), (101, "is 101")])
+def test_a_bad_loss_fails_the_run(corpus, tmp_path, monkeypatch, capsys, value, cause):
+    forward, calls = GPT.forward, 0
+
+    def poisoned(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        loss = forward(self, *args, **kwargs)
+        return loss * 0 + value if calls in (6, 7) else loss  # 1 for the memory check, then 2 micro-steps a step
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    assert run_main(corpus, tmp_path / "run", "--steps", "5") == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"FAIL: step 00002: loss {cause}")
+    assert last.endswith("(batches 4 to 5)")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_bad_gradient_fails_the_run(corpus, tmp_path, monkeypatch, capsys):
+    zero = Optimizer.zero_grad
+    calls = 0
+
+    def poisoned(self):
+        nonlocal calls
+        calls += 1
+        zero(self)
+        if calls == 3:
+            self.grads[7] = math.nan
+
+    monkeypatch.setattr(Optimizer, "zero_grad", poisoned)
+    assert run_main(corpus, tmp_path / "run", "--steps", "5") == 1
+    assert "FAIL: step 00002: a gradient is not finite" in capsys.readouterr().out
+
+
+def test_sample_from_a_finished_run(finished, capsys):
+    args = [str(finished), "--prompt", "wor", "--tokens", "20", "--device", "cpu"]
+    outputs = []
+    for extra in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"], ["--temperature", "0"], ["--top-k", "1"]):
+        assert sample.main(args + extra) == 0
+        outputs.append(capsys.readouterr().out)
+    assert all(text.startswith("wor") and len(text) > 10 for text in outputs)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[3] == outputs[4]  # the likeliest, twice
+    assert not any("<|" in text for text in outputs)
+
+
+def test_sample_past_the_context(finished, capsys):
+    assert sample.main([str(finished), "--tokens", "50", "--device", "cpu"]) == 0  # rows were of 32
+
+
+def test_evaluate_a_finished_run(finished, corpus, capsys):
+    assert evaluate.main([str(finished), "--device", "cpu"]) == 0
+    summary = json.loads((finished / "summary.json").read_text())
+    assert f"val_bpb: {summary['val_bpb']}" in capsys.readouterr().out
+    assert evaluate.main([str(finished), "--holdout", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("holdout_bpb: ")
+    assert Dataset.open(corpus).split("holdout").sha256 in out
+
+
+def test_saved_weights_are_the_trained_ones(finished):
+    model, tokenizer, _ = load_run(finished)
+    assert tokenizer.vocab_size == 512
+    assert model.lambda_r.tolist() != [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--depht", "4"], "--depth"),
+        (["--depth", "four"], "--depth"),
+        (["--depth", "0"], "--depth"),
+        (["--d-model", "100"], "d_model"),
+        (["--total-batch-size", "300"], "use 256"),
+        (["--total-batch-size", "100"], "use 128"),
+        (["--device-batch-size", "5000", "--total-batch-size", "160000"], "smaller batch"),
+        (["--time-budget", "0"], "--time-budget"),
+        (["--time-budget", "nan"], "--time-budget"),
+        (["--steps", "0"], "--steps"),
+        (["--warmup-ratio", "0.8"], "--warmup-ratio"),
+        (["--packing", "loose"], "--packing"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--window-pattern", "SQ"], "window_pattern"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(corpus, tmp_path, capsys, args, named):
+    try:
+        code = run_main(corpus, tmp_path / "run", *args)
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert named in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_gpu_is_said_in_one_line(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_main(corpus, tmp_path / "run", "--device", "cuda") == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
+def test_a_run_folder_in_use_is_left_alone(corpus, finished, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in finished.iterdir()}
+    assert run_main(corpus, finished, "--steps", "1") == 2
+    assert "--run-dir" in capsys.readouterr().err
+    assert before == {p.name: p.stat().st_mtime_ns for p in finished.iterdir()}
+
+
+def test_what_does_not_fit_is_said_up_front(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.trainer, "available_bytes", lambda device: 20 * 2**20)
+    args = ["--device-batch-size", "64", "--total-batch-size", str(64 * 32)]
+    assert run_main(corpus, tmp_path / "run", *args) == 2
+    err = capsys.readouterr().err
+    named = int(re.search(r"use --device-batch-size (\d+)", err)[1])
+    assert 64 % named == 0
+    assert named < 64
+    # And what is named does fit.
+    args[1] = str(named)
+    assert run_main(corpus, tmp_path / "run", *args, "--steps", "1") == 0
+    monkeypatch.setattr(train.trainer, "available_bytes", lambda device: 1000)
+    assert run_main(corpus, tmp_path / "run2", *args) == 2
+    assert "less than one row" in capsys.readouterr().err
+    monkeypatch.setattr(train.memory, "available_bytes", lambda device: 1000)
+    assert run_main(corpus, tmp_path / "run2", *args) == 2
+    assert "lower --depth" in capsys.readouterr().err
+
+
+def test_activation_count_grows_with_rows_and_is_what_autograd_keeps():
+    step = make_step()
+    one, four = (train.memory.activation_bytes(step.model, rows, step.precision()) for rows in (1, 4))
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    tokens = torch.zeros(4, 32, dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        step.model(tokens, tokens)
+    parameters = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
+    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+    # Held to the end, temporaries of the loss's chunks count as well: an upper bound, and not far above.
+    assert 0.5 * total < four <= total
+    assert one < four < 4.2 * one
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(corpus, tmp_path, number, code):
+    command = [sys.executable, "-m", "train", *TINY, "--data", str(corpus), "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 00003"):
+            process.send_signal(number)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert err.strip() in ("interrupted", "terminated")
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.__main__.main(["--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"--{f.replace('_', '-')}" in out for f in TrainConfig.__dataclass_fields__)
