@@ -5,6 +5,11 @@
     g ← g·s·(‖g‖_F / ‖g·s‖_F)
     W ← W − lr·g − lr·wd·W·[g·W ≥ 0]
 
+Master, G, M: [batch, rows, cols] fp32, the batch and row strides free. Four kernels around `polar_express`: momentum
+and Nesterov; v, V and s; the ratio of the two norms, which v and s alone determine, as ‖g‖² = n·Σv and ‖g·s‖² = n·Σv·s²
+for means of n numbers; the update, with the rounded copy.
+Bytes per element without Polar Express: 30 with a bf16 copy (G and M read, M and g written; after it the orthogonal g
+read twice in bf16, master read and written, copy written). FLOPs: about 18.
 Sources: Muon, Jordan et al. 2024 (kellerjordan.github.io/posts/muon); NorMuon, Li et al., arXiv 2510.05491; cautious
 decay, Chen et al., arXiv 2510.12402.
 """
@@ -12,7 +17,8 @@ decay, Chen et al., arXiv 2510.12402.
 import torch
 from torch import Tensor
 
-from .polar_express import polar_express_ref
+from .common import tl, triton, use_kernels
+from .polar_express import polar_express, polar_express_ref
 
 BETA2 = 0.95
 # Columns of a row of hyperparameters (fp32, on the device: a captured step reads them anew at every replay).
@@ -54,6 +60,159 @@ def muon_update_ref(
         copy.copy_(master)
 
 
+@triton.jit
+def _momentum_kernel(
+    grad_ptr, momentum_ptr, out_ptr, hyper_ptr, apply_ptr,
+    grad_stride_b, grad_stride_r, momentum_stride_b, momentum_stride_r, R, C,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out [batch, R, C] is Nesterov's gradient, momentum the new one."""
+    batch = tl.program_id(2).to(tl.int64)
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (offs_r < R) & (offs_c < C)
+    mu = tl.load(hyper_ptr + 1)
+    grad = tl.load(grad_ptr + batch * grad_stride_b + offs_r * grad_stride_r + offs_c, mask=mask, other=0.0)
+    momentum_ptrs = momentum_ptr + batch * momentum_stride_b + offs_r * momentum_stride_r + offs_c
+    momentum = tl.load(momentum_ptrs, mask=mask, other=0.0)
+    momentum += (1 - mu) * (grad - momentum)
+    tl.store(momentum_ptrs, momentum, mask=mask & tl.load(apply_ptr))
+    tl.store(out_ptr + batch * R * C + offs_r * C + offs_c, momentum + (1 - mu) * (grad - momentum), mask=mask)
+
+
+@triton.jit
+def _variance_kernel(
+    g_ptr, second_moment_ptr, v_ptr, scale_ptr, apply_ptr, g_stride_b, g_stride_l, g_stride_n, L, N,
+    lerp, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """v [batch, L]: means of g² over N; scale = max(V, 1e-10)^−½ with the new V, which replaces the old."""
+    batch = tl.program_id(1).to(tl.int64)
+    offs_l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    mask_l = offs_l < L
+    acc = tl.zeros([BLOCK_L, BLOCK_N], dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        ptrs = g_ptr + batch * g_stride_b + offs_l[:, None] * g_stride_l + offs_n[None, :] * g_stride_n
+        g = tl.load(ptrs, mask=mask_l[:, None] & (offs_n < N)[None, :], other=0.0).to(tl.float32)
+        acc += g * g
+    v = tl.sum(acc, axis=1) / N
+    offs = batch * L + offs_l
+    second_moment = tl.load(second_moment_ptr + offs, mask=mask_l, other=0.0)
+    second_moment += lerp * (v - second_moment)
+    tl.store(second_moment_ptr + offs, second_moment, mask=mask_l & tl.load(apply_ptr))
+    tl.store(v_ptr + offs, v, mask=mask_l)
+    tl.store(scale_ptr + offs, 1.0 / tl.sqrt_rn(tl.maximum(second_moment, 1e-10)), mask=mask_l)
+
+
+@triton.jit
+def _norm_ratio_kernel(v_ptr, scale_ptr, ratio_ptr, L, N, BLOCK: tl.constexpr):
+    """ratio [batch] = ‖g‖ / ‖g·s‖."""
+    batch = tl.program_id(0).to(tl.int64)
+    before = tl.zeros([BLOCK], dtype=tl.float32)
+    after = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, L, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        v = tl.load(v_ptr + batch * L + offs, mask=offs < L, other=0.0)
+        scale = tl.load(scale_ptr + batch * L + offs, mask=offs < L, other=0.0)
+        before += v
+        after += v * scale * scale
+    norm = tl.sqrt_rn(tl.sum(before) * N)
+    tl.store(ratio_ptr + batch, norm / tl.maximum(tl.sqrt_rn(tl.sum(after) * N), 1e-10))
+
+
+@triton.jit
+def _muon_kernel(
+    g_ptr, scale_ptr, ratio_ptr, master_ptr, copy_ptr, hyper_ptr, apply_ptr,
+    master_stride_b, master_stride_r, copy_stride_b, copy_stride_r, R, C,
+    BY_ROW: tl.constexpr, HAS_COPY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The scaled update, cautious decay, and the copy."""
+    if tl.load(apply_ptr):
+        batch = tl.program_id(2).to(tl.int64)
+        offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        mask = (offs_r < R) & (offs_c < C)
+        lr = tl.load(hyper_ptr)
+        decay = lr * tl.load(hyper_ptr + 2)
+        if BY_ROW:
+            scale = tl.load(scale_ptr + batch * R + offs_r, mask=offs_r < R, other=0.0)
+        else:
+            scale = tl.load(scale_ptr + batch * C + offs_c, mask=offs_c < C, other=0.0)
+        g = tl.load(g_ptr + batch * R * C + offs_r * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+        g = g * scale * tl.load(ratio_ptr + batch)
+        master_ptrs = master_ptr + batch * master_stride_b + offs_r * master_stride_r + offs_c
+        master = tl.load(master_ptrs, mask=mask, other=0.0)
+        master = master - lr * g - tl.where(g * master >= 0, decay * master, 0.0)
+        tl.store(master_ptrs, master, mask=mask)
+        if HAS_COPY:
+            copy_ptrs = copy_ptr + batch * copy_stride_b + offs_r * copy_stride_r + offs_c
+            tl.store(copy_ptrs, master.to(copy_ptr.dtype.element_ty), mask=mask)
+
+
+def _config(rows: int, cols: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tiles of the elementwise kernels and of the means: 2,048 elements for four warps, wide along the columns."""
+    block_c = min(triton.next_power_of_2(cols), 512)
+    tile = {"BLOCK_R": max(1, 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4}
+    if rows >= cols:
+        return tile, {"BLOCK_L": max(1, 2048 // block_c), "BLOCK_N": block_c, "num_warps": 4}
+    return tile, {"BLOCK_L": 64, "BLOCK_N": 32, "num_warps": 4}
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes or (tensor.stride(-1) != 1 and tensor.shape[-1] != 1):
+        raise ValueError(
+            f"{name}: {tuple(tensor.shape)} {tensor.dtype}, stride {tensor.stride(-1)} along the last dimension;"
+            f" expected {tuple(shape)} {dtypes[0]}, stride 1"
+        )
+
+
+def _launch(
+    master: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    second_moment: Tensor,
+    copy: Tensor | None,
+    hyper: Tensor,
+    apply: Tensor,
+    iterate_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    if master.ndim != 3:
+        raise ValueError(f"master: {tuple(master.shape)}, expected [batch, rows, cols]")
+    for name, tensor in (("master", master), ("grad", grad), ("momentum", momentum)):
+        _check(name, tensor, master.shape, (torch.float32,))
+    if copy is not None:
+        _check("copy", copy, master.shape, (torch.bfloat16, torch.float16, torch.float32))
+    if second_moment.shape != second_moment_shape(master.shape) or not second_moment.is_contiguous():
+        raise ValueError(f"second_moment: {tuple(second_moment.shape)}, expected {second_moment_shape(master.shape)}")
+    if hyper.dtype != torch.float32 or hyper.stride(0) != 1 or hyper.numel() < 3 or apply.dtype != torch.bool:
+        raise ValueError(f"hyper: {hyper.dtype} {tuple(hyper.shape)}, apply: {apply.dtype}; expected fp32 [3], bool")
+
+    batch, rows, cols = master.shape
+    tile, means = _config(rows, cols)
+    grid = (triton.cdiv(rows, tile["BLOCK_R"]), triton.cdiv(cols, tile["BLOCK_C"]), batch)
+    g = torch.empty(batch, rows, cols, dtype=torch.float32, device=master.device)
+    _momentum_kernel[grid](
+        grad, momentum, g, hyper, apply,
+        grad.stride(0), grad.stride(1), momentum.stride(0), momentum.stride(1), rows, cols, **tile,
+    )  # fmt: skip
+    g = polar_express(g, iterate_dtype)
+
+    by_row = rows >= cols
+    L, N = (rows, cols) if by_row else (cols, rows)
+    v, scale = (torch.empty(batch, L, dtype=torch.float32, device=master.device) for _ in range(2))
+    ratio = torch.empty(batch, dtype=torch.float32, device=master.device)
+    strides = (cols, 1) if by_row else (1, cols)
+    _variance_kernel[(triton.cdiv(L, means["BLOCK_L"]), batch)](
+        g, second_moment, v, scale, apply, rows * cols, *strides, L, N, 1 - BETA2, **means
+    )
+    _norm_ratio_kernel[(batch,)](v, scale, ratio, L, N, BLOCK=1024, num_warps=4)
+    _muon_kernel[grid](
+        g, scale, ratio, master, copy, hyper, apply,
+        master.stride(0), master.stride(1), *((0, 0) if copy is None else copy.stride()[:2]), rows, cols,
+        BY_ROW=by_row, HAS_COPY=copy is not None, **tile,
+    )  # fmt: skip
+
+
 def muon_update(
     master: Tensor,
     grad: Tensor,
@@ -72,4 +231,10 @@ def muon_update(
         hyper: [≥ 3] fp32 on the device: learning rate, momentum, weight decay.
         apply: scalar boolean on the device; where it is false nothing changes.
     """
-    muon_update_ref(master, grad, momentum, second_moment, copy, hyper, apply)
+    update = _launch if use_kernels(master) else muon_update_ref
+    update(master, grad, momentum, second_moment, copy, hyper, apply)
+
+
+def cost(elements: int, copy_itemsize: int = 2) -> tuple[int, int]:
+    """Bytes that have to move and FLOPs, of all but Polar Express; its input and output are in."""
+    return elements * (4 * 4 + 2 * 2 + 2 * 4 + copy_itemsize), elements * 18

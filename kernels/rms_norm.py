@@ -129,13 +129,14 @@ def _dlambda_kernel(
     tl.store(dlambda_0_ptr, dlambda_0)
 
 
-MAX_WIDTH = 16384  # a row is one tile
+MAX_WIDTH = 8192  # a row is one tile
 
 
 def _config(D: int) -> dict[str, int]:
-    """A tile holds whole rows: 2,048 elements for four warps, two vectors of 16 bytes a thread and 16-bit tensor."""
+    """A tile holds whole rows: 2,048 elements for four warps, two vectors of 16 bytes a thread and 16-bit tensor.
+    Half of that where rows are no whole vectors: every element then has an address in registers."""
     block_d = triton.next_power_of_2(D)
-    block_m = max(1, 2048 // block_d)
+    block_m = max(1, (2048 if D % 8 == 0 else 1024) // block_d)
     return {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(16, block_m * block_d // 512))}
 
 

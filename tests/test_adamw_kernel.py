@@ -1,0 +1,159 @@
+"""AdamW's kernel against the reference in fp64."""
+
+import importlib
+
+import pytest
+import torch
+
+from kernels.common import set_ops
+from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, mutant
+
+op = importlib.import_module("kernels.adamw")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SHAPES = [(3, 347), (1,), (2, 1024), (5, 5, 5)]
+BETAS, EPS = (0.8, 0.95), 1e-10
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    exact_bfloat16(monkeypatch)
+    set_ops("triton")
+    yield
+    set_ops(None)
+
+
+def make_group(shapes, copy_dtype):
+    """masters, grads, exp_avgs, exp_avg_sqs, copies: mid-training, gradients of very different size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensors(scale=1.0):
+        return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+
+    grads = [g * 10.0 ** torch.randint(-8, 3, g.shape, generator=generator) for g in tensors()]
+    group = [tensors(), grads, tensors(0.1), [t.square() for t in tensors(0.1)]]
+    copies = [None if copy_dtype is None else torch.zeros(shape, dtype=copy_dtype) for shape in shapes]
+    return [[None if t is None else t.to(DEVICE) for t in part] for part in [*group, copies]]
+
+
+def two_steps(update, group, dtype, apply=True):
+    """The group after two updates in `dtype`; copies keep theirs."""
+    masters, grads, m, v = ([t.to(dtype, copy=True) for t in part] for part in group[:4])
+    copies = [None if t is None else t.clone() for t in group[4]]
+    for step in (7, 8):
+        bias = [1 - beta**step for beta in BETAS]
+        hyper = torch.tensor([99.0, 0.02, *bias, 99.0], device=DEVICE)[1:4]  # a row of a table, as the trainer has it
+        gate = torch.tensor(apply, device=DEVICE)
+        update(masters, grads, m, v, copies, hyper.to(dtype), gate, BETAS, EPS)
+    return masters, m, v, copies
+
+
+def check(module, shapes=SHAPES, copy_dtype=torch.bfloat16):
+    group = make_group(shapes, copy_dtype)
+    got = two_steps(module.adamw_update, group, torch.float32)
+    baseline = two_steps(op.adamw_update_ref, group, torch.float32)
+    truth = two_steps(op.adamw_update_ref, group, torch.float64)
+    for name, *parts in zip(("master", "m", "v"), got, baseline, truth, strict=False):
+        for i, values in enumerate(zip(*parts, strict=True)):
+            assert_as_good(f"{name} {i}", *values)
+    for master, copy in zip(got[0], got[3], strict=True):
+        assert copy is None or torch.equal(copy, master.to(copy.dtype))
+
+
+@pytest.mark.parametrize("copy_dtype", [None, torch.bfloat16, torch.float16])
+def test_two_steps(copy_dtype):
+    check(op, copy_dtype=copy_dtype)
+
+
+def test_sizes_of_whole_vectors():
+    check(op, [(41, 48), (16,)])
+
+
+def test_some_tensors_have_no_copy():
+    group = make_group(SHAPES, torch.bfloat16)
+    group[4][1] = None
+    masters, *_, copies = two_steps(op.adamw_update, group, torch.float32)
+    assert copies[1] is None
+    assert all(torch.equal(c, m.bfloat16()) for m, c in zip(masters, copies, strict=True) if c is not None)
+
+
+def test_nothing_changes_where_apply_is_false():
+    group = make_group(SHAPES, torch.bfloat16)
+    masters, m, v, copies = two_steps(op.adamw_update, group, torch.float32, apply=False)
+    for before, after in zip((group[0], group[2], group[3], group[4]), (masters, m, v, copies), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_one_launch_and_one_table(monkeypatch):
+    group = make_group(SHAPES, torch.bfloat16)
+    hyper, apply = torch.tensor([0.1, 0.5, 0.5], device=DEVICE), torch.tensor(True, device=DEVICE)
+    before = op._address_table.cache_info()
+    for _ in range(3):
+        op.adamw_update(*group, hyper, apply, BETAS, EPS)
+    after = op._address_table.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
+
+
+MUTANTS = {
+    "no bias correction of m": ("tl.div_rn(m, tl.load(hyper_ptr + 1))", "m"),
+    "no bias correction of v": ("tl.div_rn(v, tl.load(hyper_ptr + 2))", "v"),
+    "the gradient is not squared": ("grad * grad - v", "grad - v"),
+    "one beta for both": ("v += lerp2", "v += lerp1"),
+    "eps too large": ("tl.sqrt_rn(v_hat) + eps", "tl.sqrt_rn(v_hat) + 1e-4"),
+    "the old m": ("m += lerp1 * (grad - m)\n", "old = m\n        m += lerp1 * (grad - m)\n        m, old = old, m\n"),
+    "the copy is stale": ("master.to(COPY_DTYPE)", "grad.to(COPY_DTYPE)"),
+    "always the first tensor": ("(tl.sum((first_blocks <= pid).to(tl.int32)) - 1) * 7", "0"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, tmp_path):
+    wrong = mutant(op, MUTANTS[name], folder=tmp_path)
+    with pytest.raises(AssertionError):
+        check(wrong)
+
+
+def test_a_gate_that_is_ignored_is_seen(tmp_path):
+    wrong = mutant(op, ("if tl.load(apply_ptr):", "if True:"), folder=tmp_path)
+    group = make_group(SHAPES, torch.bfloat16)
+    masters, *_ = two_steps(wrong.adamw_update, group, torch.float32, apply=False)
+    assert not torch.equal(masters[0], group[0][0])
+
+
+def test_errors_name_the_argument():
+    group = make_group([(4, 6)], torch.bfloat16)
+    rest = (torch.ones(3, device=DEVICE), torch.tensor(True, device=DEVICE), BETAS, EPS)
+    for index, wrong, message in (
+        (0, group[0][0].T, r"masters\[0\]: strided"),
+        (1, group[1][0].half(), r"grads\[0\].*float16"),
+        (2, group[2][0][:3], r"exp_avgs\[0\]"),
+        (3, torch.zeros(25, device=DEVICE)[1:].view(4, 6), r"exp_avg_sqs\[0\]: its address"),
+    ):
+        broken = [list(part) for part in group]
+        broken[index][0] = wrong
+        with pytest.raises(ValueError, match=message):
+            op.adamw_update(*broken, *rest)
+
+
+@gpu
+@pytest.mark.gpu
+def test_the_models_tables():
+    check(op, [(8192, 512), (4, 8192, 512)])
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_captured_step_replays():
+    group = make_group([(8192, 512), (8,)], torch.bfloat16)
+    expected = [[None if t is None else t.clone() for t in part] for part in group]
+    hyper, apply = torch.tensor([0.1, 0.5, 0.5], device=DEVICE), torch.tensor(False, device=DEVICE)
+    op.adamw_update(*group, hyper, apply, BETAS, EPS)  # compiles, and changes nothing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op.adamw_update(*group, hyper, apply, BETAS, EPS)
+    apply.fill_(True)
+    for lr in (0.1, 0.05):
+        hyper[0] = lr
+        graph.replay()
+        op.adamw_update(*expected, hyper, apply, BETAS, EPS)
+    for part, other in zip(group, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))

@@ -1,0 +1,136 @@
+"""Muon's kernels against the reference in fp64."""
+
+import importlib
+
+import pytest
+import torch
+
+from kernels.common import set_ops
+from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, fill_empty_with_nan, mutant
+
+op = importlib.import_module("kernels.muon")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Of one matrix with one singular value the error is one draw, and luck: there are many of those.
+SHAPES = [(2, 4, 32), (2, 45, 45), (2, 70, 29), (3, 29, 70), (24, 7, 1)]
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    fill_empty_with_nan(monkeypatch)
+    exact_bfloat16(monkeypatch)
+    set_ops("triton")
+    yield
+    set_ops(None)
+
+
+def make_group(shape, copy_dtype=torch.bfloat16, strided=False):
+    """master, grad, momentum, second_moment, copy: mid-training; strided ones are the middle rows of larger tensors."""
+    generator = torch.Generator().manual_seed(0)
+    batch, rows, cols = shape
+    padded = (batch, rows + 5, cols) if strided else shape
+
+    def tensor(scale, size=padded):
+        return (torch.randn(size, generator=generator) * scale).to(DEVICE)
+
+    group = [tensor(0.05), tensor(1e-3), tensor(1e-3)]
+    copy = None if copy_dtype is None else torch.zeros(padded, dtype=copy_dtype, device=DEVICE)
+    if strided:
+        group = [t[:, 2:-3] for t in group]
+        copy = None if copy is None else copy[:, 2:-3]
+    second_moment = tensor(0.1, op.second_moment_shape(shape)).square() / max(rows, cols)
+    return [*group, second_moment, copy]
+
+
+def two_steps(update, group, dtype, iterate_dtype, apply=True):
+    """master, momentum, second_moment, copy after two updates; views stay views of memory laid out alike."""
+
+    def clone(t, dtype):
+        if t is None:
+            return None
+        base = torch.zeros(t.shape[0], t.stride(0), dtype=dtype, device=t.device)
+        return base.as_strided(t.shape, t.stride()).copy_(t)
+
+    master, grad, momentum, second_moment = (clone(t, dtype) for t in group[:4])
+    copy = clone(group[4], group[4].dtype if group[4] is not None else None)
+    for mu, weight_decay in ((0.86, 0.2), (0.95, 0.1)):
+        # A row of a table, as the trainer has it.
+        hyper = torch.tensor([99.0, 0.04, mu, weight_decay, 99.0], device=DEVICE)[1:4].to(dtype)
+        gate = torch.tensor(apply, device=DEVICE)
+        update(master, grad, momentum, second_moment, copy, hyper, gate, iterate_dtype)
+        grad = grad.flip(0) * 2
+    return master, momentum, second_moment, copy
+
+
+def check(module, shape, iterate_dtype=torch.float32, strided=False, copy_dtype=torch.bfloat16):
+    group = make_group(shape, copy_dtype, strided)
+    got = two_steps(module._launch, group, torch.float32, iterate_dtype)
+    baseline = two_steps(op.muon_update_ref, group, torch.float32, iterate_dtype)
+    truth = two_steps(op.muon_update_ref, group, torch.float64, torch.float64)
+    for name, *values in zip(("master", "momentum", "second moment"), got, baseline, truth, strict=False):
+        assert_as_good(f"{name} {shape}", *values)
+    assert got[3] is None or torch.equal(got[3], got[0].to(got[3].dtype))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_steps(shape, strided):
+    check(op, shape, strided=strided)
+
+
+@pytest.mark.parametrize("shape", [(2, 45, 30), (2, 30, 45)])
+def test_bfloat16_iterates_and_no_copy(shape):
+    check(op, shape, torch.bfloat16, copy_dtype=None)
+
+
+def test_the_public_op_is_the_kernels():
+    group = make_group((2, 20, 33))
+    expected = two_steps(op._launch, group, torch.float32, torch.bfloat16)
+    got = two_steps(lambda *args: op.muon_update(*args[:-1]), group, torch.float32, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_nothing_changes_where_apply_is_false():
+    group = make_group((2, 20, 33), strided=True)
+    group[1][0, 0, 0] = float("nan")
+    got = two_steps(op._launch, group, torch.float32, torch.float32, apply=False)
+    assert all(torch.equal(a, b) for a, b in zip(got, (group[0], *group[2:]), strict=True))
+
+
+MUTANTS = {
+    "momentum without Nesterov": ("momentum + (1 - mu) * (grad - momentum), mask", "momentum, mask"),
+    "the old second moment": ("second_moment += lerp", "second_moment += 0 * lerp"),
+    "no norm is kept": ("g = g * scale * tl.load(ratio_ptr + batch)", "g = g * scale"),
+    "no scale": ("g = g * scale * tl.load", "g = g * tl.load"),
+    "the ratio of the first matrix": ("tl.load(ratio_ptr + batch)", "tl.load(ratio_ptr)"),
+    "decay everywhere": ("tl.where(g * master >= 0", "tl.where(g * master >= -1e9"),
+    "no learning rate in the decay": ("decay = lr * tl.load", "decay = tl.load"),
+    "means over the padded size": ("v = tl.sum(acc, axis=1) / N", "v = tl.sum(acc, axis=1) / BLOCK_N"),
+    "rows for columns": ("strides = (cols, 1) if by_row", "strides = (1, rows) if by_row"),
+    "the master as if it were dense": ("master_ptr + batch * master_stride_b", "master_ptr + batch * R * C"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, tmp_path):
+    wrong = mutant(op, MUTANTS[name], folder=tmp_path)
+    with pytest.raises(AssertionError):
+        check(wrong, (3, 70, 29), strided=True)
+
+
+def test_errors_name_the_argument():
+    group = make_group((2, 6, 8))
+    rest = (torch.ones(3, device=DEVICE), torch.tensor(True, device=DEVICE))
+    for index, wrong in ((1, group[1].half()), (2, group[2][:, :3]), (3, group[3][..., :4]), (4, group[4].mT)):
+        name = ("master", "grad", "momentum", "second_moment", "copy")[index]
+        with pytest.raises(ValueError, match=name):
+            op.muon_update(*(wrong if i == index else t for i, t in enumerate(group)), *rest)
+    with pytest.raises(ValueError, match="hyper"):
+        op.muon_update(*group, rest[0].half(), rest[1])
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(24, 512, 512), (8, 2048, 512), (8, 512, 2048), (4, 4, 32)])
+def test_the_models_matrices(shape):
+    check(op, shape, torch.bfloat16)
+    check(op, shape, torch.bfloat16, strided=True)
