@@ -14,8 +14,8 @@ Bytes a token at 4 heads of 128 in bf16, as launched, reading each tile once:
     prologue   2 KB of q and k in, 2 KB out; with ve 3 KB more       attention     3 KB in, 1 KB out
     dq         5 KB in, 1 KB out                                     dk and dv     4 KB in, 2 KB out; with ve 2 KB more
 
-FLOPs a token, W the mean number of visited keys: forward 4·H·head_dim·W, backward 14·H·head_dim·W as launched (the scores
-are computed once for dq and once more for dk and dv), 10·H·head_dim·W as `cost` counts them.
+FLOPs a token, W the mean number of visited keys: forward 4·H·head_dim·W; backward 14·H·head_dim·W as launched (scores
+and their gradient once for dq, once more for dk and dv), 10·H·head_dim·W as `cost` counts them.
 """
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..common import use_kernels
 from .backward import attention_bwd
 from .forward import attention_fwd
-from .prologue import prologue
+from .prologue import prologue_fwd
 from .reference import rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
 from .tiles import visited_tiles
 
@@ -82,7 +82,7 @@ class _RotaryAttention(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate):
         num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate)
         head_dim = 2 * cos.shape[-1]
-        packed, rstd = prologue(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
+        packed, rstd = prologue_fwd(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
         values = (qkv if ve is None else packed)[..., (num_heads + num_kv_heads) * head_dim :]
         q, k = _split(packed, num_heads, num_kv_heads, head_dim)
         out, lse = attention_fwd(q, k, values, head_dim, window)

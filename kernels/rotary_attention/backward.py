@@ -4,9 +4,9 @@ With s = q·kᵀ/√head_dim and p = exp(s − lse), recomputed tile by tile:
 
     delta = rowsum(dout·out)    dv = pᵀ·dout    ds = p·(dout·vᵀ − delta)    dq = ds·k/√head_dim    dk = dsᵀ·q/√head_dim
 
-Two kernels: the first walks the keys of each block of queries (dq; it also writes delta), the second the queries of each
-block of keys (dk, dv, summed over the group's heads). Each ends by taking its tile through what the prologue did, while
-it is in registers, so no gradient of a normed head is ever stored. p is recomputed twice: 7 products instead of 5.
+Two kernels: the first walks the keys of each block of queries (dq; it also writes delta), the second the queries of
+each block of keys (dk, dv, summed over the group's heads). Each ends by taking its tile back through what the prologue
+did, while it is in registers: no gradient of a normed head is ever stored. Both compute p and ds, 7 products for 5.
 """
 
 import math
@@ -23,16 +23,16 @@ from .tiles import key_runs, query_runs
 
 @triton.jit
 def _dq_run(
-    dq, q, do, lse, delta, k_ptr, v_ptr, k_stride_t, v_stride_t, start, stop, m0, seq_len, window, scale_log2,
-    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    dq, q, do, lse, delta, k_ptr, v_ptr, start, stop, m0, seq_len, window, scale_log2,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of one run of tiles to dq (without the factor 1/√head_dim)."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, HEAD_DIM)
-    k_offs = offs_n[:, None] * k_stride_t + offs_d[None, :]
-    v_offs = offs_n[:, None] * v_stride_t + offs_d[None, :]
-    k_stride, v_stride = k_stride_t.to(tl.int64), v_stride_t.to(tl.int64)
+    k_offs = offs_n[:, None] * K_STRIDE + offs_d[None, :]
+    v_offs = offs_n[:, None] * V_STRIDE + offs_d[None, :]
+    k_stride, v_stride = tl.full((), K_STRIDE, tl.int64), tl.full((), V_STRIDE, tl.int64)
     for n0 in range(start, stop, BLOCK_N):
         if MASKED:
             live = (n0 + offs_n < seq_len)[:, None]
@@ -55,8 +55,8 @@ def _dq_run(
 @triton.jit
 def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, dq_ptr,
-    seq_len, window, q_stride_b, q_stride_t, v_stride_b, v_stride_t, dq_stride_t, scale, scale_log2,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    seq_len, window, q_stride_b, v_stride_b, dQ_STRIDE, scale, scale_log2,
+    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, the longest rows first."""
@@ -66,7 +66,7 @@ def _attention_dq_kernel(
     row = tl.program_id(0) // blocks
     batch, head = (row // NUM_HEADS).to(tl.int64), row % NUM_HEADS
     first = batch * seq_len + m0  # the tile's first token
-    q_ptr += batch * q_stride_b + m0.to(tl.int64) * q_stride_t + head * HEAD_DIM
+    q_ptr += batch * q_stride_b + m0.to(tl.int64) * Q_STRIDE + head * HEAD_DIM
     k_ptr += batch * q_stride_b + head // GROUP * HEAD_DIM
     v_ptr += batch * v_stride_b + head // GROUP * HEAD_DIM
     out_ptr += (first * NUM_HEADS + head) * HEAD_DIM
@@ -78,7 +78,7 @@ def _attention_dq_kernel(
     offs_d = tl.arange(0, HEAD_DIM)[None, :]
     live = m0 + rows < seq_len
     out_offs = rows[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d
-    q = tl.load(q_ptr + rows[:, None] * q_stride_t + offs_d, mask=live[:, None], other=0.0)
+    q = tl.load(q_ptr + rows[:, None] * Q_STRIDE + offs_d, mask=live[:, None], other=0.0)
     do = tl.load(do_ptr + out_offs, mask=live[:, None], other=0.0)
     out = tl.load(out_ptr + out_offs, mask=live[:, None], other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
@@ -88,38 +88,38 @@ def _attention_dq_kernel(
     dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, q_stride_t, v_stride_t, start, full, m0, seq_len, window, scale_log2,
-        MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        dq, q, do, lse, delta, k_ptr, v_ptr, start, full, m0, seq_len, window, scale_log2,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, q_stride_t, v_stride_t, full, diagonal, m0, seq_len, window, scale_log2,
-        MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        dq, q, do, lse, delta, k_ptr, v_ptr, full, diagonal, m0, seq_len, window, scale_log2,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, q_stride_t, v_stride_t, diagonal, stop, m0, seq_len, window, scale_log2,
-        MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        dq, q, do, lse, delta, k_ptr, v_ptr, diagonal, stop, m0, seq_len, window, scale_log2,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
     rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + head, mask=live, other=0.0)
     table = m0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
-        dq * scale, q_ptr, q_stride_t, rstd, cos_ptr + table, sin_ptr + table,
-        dq_ptr + first * dq_stride_t + head * HEAD_DIM, dq_stride_t, live, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
+        dq * scale, q_ptr, Q_STRIDE, rstd, cos_ptr + table, sin_ptr + table,
+        dq_ptr + first * dQ_STRIDE + head * HEAD_DIM, dQ_STRIDE, live, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
 
 @triton.jit
 def _dkv_run(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride_t, do_stride_t, start, stop, n0, seq_len, window,
-    scale_log2, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, n0, seq_len, window, scale_log2,
+    Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries of one run of tiles to dk (without the factor 1/√head_dim) and dv."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEAD_DIM)
-    q_offs = offs_m[:, None] * q_stride_t + offs_d[None, :]
-    do_offs = offs_m[:, None] * do_stride_t + offs_d[None, :]
-    q_stride, do_stride = q_stride_t.to(tl.int64), do_stride_t.to(tl.int64)
+    q_offs = offs_m[:, None] * Q_STRIDE + offs_d[None, :]
+    do_offs = offs_m[:, None] * DO_STRIDE + offs_d[None, :]
+    q_stride, do_stride = tl.full((), Q_STRIDE, tl.int64), tl.full((), DO_STRIDE, tl.int64)
     for m0 in range(start, stop, BLOCK_M):
         if MASKED:
             live = m0 + offs_m < seq_len
@@ -136,10 +136,10 @@ def _dkv_run(
         if MASKED:
             distance = (m0 + offs_m)[None, :] - offs_n[:, None]
             scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
-        p = tl.exp2(scores)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        p = tl.exp2(scores)
         ds = p * (dp - delta[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -148,50 +148,51 @@ def _dkv_run(
 def _attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
     dk_ptr, dv_ptr, dve_ptr, dgate_ptr,
-    seq_len, window, q_stride_b, q_stride_t, v_stride_b, v_stride_t, do_stride_t, dk_stride_t,
+    seq_len, window, q_stride_b, v_stride_b, dk_stride_t,
     ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t, scale, scale_log2,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VE: tl.constexpr,
+    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key-value head; the first blocks are seen by the most queries."""
     KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     NORM_HEADS: tl.constexpr = NUM_HEADS + KV_HEADS
+    DO_STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
     blocks = tl.cdiv(seq_len, BLOCK_N)
     n0 = tl.program_id(0) % blocks * BLOCK_N
     row = tl.program_id(0) // blocks  # batch · KV_HEADS + key-value head
     batch, kv_head = (row // KV_HEADS).to(tl.int64), row % KV_HEADS
     first = batch * seq_len + n0  # the tile's first token
-    k_ptr += batch * q_stride_b + n0.to(tl.int64) * q_stride_t + kv_head * HEAD_DIM
-    v_ptr += batch * v_stride_b + n0.to(tl.int64) * v_stride_t + kv_head * HEAD_DIM
+    k_ptr += batch * q_stride_b + n0.to(tl.int64) * Q_STRIDE + kv_head * HEAD_DIM
+    v_ptr += batch * v_stride_b + n0.to(tl.int64) * V_STRIDE + kv_head * HEAD_DIM
 
     rows = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, HEAD_DIM)[None, :]
     live = n0 + rows < seq_len
-    k = tl.load(k_ptr + rows[:, None] * q_stride_t + offs_d, mask=live[:, None], other=0.0)
-    v = tl.load(v_ptr + rows[:, None] * v_stride_t + offs_d, mask=live[:, None], other=0.0)
+    k = tl.load(k_ptr + rows[:, None] * Q_STRIDE + offs_d, mask=live[:, None], other=0.0)
+    v = tl.load(v_ptr + rows[:, None] * V_STRIDE + offs_d, mask=live[:, None], other=0.0)
     dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
     dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
     start, full, edge, stop = query_runs(n0, seq_len, window, BLOCK_M, BLOCK_N)
     for i in range(GROUP):
         head = kv_head * GROUP + i
         q_head_ptr = q_ptr + batch * q_stride_b + head * HEAD_DIM
-        do_head_ptr = do_ptr + batch * seq_len * do_stride_t + head * HEAD_DIM
+        do_head_ptr = do_ptr + batch * seq_len * DO_STRIDE + head * HEAD_DIM
         lse_head_ptr = lse_ptr + (batch * NUM_HEADS + head) * seq_len
         delta_head_ptr = delta_ptr + (batch * NUM_HEADS + head) * seq_len
         dk, dv = _dkv_run(
-            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr, q_stride_t, do_stride_t,
+            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
             start, full, n0, seq_len, window, scale_log2,
-            MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+            Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
         dk, dv = _dkv_run(
-            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr, q_stride_t, do_stride_t,
+            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
             full, edge, n0, seq_len, window, scale_log2,
-            MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+            Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
         dk, dv = _dkv_run(
-            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr, q_stride_t, do_stride_t,
+            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
             edge, stop, n0, seq_len, window, scale_log2,
-            MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+            Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
 
     tile = first * dk_stride_t + kv_head * HEAD_DIM
@@ -209,7 +210,7 @@ def _attention_dkv_kernel(
     rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + NUM_HEADS + kv_head, mask=live, other=0.0)
     table = n0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
-        dk * scale, k_ptr, q_stride_t, rstd, cos_ptr + table, sin_ptr + table,
+        dk * scale, k_ptr, Q_STRIDE, rstd, cos_ptr + table, sin_ptr + table,
         dk_ptr + tile, dk_stride_t, live, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
@@ -234,17 +235,17 @@ def attention_bwd(
     block = config.dq
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         q, k, v, out, dout, lse, delta, rstd, cos, sin, dq,
-        T, window, q.stride(0), q.stride(1), v.stride(0), v.stride(1), dqkv.stride(1), scale, scale * LOG2_E,
-        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
+        T, window, q.stride(0), v.stride(0), dqkv.stride(1), scale, scale * LOG2_E,
+        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1), NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     block = config.dkv
     _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
         q, k, v, dout, lse, delta, rstd, cos, sin, ve, gate, dk, dv, dve, dgate,
-        T, window, q.stride(0), q.stride(1), v.stride(0), v.stride(1), width, dqkv.stride(1),
+        T, window, q.stride(0), v.stride(0), dqkv.stride(1),
         0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
         0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1), scale, scale * LOG2_E,
-        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_VE=ve is not None,
+        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1), NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_VE=ve is not None,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return dqkv, dve, dgate

@@ -84,7 +84,7 @@ def rotary_norm_bwd(
     tl.store(dx_ptr + rows * dx_stride_t + HALF + cols, du1 * sin + du2 * cos, mask=mask)
 
 
-def prologue(
+def prologue_fwd(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, ve: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(packed, rstd) as described above; `cos` and `sin` contiguous, everything else checked by the caller."""
