@@ -1,4 +1,4 @@
-"""rotary_attention's kernels: interpreted on a CPU at small odd shapes, in bf16 at the real ones where there is a GPU."""
+"""rotary_attention's kernels: interpreted at small odd shapes on a CPU, in bf16 at the real ones on a GPU."""
 
 import inspect
 import math
@@ -29,7 +29,7 @@ SMALL_TILES = Config(8, Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
-    """The kernels run wherever they can, on outputs that are NaN until written; on a CPU in tiles a small T has many of."""
+    """The kernels, on any device, with outputs that are NaN until written; interpreted, in tiles small against T."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def filled(make):
@@ -68,7 +68,8 @@ def check(inputs, H, window, head_dim, dtype, op=rotary_attention, truth_dtype=t
             lambda qkv, ve, gate: function(qkv, cos, sin, H, window, ve, gate), inputs, dtype
         )
 
-    results = zip(run(op, dtype), run(rotary_attention_ref, dtype), run(rotary_attention_ref, truth_dtype), strict=False)
+    values, baselines, truths = run(op, dtype), run(rotary_attention_ref, dtype), run(rotary_attention_ref, truth_dtype)
+    results = zip(values, baselines, truths, strict=True)
     for name, (value, baseline, truth) in zip(("out", "dqkv", "dve", "dgate"), results, strict=False):
         assert_as_good(name, value, baseline, truth)
 
@@ -254,7 +255,7 @@ MUTANTS = [
     (backward, "_dq_run", "(dp - delta[:, None])", "dp"),
     (backward, "_dq_run", "distance <= window", "distance <= window + 1"),
     (backward, "_attention_dq_kernel", "dq * scale", "dq"),
-    (backward, "_dkv_run", "(dp - delta[None, :])", "dp"),
+    (backward, "_dkv_run", "tl.broadcast_to(-delta[None, :]", "tl.broadcast_to(0.0 * delta[None, :]"),
     (backward, "_dkv_run", "(distance >= 0) &", ""),
     (backward, "query_runs", "n0 + BLOCK_N + window", "n0 + window"),
     (backward, "_attention_dkv_kernel", "range(GROUP)", "range(1)"),

@@ -24,7 +24,8 @@ from .tiles import key_runs, query_runs
 @triton.jit
 def _dq_run(
     dq, q, do, lse, delta, k_ptr, v_ptr, start, stop, m0, seq_len, window, scale_log2,
-    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of one run of tiles to dq (without the factor 1/√head_dim)."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
@@ -55,12 +56,15 @@ def _dq_run(
 @triton.jit
 def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, dq_ptr,
-    seq_len, window, q_stride_b, v_stride_b, dQ_STRIDE, scale, scale_log2,
-    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    seq_len, window, q_stride_b, v_stride_b, scale, scale_log2,
+    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, the longest rows first."""
-    NORM_HEADS: tl.constexpr = NUM_HEADS + NUM_HEADS // GROUP
+    KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    NORM_HEADS: tl.constexpr = NUM_HEADS + KV_HEADS
+    DQKV_STRIDE: tl.constexpr = (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM
     blocks = tl.cdiv(seq_len, BLOCK_M)
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     row = tl.program_id(0) // blocks
@@ -83,7 +87,7 @@ def _attention_dq_kernel(
     out = tl.load(out_ptr + out_offs, mask=live[:, None], other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + rows, delta, mask=live)
-    lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=live, other=0.0) * scale_log2
 
     dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
@@ -103,15 +107,17 @@ def _attention_dq_kernel(
     rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + head, mask=live, other=0.0)
     table = m0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
-        dq * scale, q_ptr, Q_STRIDE, rstd, cos_ptr + table, sin_ptr + table,
-        dq_ptr + first * dQ_STRIDE + head * HEAD_DIM, dQ_STRIDE, live, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
+        dq * scale, q_ptr, rstd, cos_ptr + table, sin_ptr + table,
+        dq_ptr + first * DQKV_STRIDE + head * HEAD_DIM, live,
+        Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
 
 @triton.jit
 def _dkv_run(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, n0, seq_len, window, scale_log2,
-    Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries of one run of tiles to dk (without the factor 1/√head_dim) and dv."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -120,27 +126,34 @@ def _dkv_run(
     q_offs = offs_m[:, None] * Q_STRIDE + offs_d[None, :]
     do_offs = offs_m[:, None] * DO_STRIDE + offs_d[None, :]
     q_stride, do_stride = tl.full((), Q_STRIDE, tl.int64), tl.full((), DO_STRIDE, tl.int64)
+    q_ptr += start * q_stride
+    do_ptr += start * do_stride
     for m0 in range(start, stop, BLOCK_M):
         if MASKED:
             live = m0 + offs_m < seq_len
-            q = tl.load(q_ptr + m0 * q_stride + q_offs, mask=live[:, None], other=0.0)
-            do = tl.load(do_ptr + m0 * do_stride + do_offs, mask=live[:, None], other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
+            do = tl.load(do_ptr + do_offs, mask=live[:, None], other=0.0)
             lse = tl.load(lse_ptr + m0 + offs_m, mask=live, other=0.0)
             delta = tl.load(delta_ptr + m0 + offs_m, mask=live, other=0.0)
         else:
-            q = tl.load(q_ptr + m0 * q_stride + q_offs)
-            do = tl.load(do_ptr + m0 * do_stride + do_offs)
+            q = tl.load(q_ptr + q_offs)
+            do = tl.load(do_ptr + do_offs)
             lse = tl.load(lse_ptr + m0 + offs_m)
             delta = tl.load(delta_ptr + m0 + offs_m)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :]  # [BLOCK_N, BLOCK_M]
+        # -lse and -delta start the accumulators: subtracted later, they would hold 32 registers a thread and spill.
+        scores = tl.dot(k, tl.trans(q), tl.broadcast_to(-lse[None, :], (BLOCK_N, BLOCK_M)), input_precision="ieee")
+        scores *= scale_log2
         if MASKED:
             distance = (m0 + offs_m)[None, :] - offs_n[:, None]
             scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        less_delta = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
+        dp_less_delta = tl.dot(v, tl.trans(do), less_delta, input_precision="ieee")
         p = tl.exp2(scores)
-        ds = p * (dp - delta[None, :])
+        ds = p * dp_less_delta
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        q_ptr += BLOCK_M * Q_STRIDE
+        do_ptr += BLOCK_M * DO_STRIDE
     return dk, dv
 
 
@@ -148,15 +161,17 @@ def _dkv_run(
 def _attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
     dk_ptr, dv_ptr, dve_ptr, dgate_ptr,
-    seq_len, window, q_stride_b, v_stride_b, dk_stride_t,
+    seq_len, window, q_stride_b, v_stride_b,
     ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t, scale, scale_log2,
-    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VE: tl.constexpr,
+    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key-value head; the first blocks are seen by the most queries."""
     KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     NORM_HEADS: tl.constexpr = NUM_HEADS + KV_HEADS
     DO_STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
+    DQKV_STRIDE: tl.constexpr = (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM
     blocks = tl.cdiv(seq_len, BLOCK_N)
     n0 = tl.program_id(0) % blocks * BLOCK_N
     row = tl.program_id(0) // blocks  # batch · KV_HEADS + key-value head
@@ -195,8 +210,8 @@ def _attention_dkv_kernel(
             Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
 
-    tile = first * dk_stride_t + kv_head * HEAD_DIM
-    tl.store(dv_ptr + tile + rows[:, None] * dk_stride_t + offs_d, dv, mask=live[:, None])
+    tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
+    tl.store(dv_ptr + tile + rows[:, None] * DQKV_STRIDE + offs_d, dv, mask=live[:, None])
     if HAS_VE:
         offs_t = n0 + rows.to(tl.int64)
         ve_offs = batch * ve_stride_b + offs_t[:, None] * ve_stride_t + kv_head * HEAD_DIM + offs_d
@@ -210,8 +225,9 @@ def _attention_dkv_kernel(
     rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + NUM_HEADS + kv_head, mask=live, other=0.0)
     table = n0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
-        dk * scale, k_ptr, Q_STRIDE, rstd, cos_ptr + table, sin_ptr + table,
-        dk_ptr + tile, dk_stride_t, live, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        dk * scale, k_ptr, rstd, cos_ptr + table, sin_ptr + table,
+        dk_ptr + tile, live,
+        Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
 
@@ -235,17 +251,19 @@ def attention_bwd(
     block = config.dq
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         q, k, v, out, dout, lse, delta, rstd, cos, sin, dq,
-        T, window, q.stride(0), v.stride(0), dqkv.stride(1), scale, scale * LOG2_E,
-        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1), NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
+        T, window, q.stride(0), v.stride(0), scale, scale * LOG2_E,
+        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     block = config.dkv
     _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
         q, k, v, dout, lse, delta, rstd, cos, sin, ve, gate, dk, dv, dve, dgate,
-        T, window, q.stride(0), v.stride(0), dqkv.stride(1),
+        T, window, q.stride(0), v.stride(0),
         0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
         0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1), scale, scale * LOG2_E,
-        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1), NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_VE=ve is not None,
+        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_VE=ve is not None,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return dqkv, dve, dgate

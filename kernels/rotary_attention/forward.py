@@ -1,8 +1,8 @@
 """Flash attention over a causal window, forward (Dao et al., arXiv 2205.14135).
 
-No running maximum in fp32 and bf16: normed heads have |q·k|/√head_dim ≤ √head_dim, so exp(score) stays between e^−11.4
-and e^11.4, which both dtypes hold at full precision. Hence no tile rescales the ones before it. fp16 does not reach that
-far, and keeps one; it starts at the least score there can be, so that infinity is never subtracted from infinity.
+No running maximum in fp32 and bf16: normed heads have |q·k|/√head_dim ≤ √head_dim, so exp(score) stays between
+e^−11.4 and e^11.4, which both dtypes hold at full precision. Hence no tile rescales the ones before it. fp16 does not
+reach that far, and keeps one; it starts at the least score there can be, so that infinity is never taken from infinity.
 """
 
 import math
@@ -98,11 +98,11 @@ def _attention_fwd_kernel(
     out_ptr += (batch * seq_len * NUM_HEADS + head) * HEAD_DIM
     out_offs = offs_m.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d[None, :]
     tl.store(out_ptr + out_offs, acc / total[:, None], mask=live[:, None])
-    tl.store(lse_ptr + row.to(tl.int64) * seq_len + offs_m, tl.log2(total) + peak, mask=live)
+    tl.store(lse_ptr + row.to(tl.int64) * seq_len + offs_m, (tl.log2(total) + peak) / scale_log2, mask=live)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H·head_dim], lse [B, H, T]: the logarithm to the base 2 of Σ exp(score), fp32).
+    """(out [B, T, H·head_dim], lse [B, H, T]: log Σ exp(score) in units of q·k, that is times √head_dim, fp32).
 
     q: [B, T, H·head_dim]; k, v: [B, T, KVH·head_dim]. q and k are slices of one tensor, so that they share strides.
     """
@@ -112,10 +112,12 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
     lse = torch.empty(B, num_heads, T, dtype=torch.float32, device=q.device)
     block = tiles.config(head_dim, q.dtype).forward
     scale_log2 = LOG2_E / math.sqrt(head_dim)
+    least = -1.01 * head_dim * scale_log2  # q and k are rounded: 1 % below what their norms allow
     _attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         q, k, v, out, lse,
-        T, min(window, T), q.stride(0), v.stride(0), scale_log2, -1.01 * head_dim * scale_log2,  # 1.01: q and k are rounded
-        RUNNING_MAX=q.dtype == torch.float16, Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1), NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
+        T, min(window, T), q.stride(0), v.stride(0), scale_log2, least,
+        RUNNING_MAX=q.dtype == torch.float16, Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return out, lse

@@ -60,8 +60,8 @@ def _halves(x, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def rotary_norm_bwd(
-    dy, y_ptr, y_stride_t, rstd, cos_ptr, sin_ptr, dx_ptr, dx_stride_t, live,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    dy, y_ptr, rstd, cos_ptr, sin_ptr, dx_ptr, live,
+    Y_STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Takes dy, the fp32 gradient of a tile of normed heads, through norm and rotary, and stores it at `dx_ptr`.
 
@@ -73,15 +73,15 @@ def rotary_norm_bwd(
     cols = tl.arange(0, HALF)[None, :]
     mask = live[:, None]
     dy1, dy2 = _halves(dy, ROWS, HEAD_DIM)
-    y1 = tl.load(y_ptr + rows * y_stride_t + cols, mask=mask, other=0.0).to(tl.float32)
-    y2 = tl.load(y_ptr + rows * y_stride_t + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    y1 = tl.load(y_ptr + rows * Y_STRIDE + cols, mask=mask, other=0.0).to(tl.float32)
+    y2 = tl.load(y_ptr + rows * Y_STRIDE + HALF + cols, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(dy1 * y1 + dy2 * y2, axis=1)[:, None] / HEAD_DIM
     du1 = rstd[:, None] * (dy1 - y1 * mean)
     du2 = rstd[:, None] * (dy2 - y2 * mean)
     cos = tl.load(cos_ptr + rows * HALF + cols, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + rows * HALF + cols, mask=mask, other=0.0)
-    tl.store(dx_ptr + rows * dx_stride_t + cols, du1 * cos - du2 * sin, mask=mask)
-    tl.store(dx_ptr + rows * dx_stride_t + HALF + cols, du1 * sin + du2 * cos, mask=mask)
+    tl.store(dx_ptr + rows * DX_STRIDE + cols, du1 * cos - du2 * sin, mask=mask)
+    tl.store(dx_ptr + rows * DX_STRIDE + HALF + cols, du1 * sin + du2 * cos, mask=mask)
 
 
 def prologue_fwd(
