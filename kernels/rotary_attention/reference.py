@@ -1,19 +1,10 @@
-"""Causal sliding-window attention with all that surrounds it between two matrix products.
-
-    q, k, v = split(qkv)
-    v ← v + 2·σ(gate)·ve                                  (on layers with a value embedding)
-    q, k ← norm(rotary(q)), norm(rotary(k))               halves rotated: (x₁c + x₂s, x₂c − x₁s)
-    out[t] = Σ_j softmax_j(q[t]·k[j] / √head_dim) · v[j]    over t − window ≤ j ≤ t
-
-A window of S is S + 1 keys: S back, and the token itself. Rotary: Su et al., arXiv 2104.09864; QK-norm:
-Henry et al., arXiv 2010.04245; value embeddings: Zhou et al., arXiv 2410.17897.
-"""
+"""The op in plain PyTorch: what the kernels are checked against, and what a CPU runs."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import EPS, upcast
+from ..common import EPS, upcast
 
 
 def rotary_tables(seq_len: int, head_dim: int, base: float = 10_000.0, device=None) -> tuple[Tensor, Tensor]:
@@ -60,27 +51,3 @@ def rotary_attention_ref(
     mask = window_mask(T, window, qkv.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=num_kv_heads != num_heads)
     return out.transpose(1, 2).reshape(B, T, num_heads * head_dim)
-
-
-def rotary_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    window: int,
-    ve: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
-    """Attention over the packed projections of one layer.
-
-    Args:
-        qkv: [B, T, (H + 2·KVH)·head_dim], the query heads first, then keys, then values.
-        cos, sin: [≥ T, head_dim / 2], fp32, from `rotary_tables`.
-        num_heads: H, a multiple of KVH.
-        window: keys back that a query sees, besides its own.
-        ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
-
-    Returns:
-        [B, T, H·head_dim], in the dtype of `qkv`.
-    """
-    return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)

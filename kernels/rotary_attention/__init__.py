@@ -1,0 +1,159 @@
+"""Causal sliding-window attention with all that surrounds it between two matrix products.
+
+    q, k, v = split(qkv)
+    v ← v + 2·σ(gate)·ve                                  (on layers with a value embedding)
+    q, k ← norm(rotary(q)), norm(rotary(k))               halves rotated: (x₁c + x₂s, x₂c − x₁s)
+    out[t] = Σ_j softmax_j(q[t]·k[j] / √head_dim) · v[j]    over t − window ≤ j ≤ t
+
+A window of S is S + 1 keys: S back, and the token itself. Rotary: Su et al., arXiv 2104.09864; QK-norm:
+Henry et al., arXiv 2010.04245; value embeddings: Zhou et al., arXiv 2410.17897; the tiling: Dao, arXiv 2307.08691.
+
+Saved for backward: normed q and k, the mixed v (or, without ve, qkv itself), out, rstd and log-sum-exp (fp32).
+Bytes a token at 4 heads of 128 in bf16, as launched, reading each tile once:
+
+    prologue   2 KB of q and k in, 2 KB out; with ve 3 KB more       attention     3 KB in, 1 KB out
+    dq         5 KB in, 1 KB out                                     dk and dv     4 KB in, 2 KB out; with ve 2 KB more
+
+FLOPs a token, W the mean number of visited keys: forward 4·H·head_dim·W; backward 14·H·head_dim·W as launched (scores
+and their gradient once for dq, once more for dk and dv), 10·H·head_dim·W as `cost` counts them.
+"""
+
+import torch
+from torch import Tensor
+
+from ..common import use_kernels
+from .backward import attention_bwd
+from .forward import attention_fwd
+from .prologue import prologue_fwd
+from .reference import rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
+from .tiles import visited_tiles
+
+__all__ = [
+    "cost",
+    "rotary_attention",
+    "rotary_attention_ref",
+    "rotary_norm_ref",
+    "rotary_tables",
+    "visited_tiles",
+    "window_mask",
+]
+
+
+def _check(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, window: int, ve: Tensor | None, gate: Tensor | None
+) -> int:
+    """The number of key-value heads; ValueError for what the kernels cannot read."""
+    if qkv.ndim != 3 or min(qkv.shape) < 1:
+        raise ValueError(f"qkv {tuple(qkv.shape)} must be [B, T, width], none of them 0")
+    B, T, width = qkv.shape
+    head_dim = 2 * cos.shape[-1]
+    num_kv_heads = (width // head_dim - num_heads) // 2
+    if head_dim not in (16, 32, 64, 128):
+        raise ValueError(f"head_dim {head_dim} must be 16, 32, 64 or 128: the kernels hold a head in one tile")
+    if num_heads < 1 or num_kv_heads < 1 or (num_heads + 2 * num_kv_heads) * head_dim != width:
+        raise ValueError(f"width {width} is not (H + 2·KVH)·head_dim with H = {num_heads}, head_dim = {head_dim}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} heads must be a multiple of {num_kv_heads} key-value heads")
+    if window < 0:
+        raise ValueError(f"window {window} must not be negative")
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x.shape != (cos.shape[0], head_dim // 2) or x.shape[0] < T or x.dtype != torch.float32:
+            raise ValueError(f"{name} {tuple(x.shape)} {x.dtype} must be fp32, [≥ {T}, {head_dim // 2}]")
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if (ve is None) != (gate is None):
+        raise ValueError("ve and gate come together")
+    inputs = [("qkv", qkv, width)]
+    if ve is not None:
+        inputs += [("ve", ve, num_kv_heads * head_dim), ("gate", gate, num_kv_heads)]
+    for name, x, last in inputs:
+        if x.shape != (B, T, last) or x.dtype != qkv.dtype or x.device != qkv.device:
+            raise ValueError(
+                f"{name} {tuple(x.shape)} {x.dtype} on {x.device} must be "
+                f"{(B, T, last)} {qkv.dtype} on {qkv.device}"
+            )
+        if x.stride(2) != 1 and last > 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous, its stride is {x.stride(2)}")
+    return num_kv_heads
+
+
+class _RotaryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate):
+        num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate)
+        head_dim = 2 * cos.shape[-1]
+        packed, rstd = prologue_fwd(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
+        values = (qkv if ve is None else packed)[..., (num_heads + num_kv_heads) * head_dim :]
+        q, k = _split(packed, num_heads, num_kv_heads, head_dim)
+        out, lse = attention_fwd(q, k, values, head_dim, window)
+        ctx.save_for_backward(packed, values, out, lse, rstd, cos, sin, ve, gate)
+        ctx.heads = num_heads, num_kv_heads, head_dim
+        ctx.window = window
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        packed, values, out, lse, rstd, cos, sin, ve, gate = ctx.saved_tensors
+        q, k = _split(packed, *ctx.heads)
+        dqkv, dve, dgate = attention_bwd(dout, q, k, values, out, lse, rstd, cos, sin, ve, gate, ctx.window)
+        return dqkv, None, None, None, None, dve, dgate
+
+
+def _split(packed: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The normed queries and keys, views of the prologue's output."""
+    keys = num_heads * head_dim
+    return packed[..., :keys], packed[..., keys : keys + num_kv_heads * head_dim]
+
+
+def rotary_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    window: int,
+    ve: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Attention over the packed projections of one layer.
+
+    Args:
+        qkv: [B, T, (H + 2·KVH)·head_dim], the query heads first, then keys, then values.
+        cos, sin: [≥ T, head_dim / 2], fp32, from `rotary_tables`.
+        num_heads: H, a multiple of KVH.
+        window: keys back that a query sees, besides its own.
+        ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
+
+    Returns:
+        [B, T, H·head_dim], in the dtype of `qkv`.
+
+    Raises:
+        ValueError: the kernels do not take these shapes, dtypes or strides (each last dimension must be contiguous).
+    """
+    if use_kernels(qkv):
+        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate)
+    return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)
+
+
+def cost(
+    batch: int,
+    seq_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    has_ve: bool = False,
+    element_size: int = 2,
+    backward: bool = False,
+) -> tuple[int, int]:
+    """(bytes, FLOPs) of the op itself: every input read once, every output written once, only visited pairs counted.
+
+    Forward: qkv, ve and gate in, out out; 2 products. Backward: the same inputs, out and its gradient in, the gradients
+    of qkv, ve and gate out; 5 products, the scores' recomputation one of them.
+    """
+    w = min(window, seq_len - 1)
+    pairs = batch * num_heads * ((w + 1) * seq_len - w * (w + 1) // 2)
+    qkv = (num_heads + 2 * num_kv_heads) * head_dim
+    value = num_kv_heads * (head_dim + 1) if has_ve else 0
+    out = num_heads * head_dim
+    elements = 2 * (qkv + value + out) if backward else qkv + value + out
+    return batch * seq_len * elements * element_size, (5 if backward else 2) * 2 * head_dim * pairs

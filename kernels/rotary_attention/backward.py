@@ -1,0 +1,269 @@
+"""Attention backward, through QK-norm, rotary and value embedding to the gradient of qkv. No atomics: same bits twice.
+
+With s = q·kᵀ/√head_dim and p = exp(s − lse), recomputed tile by tile:
+
+    delta = rowsum(dout·out)    dv = pᵀ·dout    ds = p·(dout·vᵀ − delta)    dq = ds·k/√head_dim    dk = dsᵀ·q/√head_dim
+
+Two kernels: the first walks the keys of each block of queries (dq; it also writes delta), the second the queries of
+each block of keys (dk, dv, summed over the group's heads). Each ends by taking its tile back through what the prologue
+did, while it is in registers: no gradient of a normed head is ever stored. Both compute p and ds, 7 products for 5.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..common import tl, triton
+from . import tiles
+from .forward import LOG2_E
+from .prologue import rotary_norm_bwd
+from .tiles import key_runs, query_runs
+
+
+@triton.jit
+def _dq_run(
+    dq, q, do, lse, delta, k_ptr, v_ptr, start, stop, m0, seq_len, window, scale_log2,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys of one run of tiles to dq (without the factor 1/√head_dim)."""
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEAD_DIM)
+    k_offs = offs_n[:, None] * K_STRIDE + offs_d[None, :]
+    v_offs = offs_n[:, None] * V_STRIDE + offs_d[None, :]
+    k_stride, v_stride = tl.full((), K_STRIDE, tl.int64), tl.full((), V_STRIDE, tl.int64)
+    for n0 in range(start, stop, BLOCK_N):
+        if MASKED:
+            live = (n0 + offs_n < seq_len)[:, None]
+            k = tl.load(k_ptr + n0 * k_stride + k_offs, mask=live, other=0.0)
+            v = tl.load(v_ptr + n0 * v_stride + v_offs, mask=live, other=0.0)
+        else:
+            k = tl.load(k_ptr + n0 * k_stride + k_offs)
+            v = tl.load(v_ptr + n0 * v_stride + v_offs)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            distance = offs_m[:, None] - (n0 + offs_n)[None, :]
+            scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
+        p = tl.exp2(scores)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, dq_ptr,
+    seq_len, window, q_stride_b, v_stride_b, scale, scale_log2,
+    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head, the longest rows first."""
+    KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    NORM_HEADS: tl.constexpr = NUM_HEADS + KV_HEADS
+    DQKV_STRIDE: tl.constexpr = (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM
+    blocks = tl.cdiv(seq_len, BLOCK_M)
+    m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    row = tl.program_id(0) // blocks
+    batch, head = (row // NUM_HEADS).to(tl.int64), row % NUM_HEADS
+    first = batch * seq_len + m0  # the tile's first token
+    q_ptr += batch * q_stride_b + m0.to(tl.int64) * Q_STRIDE + head * HEAD_DIM
+    k_ptr += batch * q_stride_b + head // GROUP * HEAD_DIM
+    v_ptr += batch * v_stride_b + head // GROUP * HEAD_DIM
+    out_ptr += (first * NUM_HEADS + head) * HEAD_DIM
+    do_ptr += (first * NUM_HEADS + head) * HEAD_DIM
+    lse_ptr += row.to(tl.int64) * seq_len + m0
+    delta_ptr += row.to(tl.int64) * seq_len + m0
+
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, HEAD_DIM)[None, :]
+    live = m0 + rows < seq_len
+    out_offs = rows[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d
+    q = tl.load(q_ptr + rows[:, None] * Q_STRIDE + offs_d, mask=live[:, None], other=0.0)
+    do = tl.load(do_ptr + out_offs, mask=live[:, None], other=0.0)
+    out = tl.load(out_ptr + out_offs, mask=live[:, None], other=0.0)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
+    tl.store(delta_ptr + rows, delta, mask=live)
+    lse = tl.load(lse_ptr + rows, mask=live, other=0.0) * scale_log2
+
+    dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
+    dq = _dq_run(
+        dq, q, do, lse, delta, k_ptr, v_ptr, start, full, m0, seq_len, window, scale_log2,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+    )  # fmt: skip
+    dq = _dq_run(
+        dq, q, do, lse, delta, k_ptr, v_ptr, full, diagonal, m0, seq_len, window, scale_log2,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+    )  # fmt: skip
+    dq = _dq_run(
+        dq, q, do, lse, delta, k_ptr, v_ptr, diagonal, stop, m0, seq_len, window, scale_log2,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+    )  # fmt: skip
+
+    rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + head, mask=live, other=0.0)
+    table = m0.to(tl.int64) * (HEAD_DIM // 2)
+    rotary_norm_bwd(
+        dq * scale, q_ptr, rstd, cos_ptr + table, sin_ptr + table,
+        dq_ptr + first * DQKV_STRIDE + head * HEAD_DIM, live,
+        Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dkv_run(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, n0, seq_len, window, scale_log2,
+    Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Adds the queries of one run of tiles to dk (without the factor 1/√head_dim) and dv."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, HEAD_DIM)
+    q_offs = offs_m[:, None] * Q_STRIDE + offs_d[None, :]
+    do_offs = offs_m[:, None] * DO_STRIDE + offs_d[None, :]
+    q_stride, do_stride = tl.full((), Q_STRIDE, tl.int64), tl.full((), DO_STRIDE, tl.int64)
+    q_ptr += start * q_stride
+    do_ptr += start * do_stride
+    for m0 in range(start, stop, BLOCK_M):
+        if MASKED:
+            live = m0 + offs_m < seq_len
+            q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
+            do = tl.load(do_ptr + do_offs, mask=live[:, None], other=0.0)
+            lse = tl.load(lse_ptr + m0 + offs_m, mask=live, other=0.0)
+            delta = tl.load(delta_ptr + m0 + offs_m, mask=live, other=0.0)
+        else:
+            q = tl.load(q_ptr + q_offs)
+            do = tl.load(do_ptr + do_offs)
+            lse = tl.load(lse_ptr + m0 + offs_m)
+            delta = tl.load(delta_ptr + m0 + offs_m)
+        # -lse and -delta start the accumulators: subtracted later, they would hold 32 registers a thread and spill.
+        scores = tl.dot(k, tl.trans(q), tl.broadcast_to(-lse[None, :], (BLOCK_N, BLOCK_M)), input_precision="ieee")
+        scores *= scale_log2
+        if MASKED:
+            distance = (m0 + offs_m)[None, :] - offs_n[:, None]
+            scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
+        less_delta = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
+        dp_less_delta = tl.dot(v, tl.trans(do), less_delta, input_precision="ieee")
+        p = tl.exp2(scores)
+        ds = p * dp_less_delta
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        q_ptr += BLOCK_M * Q_STRIDE
+        do_ptr += BLOCK_M * DO_STRIDE
+    return dk, dv
+
+
+@triton.jit
+def _attention_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
+    dk_ptr, dv_ptr, dve_ptr, dgate_ptr,
+    seq_len, window, q_stride_b, v_stride_b,
+    ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t, scale, scale_log2,
+    Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key-value head; the first blocks are seen by the most queries."""
+    KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    NORM_HEADS: tl.constexpr = NUM_HEADS + KV_HEADS
+    DO_STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
+    DQKV_STRIDE: tl.constexpr = (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM
+    blocks = tl.cdiv(seq_len, BLOCK_N)
+    n0 = tl.program_id(0) % blocks * BLOCK_N
+    row = tl.program_id(0) // blocks  # batch · KV_HEADS + key-value head
+    batch, kv_head = (row // KV_HEADS).to(tl.int64), row % KV_HEADS
+    first = batch * seq_len + n0  # the tile's first token
+    k_ptr += batch * q_stride_b + n0.to(tl.int64) * Q_STRIDE + kv_head * HEAD_DIM
+    v_ptr += batch * v_stride_b + n0.to(tl.int64) * V_STRIDE + kv_head * HEAD_DIM
+
+    rows = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, HEAD_DIM)[None, :]
+    live = n0 + rows < seq_len
+    k = tl.load(k_ptr + rows[:, None] * Q_STRIDE + offs_d, mask=live[:, None], other=0.0)
+    v = tl.load(v_ptr + rows[:, None] * V_STRIDE + offs_d, mask=live[:, None], other=0.0)
+    dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+    dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+    start, full, edge, stop = query_runs(n0, seq_len, window, BLOCK_M, BLOCK_N)
+    for i in range(GROUP):
+        head = kv_head * GROUP + i
+        q_head_ptr = q_ptr + batch * q_stride_b + head * HEAD_DIM
+        do_head_ptr = do_ptr + batch * seq_len * DO_STRIDE + head * HEAD_DIM
+        lse_head_ptr = lse_ptr + (batch * NUM_HEADS + head) * seq_len
+        delta_head_ptr = delta_ptr + (batch * NUM_HEADS + head) * seq_len
+        dk, dv = _dkv_run(
+            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
+            start, full, n0, seq_len, window, scale_log2,
+            Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        )  # fmt: skip
+        dk, dv = _dkv_run(
+            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
+            full, edge, n0, seq_len, window, scale_log2,
+            Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        )  # fmt: skip
+        dk, dv = _dkv_run(
+            dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
+            edge, stop, n0, seq_len, window, scale_log2,
+            Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        )  # fmt: skip
+
+    tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
+    tl.store(dv_ptr + tile + rows[:, None] * DQKV_STRIDE + offs_d, dv, mask=live[:, None])
+    if HAS_VE:
+        offs_t = n0 + rows.to(tl.int64)
+        ve_offs = batch * ve_stride_b + offs_t[:, None] * ve_stride_t + kv_head * HEAD_DIM + offs_d
+        ve = tl.load(ve_ptr + ve_offs, mask=live[:, None], other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + batch * gate_stride_b + offs_t * gate_stride_t + kv_head, mask=live, other=0.0)
+        sigma = tl.sigmoid(gate.to(tl.float32))
+        heads = (first + rows) * KV_HEADS + kv_head  # of tensors laid out as [B, T, KVH, ...]
+        tl.store(dve_ptr + heads[:, None] * HEAD_DIM + offs_d, 2 * sigma[:, None] * dv, mask=live[:, None])
+        tl.store(dgate_ptr + heads, 2 * sigma * (1 - sigma) * tl.sum(dv * ve, axis=1), mask=live)
+
+    rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + NUM_HEADS + kv_head, mask=live, other=0.0)
+    table = n0.to(tl.int64) * (HEAD_DIM // 2)
+    rotary_norm_bwd(
+        dk * scale, k_ptr, rstd, cos_ptr + table, sin_ptr + table,
+        dk_ptr + tile, live,
+        Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
+    )  # fmt: skip
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rstd: Tensor,
+    cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, window: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dqkv [B, T, (H + 2·KVH)·head_dim], dve, dgate): what the forward's tensors were made of, in their dtypes."""
+    B, T, width = out.shape
+    head_dim = 2 * cos.shape[-1]
+    num_heads, num_kv_heads = width // head_dim, k.shape[-1] // head_dim
+    group, window, scale = num_heads // num_kv_heads, min(window, T), 1 / math.sqrt(head_dim)
+    dout = dout.contiguous()
+    dqkv = torch.empty(B, T, (num_heads + 2 * num_kv_heads) * head_dim, dtype=out.dtype, device=out.device)
+    dq, dk, dv = dqkv.split([width, k.shape[-1], k.shape[-1]], dim=-1)
+    dve = None if ve is None else torch.empty(ve.shape, dtype=ve.dtype, device=ve.device)
+    dgate = None if ve is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    delta = torch.empty_like(lse)
+    config = tiles.config(head_dim, out.dtype)
+
+    block = config.dq
+    _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
+        q, k, v, out, dout, lse, delta, rstd, cos, sin, dq,
+        T, window, q.stride(0), v.stride(0), scale, scale * LOG2_E,
+        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
+        BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    block = config.dkv
+    _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
+        q, k, v, dout, lse, delta, rstd, cos, sin, ve, gate, dk, dv, dve, dgate,
+        T, window, q.stride(0), v.stride(0),
+        0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
+        0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1), scale, scale * LOG2_E,
+        Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_VE=ve is not None,
+        BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    return dqkv, dve, dgate

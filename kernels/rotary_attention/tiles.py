@@ -1,0 +1,87 @@
+"""Which tiles of the score matrix a causal window touches, and how large the tiles are.
+
+A row of tiles falls into three runs: tiles that an edge of the window cuts (masked), tiles wholly inside (no mask at
+all), and tiles that the other edge cuts (masked). Tiles outside the window are in none of them. The two functions that
+compute the runs are compiled into the kernels and also run as plain Python, which is how `visited_tiles` counts.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..common import tl, triton
+
+
+class Tiles(NamedTuple):
+    """Tile of one kernel: queries by keys, and how Triton is to compile it."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    prologue_rows: int  # tokens a program
+    forward: Tiles
+    dq: Tiles
+    dkv: Tiles
+
+
+def config(head_dim: int, dtype: torch.dtype) -> Config:
+    """Tile sizes that fit into the shared memory of sm_80; chosen from registers and spills, not yet from times."""
+    if dtype.itemsize > 2:  # fp32 has no tensor-core product that rounds like fp32: right, not fast
+        small = Tiles(16, 16, 4, 1)
+        return Config(8, small, small, small)
+    # Two stages: with three, ptxas serialises the products on sm_90 (C7515). Four warps instead of eight spill.
+    return Config(16, Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+
+
+@triton.jit
+def key_runs(m0, seq_len, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For the queries [m0, m0 + BLOCK_M): where the keys' left edge, full tiles and diagonal begin, and their end.
+
+    All tiles start at multiples of BLOCK_N. Query m sees the keys from m − window to m.
+    """
+    stop = min(m0 + BLOCK_M, seq_len)
+    start = max(m0 - window, 0) // BLOCK_N * BLOCK_N
+    full = (max(m0 + BLOCK_M - 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N  # the last query sees it whole
+    full = min(full, stop)
+    diagonal = max(full, (m0 + 1) // BLOCK_N * BLOCK_N)  # the first query no longer does
+    return start, full, diagonal, stop
+
+
+@triton.jit
+def query_runs(n0, seq_len, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For the keys [n0, n0 + BLOCK_N): where the queries' diagonal, full tiles and far edge begin, and their end.
+
+    All tiles start at multiples of BLOCK_M. Key n is seen by the queries from n to n + window.
+    """
+    stop = min(n0 + BLOCK_N + window, seq_len)
+    start = n0 // BLOCK_M * BLOCK_M
+    full = (n0 + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    full = min(full, stop)
+    edge = max(full, min(n0 + window + 1, seq_len) // BLOCK_M * BLOCK_M)
+    return start, full, edge, stop
+
+
+def _on_host(function, *arguments: int) -> tuple[int, int, int, int]:
+    """Runs a jitted function of integers as the Python it is written in."""
+    return getattr(function, "fn", function)(*arguments)
+
+
+def visited_tiles(seq_len: int, window: int, block_m: int, block_n: int, by_query: bool = True) -> list[tuple]:
+    """The tiles that one head of one sequence visits: (first query, first key, masked), in the kernels' own order.
+
+    `by_query`: as the forward and dQ kernels walk (a row of keys for each block of queries); else as dK/dV does.
+    """
+    window = min(window, seq_len)
+    runs, outer, inner = (key_runs, block_m, block_n) if by_query else (query_runs, block_n, block_m)
+    tiles = []
+    for fixed in range(0, seq_len, outer):
+        start, full, edge, stop = _on_host(runs, fixed, seq_len, window, block_m, block_n)
+        moving = [(i, True) for i in range(start, full, inner)]
+        moving += [(i, False) for i in range(full, edge, inner)]
+        moving += [(i, True) for i in range(edge, stop, inner)]
+        tiles += [(fixed, i, masked) if by_query else (i, fixed, masked) for i, masked in moving]
+    return tiles

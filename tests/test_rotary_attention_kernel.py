@@ -1,0 +1,350 @@
+"""rotary_attention's kernels: interpreted at small odd shapes on a CPU, in bf16 at the real ones on a GPU."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from kernel_checks import DEVICE, assert_as_good, outputs_and_gradients
+
+from kernels.common import EPS, set_ops, triton
+from kernels.rotary_attention import (
+    backward,
+    cost,
+    forward,
+    prologue,
+    rotary_attention,
+    rotary_attention_ref,
+    rotary_tables,
+    tiles,
+    visited_tiles,
+)
+from kernels.rotary_attention.tiles import Config, Tiles
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="patches the interpreter")
+
+SMALL_TILES = Config(8, Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    """The kernels, on any device, with outputs that are NaN until written; interpreted, in tiles small against T."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def filled(make):
+        def wrapper(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", filled(empty))
+    monkeypatch.setattr(torch, "empty_like", filled(empty_like))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: SMALL_TILES)
+    set_ops("triton")
+    yield
+    set_ops(None)
+
+
+def random_inputs(B, T, H, KVH, head_dim, has_ve, seed=0):
+    """qkv, ve, gate in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    qkv = draw(B, T, (H + 2 * KVH) * head_dim)
+    return [qkv, draw(B, T, KVH * head_dim), draw(B, T, KVH)] if has_ve else [qkv, None, None]
+
+
+def check(inputs, H, window, head_dim, dtype, op=rotary_attention, truth_dtype=torch.float64):
+    """Output and every gradient of `op` in `dtype`, as good as the reference's in the same dtype."""
+    cos, sin = rotary_tables(inputs[0].shape[1], head_dim, device=DEVICE)
+
+    def run(function, dtype):
+        return outputs_and_gradients(
+            lambda qkv, ve, gate: function(qkv, cos, sin, H, window, ve, gate), inputs, dtype
+        )
+
+    values, baselines, truths = run(op, dtype), run(rotary_attention_ref, dtype), run(rotary_attention_ref, truth_dtype)
+    results = zip(values, baselines, truths, strict=True)
+    for name, (value, baseline, truth) in zip(("out", "dqkv", "dve", "dgate"), results, strict=False):
+        assert_as_good(name, value, baseline, truth)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "H", "KVH", "head_dim", "window", "has_ve"),
+    [
+        (2, 33, 2, 1, 32, 16, True),
+        (1, 100, 1, 1, 128, 50, False),
+        (1, 7, 4, 2, 16, 7, True),
+        (1, 1, 2, 2, 32, 0, True),
+        (1, 50, 2, 2, 16, 0, False),
+        (1, 50, 3, 1, 16, 1, True),
+        (1, 49, 2, 1, 32, 1000, True),
+    ],
+)
+def test_output_and_gradients(B, T, H, KVH, head_dim, window, has_ve):
+    check(random_inputs(B, T, H, KVH, head_dim, has_ve), H, window, head_dim, torch.float32)
+
+
+@pytest.mark.parametrize(("T", "H", "KVH", "head_dim", "window", "has_ve"), [
+    (33, 2, 1, 64, 16, True),
+    (40, 1, 1, 128, 40, False),
+])  # fmt: skip
+def test_output_and_gradients_fp16(T, H, KVH, head_dim, window, has_ve):
+    check(random_inputs(1, T, H, KVH, head_dim, has_ve), H, window, head_dim, torch.float16)
+
+
+def test_tiles_wider_than_long(monkeypatch):
+    shapes = Config(4, Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1))
+    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: shapes)
+    check(random_inputs(1, 100, 2, 1, 16, True), 2, 37, 16, torch.float32)
+
+
+def brute_force(qkv, ve, gate, H, KVH, head_dim, window):
+    """The docstring's formulas again, one query at a time in fp64."""
+    B, T, _ = qkv.shape
+    heads = qkv.view(B, T, -1, head_dim)
+    half = torch.arange(head_dim // 2, device=qkv.device, dtype=torch.float64)
+    out = torch.zeros(B, T, H, head_dim, device=qkv.device, dtype=torch.float64)
+
+    def rotated(x, t):
+        angle = t * 10_000.0 ** (-2 * half / head_dim)
+        x1, x2 = x[: head_dim // 2], x[head_dim // 2 :]
+        y = torch.cat([x1 * angle.cos() + x2 * angle.sin(), x2 * angle.cos() - x1 * angle.sin()])
+        return y / (y.square().mean() + EPS).sqrt()
+
+    for b in range(B):
+        for h in range(H):
+            kv = h * KVH // H
+            k = [rotated(heads[b, t, H + kv], t) for t in range(T)]
+            v = [heads[b, t, H + KVH + kv] for t in range(T)]
+            if ve is not None:
+                embedded = ve.view(B, T, KVH, head_dim)
+                v = [v[t] + 2 / (1 + (-gate[b, t, kv]).exp()) * embedded[b, t, kv] for t in range(T)]
+            for t in range(T):
+                q = rotated(heads[b, t, h], t)
+                seen = [j for j in range(T) if j <= t and t - j <= window]
+                p = torch.stack([q @ k[j] for j in seen]).div(math.sqrt(head_dim)).softmax(0)
+                out[b, t, h] = sum(p[i] * v[j] for i, j in enumerate(seen))
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("window", [0, 1, 9, 19])
+def test_against_the_formula(window):
+    inputs = random_inputs(1, 19, 4, 2, 16, True)
+    cos, sin = rotary_tables(19, 16, device=DEVICE)
+    truth = brute_force(*inputs, H=4, KVH=2, head_dim=16, window=window)
+    qkv, ve, gate = (x.float() for x in inputs)
+    out = rotary_attention(qkv, cos, sin, 4, window, ve, gate)
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=3e-6)
+    reference = rotary_attention_ref(inputs[0], cos, sin, 4, window, *inputs[1:])
+    torch.testing.assert_close(reference, truth, rtol=0, atol=1e-6)  # its tables are fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_extreme_scores(sign, dtype):
+    """Queries along their keys (the largest score there is), against them (the smallest), and zero."""
+    inputs = random_inputs(1, 20, 1, 1, 128, False)
+    heads = inputs[0].view(1, 20, 3, 128)
+    heads[:, :, 1] = heads[:, :1, 1]
+    heads[:, :, 0] = sign * heads[:, :, 1]
+    check(inputs, 1, 9, 128, dtype)
+
+
+def test_strided_inputs():
+    qkv, ve, gate = (x.float() for x in random_inputs(2, 21, 2, 2, 16, True))
+    cos, sin = rotary_tables(30, 16, device=DEVICE)
+    wide = [torch.cat([x, x[..., :8].expand(2, 21, -1)], dim=-1).transpose(0, 1).contiguous() for x in (qkv, ve, gate)]
+    views = [w.transpose(0, 1)[..., : x.shape[-1]] for w, x in zip(wide, (qkv, ve, gate), strict=True)]
+    assert not any(x.is_contiguous() for x in views)
+    for has_ve in (True, False):
+        results = []
+        for inputs in ((qkv, ve, gate), views):
+            leaves = [x.detach().requires_grad_() for x in (inputs if has_ve else inputs[:1])]
+            out = rotary_attention(leaves[0], cos, sin, 2, 9, *leaves[1:])
+            weight = torch.arange(1.0, 33.0, device=DEVICE)
+            expanded = weight.expand_as(out)  # a gradient with strides of 0
+            results.append([out, *torch.autograd.grad(out, leaves, expanded)])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_same_bits_twice():
+    inputs = random_inputs(1, 33, 2, 1, 16, True)
+    cos, sin = rotary_tables(33, 16, device=DEVICE)
+    runs = [
+        outputs_and_gradients(lambda x, ve, gate: rotary_attention(x, cos, sin, 2, 9, ve, gate), inputs, torch.float32)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("by_query", [True, False])
+def test_visited_tiles_are_those_that_the_window_touches(by_query):
+    for seq_len in (1, 7, 16, 33, 100):
+        for window in (0, 1, 15, 16, 17, seq_len // 2, seq_len - 1, seq_len, 10**9):
+            for block_m, block_n in ((16, 16), (32, 16), (16, 32), (64, 16)):
+                t = torch.arange(seq_len)
+                distance = t[:, None] - t
+                visible = (distance >= 0) & (distance <= window)
+                expected = {}
+                for m in range(0, seq_len, block_m):
+                    for n in range(0, seq_len, block_n):
+                        tile = visible[m : m + block_m, n : n + block_n]
+                        if tile.any():
+                            expected[m, n] = bool(tile.all())
+                visited = visited_tiles(seq_len, window, block_m, block_n, by_query)
+                assert len(visited) == len(expected)
+                assert {(m, n) for m, n, _ in visited} == set(expected)
+                assert all(expected[m, n] for m, n, masked in visited if not masked)
+    full = [masked for *_, masked in visited_tiles(2048, 1024, 128, 64, by_query)]
+    assert full.count(False) > full.count(True)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [0, 20, 64])
+def test_kernels_multiply_only_visited_tiles(window, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    products = 0
+    create_dot = InterpreterBuilder.create_dot
+
+    def counted(self, *args):
+        nonlocal products
+        products += 1
+        return create_dot(self, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    T, H, KVH = 64, 2, 1
+    qkv = random_inputs(1, T, H, KVH, 16, False)[0].float().requires_grad_()
+    out = rotary_attention(qkv, *rotary_tables(T, 16), H, window)
+    blocks = SMALL_TILES.forward
+    assert products == 2 * H * len(visited_tiles(T, window, blocks.block_m, blocks.block_n))
+    products = 0
+    out.sum().backward()
+    dq, dkv = SMALL_TILES.dq, SMALL_TILES.dkv
+    expected = 3 * len(visited_tiles(T, window, dq.block_m, dq.block_n))
+    expected += 4 * len(visited_tiles(T, window, dkv.block_m, dkv.block_n, by_query=False))
+    assert products == H * expected
+
+
+def mutated(kernel, old, new, path):
+    """A jitted function with one piece of its source replaced."""
+    source = inspect.getsource(kernel.fn)
+    assert source.count(old) >= 1, f"{old!r} is not in {kernel.fn.__name__}"
+    path.write_text(source.replace(old, new))
+    scope = {}
+    exec(compile(path.read_text(), str(path), "exec"), kernel.fn.__globals__ | {"triton": triton}, scope)
+    return scope[kernel.fn.__name__]
+
+
+MUTANTS = [
+    (prologue, "_prologue_kernel", "y2 = x2 * cos - x1 * sin", "y2 = x2 * cos + x1 * sin"),
+    (prologue, "_prologue_kernel", "v + weight[:, None] * ve", "v + weight[:, None] * ve * 0.5"),
+    (prologue, "rotary_norm_bwd", "dy1 - y1 * mean", "dy1"),
+    (prologue, "rotary_norm_bwd", "du1 * sin + du2 * cos", "du2 * cos - du1 * sin"),
+    (forward, "_fwd_run", "distance <= window", "distance < window"),
+    (forward, "_fwd_run", "distance >= 0", "distance > -2"),
+    (forward, "_attention_fwd_kernel", "head // GROUP * HEAD_DIM", "head % (NUM_HEADS // GROUP) * HEAD_DIM"),
+    (forward, "key_runs", "m0 + BLOCK_M - 1 - window", "m0 - window"),
+    (backward, "_dq_run", "(dp - delta[:, None])", "dp"),
+    (backward, "_dq_run", "distance <= window", "distance <= window + 1"),
+    (backward, "_attention_dq_kernel", "dq * scale", "dq"),
+    (backward, "_dkv_run", "tl.broadcast_to(-delta[None, :]", "tl.broadcast_to(0.0 * delta[None, :]"),
+    (backward, "_dkv_run", "(distance >= 0) &", ""),
+    (backward, "query_runs", "n0 + BLOCK_N + window", "n0 + window"),
+    (backward, "_attention_dkv_kernel", "range(GROUP)", "range(1)"),
+    (backward, "_attention_dkv_kernel", "2 * sigma * (1 - sigma)", "2 * sigma"),
+    (backward, "_attention_dkv_kernel", "2 * sigma[:, None] * dv", "dv"),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("module", "name", "old", "new"), MUTANTS)
+def test_a_wrong_kernel_is_rejected(module, name, old, new, monkeypatch, tmp_path):
+    wrong = mutated(getattr(module, name), old, new, tmp_path / "mutant.py")
+    for user in (prologue, forward, backward):
+        if hasattr(user, name):
+            monkeypatch.setattr(user, name, wrong)
+    with pytest.raises(AssertionError):
+        check(random_inputs(1, 40, 4, 2, 16, True), 4, 18, 16, torch.float32)
+
+
+def test_what_the_kernels_cannot_take_is_said():
+    cos, sin = rotary_tables(8, 16, device=DEVICE)
+    qkv, ve, gate = (x.float() for x in random_inputs(1, 8, 2, 1, 16, True))
+    wrong = {
+        "width": lambda: rotary_attention(qkv[..., :56].contiguous(), cos, sin, 2, 4),
+        "heads": lambda: rotary_attention(qkv.new_zeros(1, 8, 112), cos, sin, 3, 4),
+        "window": lambda: rotary_attention(qkv, cos, sin, 2, -1),
+        "head_dim": lambda: rotary_attention(qkv.new_zeros(1, 8, 96), *rotary_tables(8, 24, device=DEVICE), 2, 4),
+        "cos": lambda: rotary_attention(qkv, cos[:7], sin, 2, 4),
+        "together": lambda: rotary_attention(qkv, cos, sin, 2, 4, ve),
+        "ve": lambda: rotary_attention(qkv, cos, sin, 2, 4, ve.half(), gate),
+        "contiguous": lambda: rotary_attention(qkv.transpose(1, 2).contiguous().transpose(1, 2), cos, sin, 2, 4),
+    }
+    for word, call in wrong.items():
+        with pytest.raises(ValueError, match=word):
+            call()
+
+
+def test_cost_counts_pairs_by_brute_force():
+    for T, window in ((9, 3), (9, 0), (9, 8), (9, 100)):
+        pairs = sum(1 for t in range(T) for j in range(t + 1) if t - j <= window)
+        assert cost(2, T, 4, 2, 16, window)[1] == 2 * 4 * pairs * 2 * 2 * 16
+        assert cost(2, T, 4, 2, 16, window, backward=True)[1] == 2 * 4 * pairs * 5 * 2 * 16
+    assert cost(1, 1, 4, 4, 128, 0)[0] == 2 * (3 * 512 + 512)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("B", "T", "H", "KVH", "head_dim", "window", "has_ve"),
+    [
+        (2, 2048, 4, 4, 128, 1024, True),
+        (2, 2048, 4, 4, 128, 2048, False),
+        (1, 1999, 8, 2, 64, 500, True),
+        (3, 1, 4, 2, 128, 0, True),
+    ],
+)
+def test_bf16_at_real_shapes(B, T, H, KVH, head_dim, window, has_ve):
+    check(random_inputs(B, T, H, KVH, head_dim, has_ve), H, window, head_dim, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.gpu
+def test_heavy_tails_in_bf16():
+    inputs = [x.pow(5) for x in random_inputs(1, 700, 4, 4, 128, True)]
+    check(inputs, 4, 300, 128, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_window_off_by_one_is_rejected_in_bf16():
+    def wrong(qkv, cos, sin, num_heads, window, ve, gate):
+        return rotary_attention(qkv, cos, sin, num_heads, window - 1, ve, gate)
+
+    with pytest.raises(AssertionError):
+        check(random_inputs(1, 512, 4, 4, 128, False), 4, 64, 128, torch.bfloat16, op=wrong)
+
+
+@gpu
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31():
+    """The last sequence of a batch of more than 2³¹ elements equals the same sequence alone, bit for bit."""
+    B, T, H, head_dim = 700, 2048, 4, 128
+    qkv = torch.randn(B, T, 3 * H * head_dim, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    cos, sin = rotary_tables(T, head_dim, device="cuda")
+    results = []
+    for x in (qkv, qkv[-1:].clone()):
+        x.requires_grad_()
+        out = rotary_attention(x, cos, sin, H, T // 2)
+        (dqkv,) = torch.autograd.grad(out, x, out.detach())
+        results.append((out[-1].detach(), dqkv[-1]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
