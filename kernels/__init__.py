@@ -1,7 +1,7 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import layer_weight
+from .common import layer_weight, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
@@ -24,5 +24,6 @@ __all__ = [
     "rotary_attention",
     "rotary_tables",
     "second_moment_shape",
+    "set_ops",
     "softcapped_logits",
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+import kernels
 from model import GPT, GPTConfig, flops_per_token
 from model.flops import device_peak
 from model.gpt import count_parameters
@@ -41,6 +42,15 @@ def pick_device(wanted: str | None) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA device here; leave the flag out to train on the CPU")
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_ops(wanted: str | None, device: str) -> str:
+    """Triton or the references, set for every op. Raises InputError where Triton has no device to run on."""
+    if wanted == "triton" and device == "cpu":
+        raise InputError("--ops triton needs a CUDA device: leave the flag out to train on the references")
+    ops = wanted or ("triton" if device == "cuda" else "reference")
+    kernels.set_ops(ops)
+    return ops
 
 
 def cpu_has_bf16() -> bool:
@@ -90,7 +100,7 @@ def seconds_since_start() -> float:
 def run(config: TrainConfig) -> dict[str, str]:
     """Trains, evaluates, writes the run's folder and prints the summary. Raises InputError and TrainingError."""
     device = pick_device(config.device)
-    config = resolve(config, device)
+    config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
     if config.autocast is None:
         config = dataclasses.replace(config, autocast=device == "cpu" and cpu_has_bf16())
     if device == "cpu":
@@ -154,7 +164,7 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     where = torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
     print(f"run:    {folder.path}")
-    print(f"device: {where}{', bf16 autocast' if config.autocast else ''}")
+    print(f"device: {where}, {config.ops} ops{', bf16 autocast' if config.autocast else ''}")
     print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size}")
     print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
     print(f"train:  {length}; a step is {config.total_batch_size} tokens in {config.grad_accum_steps} micro-steps")
