@@ -33,7 +33,7 @@ from .step import TrainStep
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
-VOCAB_SIZE = {"cuda": 8192, "cpu": 2048}
+VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
 EPOCHS_WORTH_A_WARNING = 4
 
 
