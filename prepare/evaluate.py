@@ -44,9 +44,11 @@ def evaluate_bpb(
 ) -> Evaluation:
     """Scores `split` with `token_losses(inputs, targets)`, int64 [B, T] on `device` -> nats, float32 [B, T].
 
-    The rows depend on neither `batch_size` nor a seed; `max_tokens` limits them to ceil(max_tokens / T). Every call has
-    the full batch: the last one is filled up with repeated rows that do not count. Sums are in float64. A non-finite
-    loss on any counted row, also of a special token, makes `bpb` non-finite. Raises InputError (split, packing).
+    The rows depend on neither `batch_size` nor a seed; `max_tokens` limits them to ceil(max_tokens / T), evenly spaced.
+    Every call has the full batch: the last one is filled up with repeated rows that do not count. Sums are in float64.
+    A non-finite loss on any counted row, also of a special token, makes `bpb` non-finite.
+
+    Raises InputError (split, packing).
     """
     if batch_size < 1:
         raise InputError(f"an evaluation batch of {batch_size} rows is not possible: it takes 1 or more")

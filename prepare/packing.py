@@ -169,17 +169,19 @@ def pack_evaluation(
 ) -> tuple[np.ndarray, float]:
     """The evaluation rows and the share of tokens that packing cropped on the way.
 
-    `max_tokens` limits the rows to ceil(max_tokens / T), and what comes after them is not scored; without it, every
-    byte of the split is (lossless) the target of exactly one position. Only the last row may be padded, with BOS.
+    `max_tokens` limits them to ceil(max_tokens / T) rows, evenly spaced over the pass; without it, every byte of the
+    split is (lossless) the target of exactly one position. Only the pass's last row may be padded, with BOS.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"evaluation on {max_tokens} tokens is not possible: it takes 1 or more")
     packer = Packer(split, seq_len, bos=bos, packing=packing, seed=None, epochs=1)
-    max_rows = None if max_tokens is None else -(-max_tokens // seq_len)
     rows = []
-    while len(rows) != max_rows and packer.fill(row := np.empty(seq_len + 1, dtype=np.uint16)):
+    while packer.fill(row := np.empty(seq_len + 1, dtype=np.uint16)):
         rows.append(row)
-    return np.stack(rows), packer.cropped_share
+    count = len(rows) if max_tokens is None else min(len(rows), -(-max_tokens // seq_len))
+    # Best fit places long documents first: the first rows alone would be another kind of text than the split is.
+    chosen = np.arange(count) * len(rows) // count
+    return np.stack([rows[i] for i in chosen]), packer.cropped_share
 
 
 def _length(piece: tuple[int, int, int]) -> int:

@@ -33,7 +33,7 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
         "device_batch_size": 16,
         "total_batch_size": 2048,
         "eval_tokens": 150_000,
-        # 2,048 tokens a step are a noisy gradient: the rates for 524,288 cost 0.15 bpb here.
+        # 2,048 tokens a step are a noisy gradient: gentler rates are steadier over seeds (bench/LOG.md, 2026-11-24).
         "embedding_lr": 0.1,
         "scalar_lr": 0.1,
     },
