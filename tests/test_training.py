@@ -141,16 +141,17 @@ def test_the_precision_of_a_gpu():
     """bf16 parameters and activations, fp32 masters and gradients: the step of a GPU, here on a CPU."""
     full, half = make_step(), make_step(torch.bfloat16)
     tokens = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
-    for _ in range(3):
+    for i in range(3):
         loss_full, _ = full([batch(tokens)], VALUES)
         loss_half, good = half([batch(tokens)], VALUES)
         assert good
         assert loss_half.dtype == torch.float32
-        torch.testing.assert_close(loss_half, loss_full, rtol=0, atol=0.05)
-        error = (half.optimizer.grads - full.optimizer.grads).norm() / full.optimizer.grads.norm()
-        assert error < 0.05
-        for name, parameter in half.model.named_parameters():
-            assert torch.equal(parameter, half.optimizer.masters[name].to(parameter.dtype))
+        torch.testing.assert_close(loss_half, loss_full, rtol=0, atol=0.02)
+        for (name, p), q in zip(half.model.named_parameters(), full.model.parameters(), strict=True):
+            assert torch.equal(p, half.optimizer.masters[name].to(p.dtype)), name
+            if i == 0:  # later the parameters themselves differ: AdamW's first steps are near to signs
+                assert p.main_grad.dtype == torch.float32
+                assert (p.main_grad - q.main_grad).norm() / q.main_grad.norm() < 5 * 2**-8, name
 
 
 def test_published_packing_says_what_it_crops(corpus, tmp_path):
