@@ -165,9 +165,10 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
     print(f"run:    {folder.path}")
     print(f"device: {where}, {config.ops} ops{', bf16 autocast' if config.autocast else ''}")
-    print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size}")
+    print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
     print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
-    print(f"train:  {length}; a step is {config.total_batch_size} tokens in {config.grad_accum_steps} micro-steps")
+    micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"
+    print(f"train:  {length}; a step is {config.total_batch_size:,} tokens in {micro}")
     epochs = expected_epochs(config, model, tokens)
     if epochs > EPOCHS_WORTH_A_WARNING:
         print(
