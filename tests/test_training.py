@@ -222,6 +222,17 @@ def test_sample_from_a_finished_run(finished, capsys):
     assert not any("<|" in text for text in outputs)
 
 
+def test_special_tokens_are_never_drawn(finished, monkeypatch):
+    model, tokenizer, _ = load_run(finished)
+    special = list(range(tokenizer.bos, tokenizer.vocab_size))
+    logits = torch.zeros(1, tokenizer.vocab_size)
+    logits[0, special] = 100.0
+    logits[0, 7] = 50.0
+    monkeypatch.setattr(GPT, "forward", lambda self, tokens: logits.clone())
+    options = {"temperature": 1.0, "top_k": 0, "seed": 0}
+    assert sample.generate(model, [tokenizer.bos], 3, banned=special, **options) == [7, 7, 7]
+
+
 def test_sample_past_the_context(finished, capsys):
     assert sample.main([str(finished), "--tokens", "50", "--device", "cpu"]) == 0  # rows were of 32
 
