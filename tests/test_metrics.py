@@ -10,7 +10,7 @@ import train.metrics
 from model import GPTConfig
 from train.budget import Budget
 from train.metrics import DebiasedAverage, log_line, utilisation
-from train.report import Reporter, print_summary
+from train.progress import Reporter, print_summary
 from train.runs import RunFolder
 from train.schedule import StepValues
 

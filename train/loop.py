@@ -10,7 +10,7 @@ from .budget import Budget
 from .config import TrainConfig
 from .metrics import DebiasedAverage
 from .optimizer import MAX_LOSS
-from .report import Reporter
+from .progress import Reporter
 from .schedule import step_values
 from .step import TrainStep
 

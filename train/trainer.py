@@ -26,7 +26,7 @@ from .loop import train
 from .memory import available_bytes, check_batch_fits, check_state_fits
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
-from .report import Reporter, print_summary
+from .progress import Reporter, print_summary
 from .runs import RunFolder
 from .schedule import step_values
 from .step import TrainStep
