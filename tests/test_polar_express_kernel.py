@@ -55,13 +55,19 @@ def test_zero_matrices_stay_zero():
     assert out[0].norm() > 1
 
 
-def test_the_products_are_exactly_symmetric():
+def test_tiles_off_the_diagonal_are_exactly_mirrored():
+    """Within a tile on the diagonal, symmetry is up to whoever multiplies: some BLAS sum (i, j) and (j, i) apart."""
     x = make_gradient((2, 150, 40))
     out = torch.empty(2, 150, 150, device=DEVICE)
     tile, _ = op._config(150, 150)
     op._symmetric_kernel[(3, 3, 2)](x, None, out, 150 * 40, 40, 1, 150, 40, 1.0, 0.0, HAS_A=False, **tile)
-    assert torch.equal(out, out.mT)
-    torch.testing.assert_close(out, x @ x.mT, rtol=1e-5, atol=1e-5)
+    block = torch.arange(150, device=DEVICE) // tile["BLOCK"]
+    apart = block[:, None] != block[None, :]
+    assert apart.any()
+    assert torch.equal(out[:, apart], out.mT[:, apart])
+    norms = x.double().norm(dim=-1)
+    error = (out - x.double() @ x.double().mT).abs() / (norms[:, :, None] * norms[:, None, :])
+    assert error.max() < 1e-6
 
 
 MUTANTS = {
