@@ -127,5 +127,5 @@ def test_optimizer_step(benchmark):
     optimizer.grads.normal_()
     optimizer.set_hyper(step_values(CONFIG, 0, 0.0))
     loss = torch.ones((), device=DEVICE)
-    assert optimizer.step(loss).item()
-    benchmark.pedantic(synchronised(lambda: optimizer.step(loss)), rounds=10, warmup_rounds=2)
+    assert optimizer.update(loss).item()
+    benchmark.pedantic(synchronised(lambda: optimizer.update(loss)), rounds=10, warmup_rounds=2)

@@ -77,7 +77,7 @@ def test_one_adamw_step(name, step):
     m, v = group.exp_avgs[i].double().clone(), group.exp_avg_sqs[i].double().clone()
 
     optimizer.set_hyper(StepValues(step=step, lr_multiplier=0.7, momentum=0.9, weight_decay=0.15))
-    assert optimizer.step(GOOD).item()
+    assert optimizer.update(GOOD).item()
 
     b1, b2 = (0.96, 0.95) if name == "lambda_0" else (0.8, 0.95)
     lr = 0.7 * (0.5 if name == "lambda_0" else 0.6 * math.sqrt(768 / 64))
@@ -125,7 +125,7 @@ def test_one_muon_step(name, monkeypatch):
     group.second_moment.uniform_(0.01, 0.1)
     before = [t.clone() for t in (group.master, group.grad, group.momentum, group.second_moment)]
     optimizer.set_hyper(VALUES)
-    assert optimizer.step(GOOD).item()
+    assert optimizer.update(GOOD).item()
     lr = 0.7 * 0.04 * math.sqrt(max(1, group.master.shape[1] / group.master.shape[2]))
     for i, (w, g, momentum, second) in enumerate(zip(*before, strict=True)):
         w, g, momentum, second = (t.double() for t in (w, g, momentum, second))
@@ -160,7 +160,7 @@ def test_16_bit_parameters_are_their_masters_rounded():
             assert torch.equal(parameter, optimizer.masters[name].to(parameter.dtype)), name
         before = {n: m.clone() for n, m in optimizer.masters.items()}
         optimizer.set_hyper(VALUES)
-        optimizer.step(GOOD)
+        optimizer.update(GOOD)
         assert all(not torch.equal(before[n], m) for n, m in optimizer.masters.items())
 
 
@@ -180,9 +180,23 @@ def test_a_bad_step_changes_nothing(bad):
     loss = {"nan loss": torch.tensor(math.nan), "loss 101": torch.tensor(101.0)}.get(bad, GOOD)
     if bad.endswith("gradient"):
         model.w_fc.main_grad[1, 3, 4] = math.inf if bad.startswith("inf") else math.nan
-    optimizer.set_hyper(VALUES)
-    good = optimizer.step(loss, apply=bad != "rehearsal")
+    optimizer.set_hyper(VALUES, apply=bad != "rehearsal")
+    good = optimizer.update(loss)
     assert good.item() == (bad == "rehearsal")
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizer), strict=True))
+
+
+def test_no_step_after_a_bad_one_is_taken():
+    """The host reads the loss late: what it has sent by then must find the parameters as the good steps left them."""
+    _, optimizer = make(forward_dtype=torch.bfloat16)
+    optimizer.set_hyper(VALUES, apply=False)
+    assert not optimizer.update(torch.tensor(math.nan)).item()  # a rehearsal has no say
+    optimizer.set_hyper(VALUES)
+    assert optimizer.update(GOOD).item()
+    before = [t.clone() for t in everything(optimizer)]
+    for loss in (torch.tensor(math.nan), GOOD):
+        optimizer.set_hyper(VALUES)
+        assert not optimizer.update(loss).item()
     assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizer), strict=True))
 
 

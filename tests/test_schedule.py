@@ -38,64 +38,55 @@ def test_step_values_put_them_together():
     assert (values.momentum, values.weight_decay) == pytest.approx((0.86, 0.1))
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def run(budget: Budget, clock: Clock, seconds_of_step) -> list[float]:
-    """Steps until the budget is done; returns the progress before each."""
+def run(budget: Budget, seconds_of_step) -> list[float]:
+    """Steps until the budget is used up; returns the progress before each."""
     seen = []
-    while not budget.done:
-        seen.append(budget.progress)
-        budget.start()
-        clock.now += seconds_of_step(budget.step)
-        budget.stop()
-        clock.now += 17  # between steps: a checkpoint, an evaluation. Never counted.
+    while budget.wants(budget.step):
+        seen.append(budget.progress(budget.step))
+        budget.add(seconds_of_step(budget.step))
         assert len(seen) < 1000
     return seen
 
 
 def test_ten_steps_are_untimed_and_the_run_stops_with_the_step_that_reaches_the_budget():
-    clock = Clock()
-    budget = Budget(seconds=5.0, clock=clock)
-    seen = run(budget, clock, lambda step: 60.0 if step < 10 else 0.75)
+    budget = Budget(seconds=5.0)
+    seen = run(budget, lambda step: 60.0 if step < 10 else 0.75)
     assert budget.step == len(seen) == 10 + 7  # 6 x 0.75 = 4.5 < 5 <= 7 x 0.75
     assert seen[:11] == [0.0] * 11
     assert seen[11:] == pytest.approx([0.15, 0.30, 0.45, 0.60, 0.75, 0.90])
     assert (budget.timed_steps, budget.timed_seconds) == (7, pytest.approx(5.25))
     assert budget.untimed_seconds == pytest.approx(600)
-    assert budget.progress == 1
+    assert budget.progress(budget.step) == 1
     assert budget.remaining == 0
+    assert budget.overshoot == pytest.approx(0.25)
 
 
 def test_exactly_reached_is_reached():
-    clock = Clock()
-    budget = Budget(seconds=1.0, untimed_steps=0, clock=clock)
-    run(budget, clock, lambda step: 0.25)
+    budget = Budget(seconds=1.0, untimed_steps=0)
+    run(budget, lambda step: 0.25)
     assert budget.step == 4
+    assert budget.overshoot == 0
 
 
 def test_by_steps_time_has_no_say():
-    clock = Clock()
-    budget = Budget(seconds=0.001, steps=4, untimed_steps=10, clock=clock)
-    assert run(budget, clock, lambda step: 3.0) == [0, 0.25, 0.5, 0.75]
+    budget = Budget(seconds=0.001, steps=4, untimed_steps=10)
+    assert run(budget, lambda step: 3.0) == [0, 0.25, 0.5, 0.75]
     assert (budget.step, budget.timed_steps, budget.untimed_seconds) == (4, 0, 12)
+    assert budget.overshoot == 0
+
+
+def test_by_steps_progress_is_that_of_the_step_asked_about():
+    """Not of the last one finished: a step is sent before the one ahead of it is done."""
+    budget = Budget(seconds=1.0, steps=8)
+    assert [budget.progress(step) for step in (0, 2, 7)] == [0, 0.25, 0.875]
+    assert [budget.wants(step) for step in (0, 7, 8)] == [True, True, False]
 
 
 def test_remaining():
-    clock = Clock()
-    budget = Budget(seconds=10.0, untimed_steps=1, clock=clock)
+    budget = Budget(seconds=10.0, untimed_steps=1)
     for _ in range(3):
-        budget.start()
-        clock.now += 2
-        assert budget.stop() == 2
+        budget.add(2)
     assert budget.remaining == 6
-    by_steps = Budget(seconds=10.0, steps=10, clock=clock)
-    by_steps.start()
-    clock.now += 2
-    by_steps.stop()
+    by_steps = Budget(seconds=10.0, steps=10)
+    by_steps.add(2)
     assert by_steps.remaining == 18

@@ -54,6 +54,7 @@ class TrainConfig:
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"))
     ops: str | None = option(None, "triton kernels or PyTorch reference (default: triton on a GPU, else reference)",
                              choices=("triton", "reference"))  # fmt: skip
+    graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
     seed: int = option(42, "seed of the initial weights")
 
     time_budget: float | None = option(None, "seconds of timed training")

@@ -101,6 +101,8 @@ class Optimizer:
             p.main_grad = self.grads[offsets[name] : offsets[name] + p.numel()].view(p.shape)
         self.groups = self._groups(model, config)
         self.hyper = torch.zeros(len(self.groups), 3, device=device)
+        self.apply = torch.ones((), dtype=torch.bool, device=device)
+        self.failed = torch.zeros((), dtype=torch.bool, device=device)
 
     def _copy(self, name: str) -> Tensor | None:
         parameter = self.parameters[name]
@@ -133,24 +135,28 @@ class Optimizer:
     def zero_grad(self) -> None:
         self.grads.zero_()
 
-    def set_hyper(self, values: StepValues) -> None:
-        """Writes the scalars of the next step to the device, a row a group."""
-        self.hyper.copy_(torch.tensor([group.hyper(values) for group in self.groups]))
+    def set_hyper(self, values: StepValues, apply: bool = True) -> None:
+        """Sends the scalars of the next update to the device, a row a group. Where `apply` is False it is a rehearsal,
+        after which every bit is as it was."""
+        self.apply.fill_(apply)
+        rows = torch.tensor([group.hyper(values) for group in self.groups], pin_memory=self.hyper.is_cuda)
+        self.hyper.copy_(rows, non_blocking=True)  # pinned memory of its own, which no later step overwrites
 
     @torch.no_grad()
-    def step(self, loss: Tensor, apply: bool | Tensor = True) -> Tensor:
-        """Updates every parameter, unless the loss or a gradient is not finite or the loss is above 100.
+    def update(self, loss: Tensor) -> Tensor:
+        """Updates every parameter, unless the loss or a gradient is not finite or the loss is above 100, or was in a
+        step before: the host reads the loss late, and what it sends until then must change nothing.
 
         Args:
             loss: scalar, on the device.
-            apply: False makes it a rehearsal, after which every bit is as it was.
 
         Returns:
             whether loss and gradients were good: a scalar boolean on the device.
         """
         # A sum of finite gradients is finite, and one bad term makes it inf or NaN: one pass, one number.
-        good = torch.isfinite(self.grads.sum()) & (loss <= MAX_LOSS)  # NaN is not <= 100
-        gate = good & apply
+        good = torch.isfinite(self.grads.sum()) & (loss <= MAX_LOSS) & ~self.failed  # NaN is not <= 100
+        self.failed |= self.apply & ~good
+        gate = good & self.apply
         for group, hyper in zip(self.groups, self.hyper, strict=True):
             group.update(hyper, gate)
         return good

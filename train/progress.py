@@ -27,8 +27,9 @@ class Reporter:
     def step(self, budget: Budget, values: StepValues, dt: float, loss: float, smooth: float, epoch: int) -> None:
         pace = self.tokens_per_step / dt
         mfu = utilisation(self.model, self.device, pace).mfu
+        progress = budget.progress(budget.step)
         line = log_line(
-            step=values.step, progress=budget.progress, loss=smooth, lr_multiplier=values.lr_multiplier, dt=dt,
+            step=values.step, progress=progress, loss=smooth, lr_multiplier=values.lr_multiplier, dt=dt,
             tokens_per_second=pace, mfu=mfu, epoch=epoch, remaining=budget.remaining,
         )  # fmt: skip
         if self.redraw:
@@ -40,7 +41,7 @@ class Reporter:
         self.out.flush()
         self.folder.write_metrics(
             {
-                "step": values.step, "progress": budget.progress, "loss": loss, "smooth_loss": smooth,
+                "step": values.step, "progress": progress, "loss": loss, "smooth_loss": smooth,
                 "lr_multiplier": values.lr_multiplier, "momentum": values.momentum,
                 "weight_decay": values.weight_decay, "seconds": dt, "timed_seconds": budget.timed_seconds,
                 "tokens": budget.step * self.tokens_per_step, "tokens_per_second": pace, "mfu": mfu, "epoch": epoch,

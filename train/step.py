@@ -14,11 +14,18 @@ from .schedule import StepValues
 
 
 class TrainStep:
-    """Runs micro-steps and the optimizer. The same function for every step, rehearsals included."""
+    """Runs micro-steps and the optimizer. The same function for every step, rehearsals and replayed graphs included.
 
-    def __init__(self, model: GPT, optimizer: Optimizer, autocast: bool = False):
+    What changes from step to step lives on the device, in tensors that stay where they are: a captured step reads it
+    there anew. Nothing in a micro-step or an update waits for the device.
+    """
+
+    def __init__(self, model: GPT, optimizer: Optimizer | None, autocast: bool = False):
+        """`optimizer` None: for evaluation alone."""
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
         self.device = model.wte.device
+        self.loss = torch.zeros((), device=self.device)  # of the step so far
+        self.graphs: StepGraphs | None = None
 
     def precision(self):
         """The context the forward runs in: bf16 matrix products on a CPU that has them, nothing elsewhere."""
@@ -37,16 +44,25 @@ class TrainStep:
         Returns:
             the mean loss over the micro-batches, and whether it and all gradients were good; both on the device.
         """
+        self.loss.zero_()
         self.optimizer.zero_grad()
-        self.optimizer.set_hyper(values)
-        total = torch.zeros((), device=self.device)
+        self.optimizer.set_hyper(values, apply)
+        run = self.graphs or self
         for batch in batches:
-            tokens = batch.tokens.to(self.device, non_blocking=True)
-            with self.precision():
-                loss = self.model(tokens[:, :-1], tokens[:, 1:])
-            (loss / len(batches)).backward()
-            total += loss.detach() / len(batches)
-        return total, self.optimizer.step(total, apply)
+            run.micro_step(batch.tokens, len(batches))
+        return self.loss.clone(), run.update().clone()
+
+    def micro_step(self, tokens: Tensor, micro_steps: int) -> None:
+        """Adds the loss of `tokens` [B, T + 1], and its gradients, as one of `micro_steps`."""
+        tokens = tokens.to(self.device, non_blocking=True)
+        with self.precision():
+            loss = self.model(tokens[:, :-1], tokens[:, 1:])
+        (loss / micro_steps).backward()
+        self.loss += loss.detach() / micro_steps
+
+    def update(self) -> Tensor:
+        """Updates the parameters by the gradients so far. Returns whether these and the loss were good."""
+        return self.optimizer.update(self.loss)
 
     @torch.no_grad()
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -62,3 +78,49 @@ class TrainStep:
         for _ in range(times):
             self([dummy] * micro_steps, values, apply=False)
         self.optimizer.zero_grad()
+
+    def capture(self, batch_shape: tuple[int, int], micro_steps: int, values: StepValues) -> None:
+        """From here on steps are replays of two CUDA graphs. Their micro-batches have this shape and number."""
+        self.graphs = StepGraphs(self, batch_shape, micro_steps, values)
+
+    def release(self) -> None:
+        """Gives back the memory of the captured activations; steps run eagerly again."""
+        self.graphs = None
+
+
+class StepGraphs:
+    """A micro-step and an update as CUDA graphs: what to launch is recorded once, and replayed by one call each.
+
+    The two share a pool of memory, which is sound because they are replayed in the order of their capture and neither
+    leaves anything there for the other: loss, gradients and parameters live outside.
+    """
+
+    def __init__(self, step: TrainStep, batch_shape: tuple[int, int], micro_steps: int, values: StepValues):
+        self.micro_steps = micro_steps
+        self.tokens = torch.zeros(batch_shape, dtype=torch.int32, device=step.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Kernels compile, modules load and workspaces are made here: none of that may happen inside a capture.
+            step.rehearse(batch_shape, micro_steps, values)
+        # Thread-local, because the loader's thread goes on pinning memory while this one captures.
+        capture = {"stream": stream, "capture_error_mode": "thread_local"}
+        self._micro_step, self._update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._micro_step, **capture):
+            step.micro_step(self.tokens, micro_steps)
+        with torch.cuda.graph(self._update, pool=self._micro_step.pool(), **capture):
+            self._good = step.update()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def micro_step(self, tokens: Tensor, micro_steps: int) -> None:
+        if micro_steps != self.micro_steps or tokens.shape != self.tokens.shape:
+            raise ValueError(
+                f"{micro_steps} micro-batches of {tuple(tokens.shape)}: captured were {self.micro_steps} of"
+                f" {tuple(self.tokens.shape)}"
+            )
+        self.tokens.copy_(tokens, non_blocking=True)
+        self._micro_step.replay()
+
+    def update(self) -> Tensor:
+        self._update.replay()
+        return self._good

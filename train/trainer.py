@@ -21,6 +21,7 @@ from prepare import Dataset, InputError, Loader, default_folder, evaluate_bpb, p
 from prepare.evaluate import Evaluation
 
 from .budget import Budget
+from .clock import clock_of
 from .config import TrainConfig, resolve
 from .loop import train
 from .memory import available_bytes, check_batch_fits, check_state_fits
@@ -51,6 +52,14 @@ def pick_ops(wanted: str | None, device: str) -> str:
     ops = wanted or ("triton" if device == "cuda" else "reference")
     kernels.set_ops(ops)
     return ops
+
+
+def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
+    """Whether steps are CUDA graphs. Raises InputError where they are asked for and cannot be."""
+    possible = device == "cuda" and ops == "triton"
+    if wanted and not possible:
+        raise InputError("--graphs needs a CUDA device and --ops triton: leave the flag out")
+    return possible if wanted is None else wanted
 
 
 def cpu_has_bf16() -> bool:
@@ -103,6 +112,7 @@ def run(config: TrainConfig) -> dict[str, str]:
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
     if config.autocast is None:
         config = dataclasses.replace(config, autocast=device == "cpu" and cpu_has_bf16())
+    config = dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
     if device == "cpu":
         keep_freed_memory()
     forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -136,15 +146,18 @@ def run(config: TrainConfig) -> dict[str, str]:
 
         budget = Budget(config.time_budget, config.steps, config.untimed_steps)
         report = Reporter(folder, model_config, model.wte.device, config.total_batch_size)
-        if config.untimed_steps == 0:
-            shape = (config.device_batch_size, config.seq_len + 1)
-            step.rehearse(shape, config.grad_accum_steps, step_values(config, 0, 0.0))
+        plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
+        if config.graphs:
+            step.capture(*plan)
+        elif config.untimed_steps == 0:
+            step.rehearse(*plan)
         ready = seconds_since_start()
         try:
-            train(config, step, loader, budget, report)
+            train(config, step, loader, budget, clock_of(device), report)
         finally:
             report.end()
             folder.close()
+    step.release()
     folder.write_model(optimizer.masters)
     evaluation = evaluate_bpb(
         step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
@@ -204,6 +217,7 @@ def summarise(
         "tokens_per_second": f"{pace:.0f}",
         "untimed_seconds": f"{budget.untimed_seconds:.1f}",
         "untimed_steps": f"{budget.step - budget.timed_steps}",
+        "overshoot_seconds": f"{budget.overshoot:.3f}",
         "seconds_to_first_step": f"{ready:.1f}",
         "peak_rss_mb": f"{rss:.1f}",
         "val_rows": f"{evaluation.rows}",

@@ -1,0 +1,212 @@
+"""The loop that runs ahead, and the step that nothing in it waits for."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kernels
+from model import GPT
+from prepare import Batch
+from train.budget import Budget
+from train.clock import HostClock
+from train.config import TrainConfig, resolve
+from train.loop import TrainingError, train
+from train.optimizer import Optimizer
+from train.schedule import StepValues, step_values
+from train.step import TrainStep
+
+SHAPE = (4, 33)
+CONFIG = resolve(
+    TrainConfig(depth=2, d_model=64, head_dim=16, seq_len=32, device_batch_size=4, total_batch_size=256), "cpu"
+)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def make_step(device="cpu", forward_dtype=torch.float32, config=CONFIG) -> TrainStep:
+    model = GPT(config.model_config(512))
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from initialisation, where most gradients are zero
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.to(device)
+    return TrainStep(model, Optimizer(model, config, forward_dtype))
+
+
+def endless_batches(device="cpu"):
+    generator = torch.Generator().manual_seed(2)
+    index = 0
+    while True:
+        tokens = torch.randint(512, SHAPE, generator=generator, dtype=torch.int32).to(device)
+        yield Batch(tokens=tokens, epoch=1, index=index, state={})
+        index += 1
+
+
+class LaggingClock(HostClock):
+    """A GPU's way of working, on a CPU; each step takes a second."""
+
+    def __init__(self, lag: int):
+        self.lag = lag
+        self.now = 0.0
+
+    def mark(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+class Recorder:
+    def __init__(self):
+        self.steps, self.losses, self.seconds = [], [], []
+
+    def step(self, budget, values, dt, loss, smooth, epoch):
+        self.steps.append(values.step)
+        self.losses.append(loss)
+        self.seconds.append(dt)
+
+
+def run(lag: int, step: TrainStep, **budget) -> tuple[Recorder, Budget]:
+    seen, budget = Recorder(), Budget(untimed_steps=0, **budget)
+    train(CONFIG, step, endless_batches(), budget, LaggingClock(lag), seen)
+    return seen, budget
+
+
+def test_running_ahead_changes_no_bit():
+    steps = [make_step() for _ in range(2)]
+    (at_once, _), (late, _) = (run(lag, step, seconds=1.0, steps=6) for lag, step in enumerate(steps))
+    assert at_once.steps == late.steps == [*range(6)]
+    assert at_once.losses == late.losses
+    assert late.seconds == [1.0] * 6
+    for a, b in zip(*(step.model.parameters() for step in steps), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("lag", "num_steps"), [(0, 3), (1, 4)])
+def test_a_step_on_its_way_when_time_is_up_is_counted(lag, num_steps):
+    seen, budget = run(lag, make_step(), seconds=3.0)
+    assert seen.steps == [*range(num_steps)]
+    assert budget.timed_seconds == num_steps
+    assert budget.overshoot == num_steps - 3
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_bad_step_is_named_and_nothing_after_it_is_taken(monkeypatch, lag):
+    forward, calls = GPT.forward, 0
+
+    def poisoned(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        loss = forward(self, *args, **kwargs)
+        return loss * math.nan if calls in (5, 6) else loss  # both micro-steps of step 2
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    step, untouched = make_step(), make_step()
+    with pytest.raises(TrainingError, match=r"step 00002: loss is nan \(batches 4 to 5\)"):
+        run(lag, step, seconds=1.0, steps=6)
+    assert calls == 6 + 2 * lag  # on a GPU one more step was on its way
+    monkeypatch.setattr(GPT, "forward", forward)
+    config_of_six = Budget(seconds=1.0, steps=6)
+    batches = endless_batches()
+    for number in range(2):
+        untouched([next(batches), next(batches)], step_values(CONFIG, number, config_of_six.progress(number)))
+    for a, b in zip(step.model.parameters(), untouched.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, or ties a captured step to the host's memory."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item", "allclose")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert not any(name == w or name.startswith((f"{w}_", f"_{w}")) for w in self.WAITING), f"{name} waits"
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.dim() or t.device.type != "cpu"}
+        assert len(devices) <= 1, f"{name} crosses from one device to another: {devices}"
+        return out
+
+
+@pytest.fixture
+def no_launches(monkeypatch):
+    """Kernels are called with all their arguments, and do nothing: tensors without memory can go through a step."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "run", lambda self, *args, **kwargs: None)
+    kernels.set_ops("triton")
+    yield
+    kernels.set_ops(None)
+
+
+def device_step() -> tuple[TrainStep, torch.Tensor]:
+    """The default GPU configuration at full size, on a device without memory; and a micro-batch of its tokens."""
+    config = resolve(TrainConfig(), "cuda")
+    model = GPT(config.model_config(8192), device="meta")
+    tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
+    return TrainStep(model, Optimizer(model, config, torch.bfloat16)), tokens
+
+
+def test_nothing_in_a_step_waits_for_the_device(no_launches):
+    step, tokens = device_step()
+    with NoWaiting():
+        step.optimizer.zero_grad()
+        step.micro_step(tokens, 2)
+        step.micro_step(tokens, 2)
+        step.update()
+
+
+@pytest.mark.parametrize("op", ["item", "nonzero", "host copy", "host index"])
+def test_waiting_is_found(no_launches, monkeypatch, op):
+    step, tokens = device_step()
+    update = {
+        "item": lambda loss: loss.item(),
+        "nonzero": lambda loss: tokens.nonzero(),
+        "host copy": lambda loss: step.optimizer.hyper.cpu(),
+        "host index": lambda loss: step.optimizer.hyper[torch.tensor([0, 1])],
+    }[op]
+    monkeypatch.setattr(step.optimizer, "update", update)
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoWaiting():
+        step.update()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
+    """Over steps of changing rate, momentum and decay; a rehearsal and a bad step in between change nothing."""
+    eager, replayed = (make_step("cuda", torch.bfloat16) for _ in range(2))
+    values = [StepValues(i, lr_multiplier=1 / (i + 1), momentum=0.85 + i / 100, weight_decay=0.2 - i / 50)
+              for i in range(5)]  # fmt: skip
+    replayed.capture(SHAPE, micro_steps, values[0])
+    batches = endless_batches("cuda")
+    for i, value in enumerate(values):
+        taken = [next(batches) for _ in range(micro_steps)]
+        if i == 2:
+            replayed(taken, values[0], apply=False)
+        (loss, good), (loss_replayed, good_replayed) = eager(taken, value), replayed(taken, value)
+        assert good
+        assert good_replayed
+        assert torch.equal(loss, loss_replayed)
+        for (name, a), b in zip(eager.optimizer.masters.items(), replayed.optimizer.masters.values(), strict=True):
+            assert torch.equal(a, b), f"{name} after step {i}"
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_replayed_step_never_waits():
+    """CUDA's own word for it: in this mode PyTorch raises on every call that makes the host wait."""
+    step, batches = make_step("cuda", torch.bfloat16), endless_batches("cuda")
+    values = StepValues(0, 1.0, 0.85, 0.2)
+    step.capture(SHAPE, 2, values)
+    taken = [next(batches), next(batches)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for run in (step, step.release() or step):  # replayed, then eagerly
+            run(taken, values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
