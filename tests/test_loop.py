@@ -11,7 +11,7 @@ import kernels
 from model import GPT
 from prepare import Batch
 from train.budget import Budget
-from train.clock import HostClock
+from train.clock import DeviceClock, HostClock
 from train.config import TrainConfig, resolve
 from train.loop import TrainingError, train
 from train.optimizer import Optimizer
@@ -107,10 +107,10 @@ def test_a_bad_step_is_named_and_nothing_after_it_is_taken(monkeypatch, lag):
         run(lag, step, seconds=1.0, steps=6)
     assert calls == 6 + 2 * lag  # on a GPU one more step was on its way
     monkeypatch.setattr(GPT, "forward", forward)
-    config_of_six = Budget(seconds=1.0, steps=6)
+    six = Budget(seconds=1.0, steps=6)
     batches = endless_batches()
     for number in range(2):
-        untouched([next(batches), next(batches)], step_values(CONFIG, number, config_of_six.progress(number)))
+        untouched([next(batches), next(batches)], step_values(CONFIG, number, six.progress(number)))
     for a, b in zip(step.model.parameters(), untouched.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -198,15 +198,22 @@ def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
 
 @pytest.mark.gpu
 @gpu
-def test_a_replayed_step_never_waits():
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_loop_waits_for_nothing_but_its_clock(graphs):
     """CUDA's own word for it: in this mode PyTorch raises on every call that makes the host wait."""
-    step, batches = make_step("cuda", torch.bfloat16), endless_batches("cuda")
+    step = make_step("cuda", torch.bfloat16)
     values = StepValues(0, 1.0, 0.85, 0.2)
-    step.capture(SHAPE, 2, values)
-    taken = [next(batches), next(batches)]
+    if graphs:
+        step.capture(SHAPE, 2, values)
+    else:
+        step.rehearse(SHAPE, 2, values)
+    batches = [next(generator) for generator in [endless_batches("cuda")] for _ in range(12)]
+    seen = Recorder()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for run in (step, step.release() or step):  # replayed, then eagerly
-            run(taken, values)
+        train(CONFIG, step, iter(batches), Budget(1.0, steps=6), DeviceClock(), seen)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert seen.steps == [*range(6)]
+    assert all(math.isfinite(loss) for loss in seen.losses)
+    assert all(seconds > 0 for seconds in seen.seconds)

@@ -33,7 +33,7 @@ class Sent:
 
     values: StepValues
     batches: list[Batch]
-    loss: Tensor
+    loss: Tensor  # this and the next: on the host, and there once `end` is reached
     good: Tensor
     end: Any  # mark of the clock
 
@@ -54,7 +54,8 @@ def train(
         if wanted:
             values = step_values(config, number, budget.progress(number))
             micro_batches = list(islice(batches, config.grad_accum_steps))
-            loss, good = step(micro_batches, values)
+            # Sent to the host here and now: asked for later, they would arrive after the step that is sent next.
+            loss, good = (result.to("cpu", non_blocking=True) for result in step(micro_batches, values))
             in_flight.append(Sent(values, micro_batches, loss, good, clock.mark()))
             number += 1
         elif not in_flight:
