@@ -27,6 +27,7 @@ from .loop import train
 from .memory import available_bytes, check_batch_fits, check_state_fits
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
+from .precompile import Precompiler
 from .progress import Reporter, print_summary
 from .runs import RunFolder
 from .schedule import step_values
@@ -60,6 +61,14 @@ def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
     if wanted and not possible:
         raise InputError("--graphs needs a CUDA device and --ops triton: leave the flag out")
     return possible if wanted is None else wanted
+
+
+def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
+    """Has the kernels compiled beside the rest of the set-up; None where there are none to compile."""
+    if config.device != "cuda" or config.ops != "triton":
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return Precompiler(config, vocab_size, 10 * major + minor)
 
 
 def cpu_has_bf16() -> bool:
@@ -119,12 +128,15 @@ def run(config: TrainConfig) -> dict[str, str]:
     data = open_data(config.data, device)
     model_config = config.model_config(data.vocab_size)
     check_state_fits(config, model_config, forward_dtype)
+    kernels_compile = precompiler(config, data.vocab_size)
 
     torch.manual_seed(config.seed)
     model = GPT(model_config, device=device)
     model.init_weights(config.seed)
     optimizer = Optimizer(model, config, forward_dtype)
     step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
+    if kernels_compile:
+        kernels_compile.wait()
     check_batch_fits(config, model, step.precision(), available_bytes(device))
 
     split = data.split("train")

@@ -1,0 +1,136 @@
+"""Every kernel of a step compiled at once, on all cores, before the first step asks for them one after another.
+
+Triton compiles a kernel when it is first launched and keeps it on disk. The first run of a configuration therefore
+waits for some fifty kernels, half a second each; any later run finds them. Here each of a few processes walks through
+a step on tensors of device "meta", where nothing is allocated or computed, and compiles its share of the kernels that
+it meets into the same cache. It is a head start and no more: what it misses is compiled at launch.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from kernels import set_ops
+from model import GPT
+from prepare import Batch
+
+from .config import TrainConfig
+from .optimizer import Optimizer
+from .schedule import step_values
+from .step import TrainStep
+
+MAX_PROCESSES = 16  # three kernels each: more would spend their time importing
+
+
+class AbsentGpu:
+    """What Triton's compiler asks of a driver, answered for a GPU of compute capability `arch` / 10."""
+
+    def __init__(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+def walk_step(config: TrainConfig, vocab_size: int) -> None:
+    """One step of the real trainer on meta tensors, with every kernel there is."""
+    model = GPT(config.model_config(vocab_size), device="meta")
+    optimizer = Optimizer(model, config, torch.bfloat16)
+    tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
+    batch = Batch(tokens=tokens, epoch=0, state={}, index=0)
+    set_ops("triton")
+    try:
+        TrainStep(model, optimizer)([batch] * config.grad_accum_steps, step_values(config, 0, 0.0))
+    finally:
+        set_ops(None)
+
+
+@contextmanager
+def compiling_only(arch: int, share: int, of: int) -> Iterator[dict]:
+    """Inside, a launch only compiles, and of the kernels that are met just every `of`-th. Yields those, by name."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    launch, compile_one = JITFunction.run, JITFunction._do_compile
+    met, compiled = {}, {}
+
+    def run(self, *args, grid, warmup, **kwargs):
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def do_compile(self, key, *args):
+        if met.setdefault((self, key), len(met)) % of != share:
+            return None
+        compiled[self, key] = self.__name__
+        return compile_one(self, key, *args)
+
+    triton.runtime.driver.set_active(AbsentGpu(arch))
+    JITFunction.run, JITFunction._do_compile = run, do_compile
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, JITFunction._do_compile = launch, compile_one
+
+
+class Precompiler:
+    """Starts the processes; `wait` for them before the first launch."""
+
+    def __init__(self, config: TrainConfig, vocab_size: int, arch: int):
+        import triton
+
+        arguments = json.dumps({"config": asdict(config), "vocab_size": vocab_size, "arch": arch})
+        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("kernels/**/*.py")))
+        key = hashlib.sha256(f"{arguments} {triton.__version__} {torch.__version__}".encode() + sources).hexdigest()
+        # Says that all of it lies in Triton's cache, and is gone when that is.
+        self._stamp = Path(triton.knobs.cache.dir) / f"timebox-{key[:16]}"
+        of = 0 if self._stamp.exists() else min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "train.precompile", arguments]
+        self._processes = [
+            subprocess.Popen(
+                [*command, str(share), str(of)], env=environment, cwd=Path(__file__).parents[1],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            for share in range(of)
+        ]  # fmt: skip
+
+    def wait(self) -> bool:
+        """Whether every process did its share (or an earlier run had done it)."""
+        codes = [process.wait() for process in self._processes]
+        done = not any(codes)
+        if done and codes:
+            self._stamp.parent.mkdir(parents=True, exist_ok=True)
+            self._stamp.touch()
+        return done
+
+
+def main(arguments: str, share: str, of: str) -> None:
+    given = json.loads(arguments)
+    with compiling_only(given["arch"], int(share), int(of)):
+        walk_step(TrainConfig(**given["config"]), given["vocab_size"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
