@@ -165,12 +165,15 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
             mend = "name the folder it was trained on with --data"
             check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
         check_state_fits(config, model_config, forward_dtype)
+        kernels_compile = precompiler(config, data.vocab_size)
 
         torch.manual_seed(config.seed)
         model = GPT(model_config, device=device)
         model.init_weights(config.seed)
         optimizer = Optimizer(model, config, forward_dtype)
         step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
+        if kernels_compile:
+            kernels_compile.wait()
         check_batch_fits(config, model, step.precision(), available_bytes(device))
         loader = stack.enter_context(closing(Loader(
             data.split("train"), config.device_batch_size, config.seq_len,
