@@ -9,17 +9,22 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
+from model.gpt import parameter_shapes
 from prepare import InputError, Tokenizer
+from prepare.files import read_sealed, sealed
+
+from .config import TrainConfig
+from .tensors import load_tensors, save_tensors
+
+_MEND = "train it again"
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes beside, then renames: a reader sees the old file or the new one, whole."""
+    """Writes beside, then renames: a reader sees the old file or the new one, whole. Sealed, for `read_sealed`."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(sealed(value), indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -65,7 +70,7 @@ class RunFolder:
 
     def write_model(self, weights: dict[str, torch.Tensor]) -> None:
         part = self.path / "model.safetensors.part"
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, part)
+        save_tensors(part, weights)
         os.replace(part, self.path / "model.safetensors")
 
     def write_summary(self, summary: dict) -> None:
@@ -85,13 +90,35 @@ def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, d
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a finished run: it has no {name}")
+    saved, shape = read_config(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.fingerprint != saved["data"]["tokenizer_sha256"] or tokenizer.vocab_size != shape.vocab_size:
+        raise InputError(f"{folder / 'tokenizer.json'} is not the tokenizer of this run; {_MEND}")
+    weights = load_tensors(folder / "model.safetensors", _MEND)
+    return build_model(shape, weights, device, folder).eval(), tokenizer, saved
+
+
+def read_config(folder: Path) -> tuple[dict, GPTConfig]:
+    """config.json of a run, and the shape of its model. Raises InputError."""
+    path = folder / "config.json"
+    saved = read_sealed(path, _MEND)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = GPT(GPTConfig(**config["model"]), device=device)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder} does not hold together as a run ({reason}): train it again") from None
+        shape = GPTConfig(**saved["model"])
+        TrainConfig(**saved["config"])
+        saved["data"]["tokenizer_sha256"], saved["data"]["folder"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the configuration of a run ({error}); {_MEND}") from None
+    return saved, shape
+
+
+def build_model(shape: GPTConfig, weights: dict[str, torch.Tensor], device: str, folder: Path) -> GPT:
+    """A model with these weights, fp32 on a CPU and bf16 (scalars excepted) on a GPU. Raises InputError where they have
+    other shapes, before anything is allocated."""
+    wanted = parameter_shapes(shape)
+    if {name: tuple(w.shape) for name, w in weights.items()} != wanted:
+        raise InputError(f"the weights in {folder} are not those of the model in its config.json; {_MEND}")
+    model = GPT(shape, device=device)
+    model.load_state_dict(weights)
     if device == "cuda":
         model.to_forward_dtype(torch.bfloat16)
-    return model.eval(), Tokenizer.load(folder / "tokenizer.json"), config
+    return model
