@@ -1,5 +1,9 @@
-"""Damage to files, and what reading them may then do. TIMEBOX_FUZZ=5000 tries that many cuts and flips of each."""
+"""The files that steer a run, damage to them, and what reading them may then do.
 
+TIMEBOX_FUZZ=5000 tries that many cuts and flips of each file.
+"""
+
+import dataclasses
 import os
 import random
 import resource
@@ -10,7 +14,15 @@ from pathlib import Path
 
 import psutil
 
-from prepare import InputError
+from prepare import Dataset, InputError, Loader
+from train.runs import load_run
+from train.tensors import digest
+
+DATA_FILES = [
+    "manifest.json", "tokenizer.json", "token_counts.npy",
+    *(f"{split}_00000{kind}.npy" for split in ("train", "val", "holdout") for kind in ("", "_offsets")),
+]  # fmt: skip
+RUN_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
 
 COUNT = int(os.environ.get("TIMEBOX_FUZZ", "200"))
 SECONDS = 20  # for one reading, which takes milliseconds
@@ -78,3 +90,20 @@ def fuzz(path: Path, read: Callable[[], object], *, keep_mtime: bool = False, ex
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert read() == whole
     return refused
+
+
+def read_data(folder) -> tuple:
+    """All that training and evaluation take from a prepared folder."""
+    data = Dataset.open(folder)
+    splits = [data.split(name) for name in ("train", "val", "holdout")]
+    texts = [b"".join(s.document(i).tobytes() for i in range(s.num_documents)) for s in splits]
+    numbers = [(s.sha256, s.num_documents, s.num_tokens, s.num_bytes) for s in splits]
+    with Loader(splits[0], 2, 16, bos=data.tokenizer.bos) as loader:
+        batch = next(loader)
+    tokenizer = (data.tokenizer.fingerprint, data.tokenizer.encode("été, the 128 rows"), data.vocab_size)
+    return texts, numbers, tokenizer, data.token_counts.tobytes(), data.source, batch.tokens.tolist(), batch.state
+
+
+def read_run(run) -> tuple:
+    model, tokenizer, saved = load_run(run)
+    return digest(dict(model.state_dict())), dataclasses.asdict(model.config), tokenizer.fingerprint, saved
