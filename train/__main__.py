@@ -7,6 +7,7 @@ from prepare import InputError
 
 from .config import parse
 from .loop import TrainingError
+from .memory import is_out_of_memory
 from .trainer import run
 
 
@@ -28,6 +29,11 @@ def main(args: list[str] | None = None) -> int:
         return 1
     except (InputError, OSError) as error:
         print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory before the first step: lower --depth or --seq-len", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -95,7 +95,10 @@ def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, d
     if tokenizer.fingerprint != saved["data"]["tokenizer_sha256"] or tokenizer.vocab_size != shape.vocab_size:
         raise InputError(f"{folder / 'tokenizer.json'} is not the tokenizer of this run; {_MEND}")
     weights = load_tensors(folder / "model.safetensors", _MEND)
-    return build_model(shape, weights, device, folder).eval(), tokenizer, saved
+    model = build_model(shape, weights, device, folder)
+    if device == "cuda":
+        model.to_forward_dtype(torch.bfloat16)
+    return model.eval(), tokenizer, saved
 
 
 def read_config(folder: Path) -> tuple[dict, GPTConfig]:
@@ -112,13 +115,11 @@ def read_config(folder: Path) -> tuple[dict, GPTConfig]:
 
 
 def build_model(shape: GPTConfig, weights: dict[str, torch.Tensor], device: str, folder: Path) -> GPT:
-    """A model with these weights, fp32 on a CPU and bf16 (scalars excepted) on a GPU. Raises InputError where they have
-    other shapes, before anything is allocated."""
+    """A model with these weights, in fp32. Raises InputError where they have other shapes, before anything is
+    allocated."""
     wanted = parameter_shapes(shape)
     if {name: tuple(w.shape) for name, w in weights.items()} != wanted:
         raise InputError(f"the weights in {folder} are not those of the model in its config.json; {_MEND}")
     model = GPT(shape, device=device)
     model.load_state_dict(weights)
-    if device == "cuda":
-        model.to_forward_dtype(torch.bfloat16)
     return model

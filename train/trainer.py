@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import psutil
@@ -23,8 +23,9 @@ from prepare.evaluate import Evaluation
 from .budget import Budget
 from .clock import clock_of
 from .config import TrainConfig, resolve
-from .loop import train
-from .memory import available_bytes, check_batch_fits, check_state_fits
+from .failure import explain
+from .loop import TrainingError, train
+from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
@@ -32,6 +33,7 @@ from .progress import Reporter, print_summary
 from .runs import RunFolder
 from .schedule import step_values
 from .step import TrainStep
+from .watchdog import Watchdog
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
@@ -144,7 +146,9 @@ def run(config: TrainConfig) -> dict[str, str]:
         split, config.device_batch_size, config.seq_len,
         bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
     )  # fmt: skip
-    with closing(loader):
+    with ExitStack() as stack:
+        stack.enter_context(out_of_memory_is_input_error(config, step))
+        stack.enter_context(closing(loader))
         folder = RunFolder(config.run_dir, config.name)
         fingerprint = {
             "folder": str(Path(data.folder).resolve()),
@@ -157,7 +161,8 @@ def run(config: TrainConfig) -> dict[str, str]:
         announce(config, model_config, data, folder)
 
         budget = Budget(config.time_budget, config.steps, config.untimed_steps)
-        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size)
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout))
+        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat)
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
         if config.graphs:
             step.capture(*plan)
@@ -166,19 +171,21 @@ def run(config: TrainConfig) -> dict[str, str]:
         ready = seconds_since_start()
         try:
             train(config, step, loader, budget, clock_of(device), report)
+        except TrainingError as error:
+            raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
         finally:
             report.end()
             folder.close()
-    step.release()
-    folder.write_model(optimizer.masters)
-    evaluation = evaluate_bpb(
-        step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
-        max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
-    )  # fmt: skip
-    summary = summarise(config, model_config, budget, evaluation, ready, loader.cropped_share)
-    folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
-    print_summary({**summary, "run": str(folder.path)})
-    return summary
+        step.release()
+        folder.write_model(optimizer.masters)
+        evaluation = evaluate_bpb(
+            watchdog.watching(step.token_losses), data, seq_len=config.seq_len, batch_size=config.device_batch_size,
+            max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
+        )  # fmt: skip
+        summary = summarise(config, model_config, budget, evaluation, ready, loader.cropped_share)
+        folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
+        print_summary({**summary, "run": str(folder.path)})
+        return summary
 
 
 def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder) -> None:

@@ -7,8 +7,12 @@ import sys
 import threading
 import traceback
 from collections import deque
+from collections.abc import Callable
 from statistics import median
 from time import monotonic
+from typing import ParamSpec, TypeVar
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 FLOOR = 30.0  # seconds without a step that are never worth a word: a checkpoint, the start of the evaluation
 ALARM = 10  # times the usual step
@@ -58,6 +62,16 @@ class Watchdog:
         self._last = now
         self._beats += 1
 
+    def watching(self, function: Callable[P, T]) -> Callable[P, T]:
+        """`function`, with a beat after each call."""
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            result = function(*args, **kwargs)
+            self.beat()
+            return result
+
+        return call
+
     def limits(self) -> tuple[float, float]:
         """Seconds without a beat after which the threads are shown, and after which the run is ended."""
         recent = list(self._recent)
@@ -75,7 +89,7 @@ class Watchdog:
                 if self._beats != seen:
                     seen, waited, told = self._beats, 0.0, False
                 show, end = self.limits()
-                faulthandler.dump_traceback_later(end + GRACE, exit=True, file=2)
+                faulthandler.dump_traceback_later(min(end + GRACE, 1e6), exit=True, file=2)
                 if waited >= show and not told:
                     told = True
                     write(2, f"\nno step for {waited:.0f} s; this is where every thread stands:\n{threads()}")
@@ -87,17 +101,15 @@ class Watchdog:
 
 
 def threads() -> str:
-    """Where every thread of Python's stands, the innermost frame last; for one that is in C code, who called it. Reads no
-    file: a file system may be what hangs."""
+    """Where every thread of Python's stands, the innermost frame last; for one that is in C code, who called it. No
+    file is read for it: a file system may be what hangs."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():
             lines.append(f"thread {names.get(ident, ident)}:")
-            stack = [
-                f"  {f.f_code.co_filename}:{number} in {f.f_code.co_qualname}" for f, number in traceback.walk_stack(frame)
-            ]
-            lines += reversed(stack)
+            stack = reversed([*traceback.walk_stack(frame)])
+            lines += [f"  {f.f_code.co_filename}:{number} in {f.f_code.co_qualname}" for f, number in stack]
     return "\n".join(lines) + "\n"
 
 
