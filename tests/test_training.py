@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train.__main__
 import train.memory
+import train.trainer
 from model import GPT
 from prepare import Batch, Dataset
 from train import evaluate, sample

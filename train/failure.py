@@ -7,7 +7,6 @@ RUN/failure/   failure.json             the step, its batches, what was said of 
 Written beside and renamed: a folder of this name is whole.
 """
 
-import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from prepare import Batch, InputError
 from prepare.files import read_sealed
 
+from .files import rename_synced, sync
 from .loop import Sent
 from .memory import is_out_of_memory
 from .optimizer import MAX_LOSS
@@ -111,8 +111,10 @@ def keep(masters: dict[str, Tensor], sent: Sent, line: str, generators: dict[str
         save_tensors(part / BATCHES, tokens | generators)
         batches = [{"index": batch.index, "epoch": batch.epoch} for batch in sent.batches]
         write_json(part / STATE, {"step": sent.values.step, "line": line, "batches": batches})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        for path in (part / PARAMETERS, part / BATCHES, part):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, which went on from a checkpoint
+        rename_synced(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

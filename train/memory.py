@@ -25,11 +25,12 @@ MARGIN = 1.2
 
 
 def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
-    """Masters, gradients, moments (two for AdamW, one for Muon) and, on a GPU, the copies that the forward reads."""
+    """Masters, gradients, moments (two for AdamW, one for Muon); on a GPU the copies that the forward reads, on a CPU
+    the checkpoint's snapshot of masters and moments."""
     counts = count_parameters(model)
     muon = counts["blocks"]
     adamw = counts["total"] - muon
-    copies = forward_bytes * counts["total"] if forward_bytes < 4 else 0
+    copies = forward_bytes * counts["total"] if forward_bytes < 4 else 4 * (3 * adamw + 2 * muon)
     update = 6 * 4 * model.depth * 4 * model.d_model**2  # temporaries of Muon's largest stack
     return 4 * (4 * adamw + 3 * muon) + copies + update
 

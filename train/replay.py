@@ -48,10 +48,15 @@ def watching(see: Callable[[str, Tensor], None]) -> Iterator[None]:
 
 
 def activations(step: TrainStep, tokens: Tensor) -> list[tuple[str, Tensor]]:
-    """What each op of the forward of `tokens` [B, T + 1] returns, in its order."""
+    """What each op of the forward of `tokens` [B, T + 1] returns, in its order, with the layer it belongs to."""
     seen: list[tuple[str, Tensor]] = []
-    tokens = tokens.to(step.device)
-    with torch.no_grad(), step.precision(), watching(lambda name, tensor: seen.append((name, tensor))):
+    tokens, depth = tokens.to(step.device), step.model.config.depth
+
+    def see(op: str, tensor: Tensor) -> None:
+        layer = sum(name.startswith("relu2_mlp") for name, _ in seen)  # the last op of each
+        seen.append((f"{op}[{layer}]" if layer < depth and op != "embedding" else op, tensor))
+
+    with torch.no_grad(), step.precision(), watching(see):
         step.model(tokens[:, :-1], tokens[:, 1:])
     return seen
 
