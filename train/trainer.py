@@ -125,6 +125,10 @@ def complete(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
 
 
+def how_to_go_on(folder: RunFolder) -> str:
+    return f"python -m train --resume {shlex.quote(str(folder.path))}"
+
+
 @contextmanager
 def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
     """Where a signal or a full disk ends the run, prints the command that continues it."""
@@ -133,8 +137,7 @@ def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
     except (Interrupted, OSError):
         checkpoints = checkpoint_folders(folder.checkpoints)
         if checkpoints and not folder.finished:
-            command = f"python -m train --resume {shlex.quote(str(folder.path))}"
-            print(f"to go on from step {step_of(checkpoints[0])}: {command}", flush=True)
+            print(f"to go on from step {step_of(checkpoints[0])}: {how_to_go_on(folder)}", flush=True)
         raise
 
 
@@ -195,7 +198,7 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
         if checkpoint:
             announce_resume(checkpoint, origin["environment"])
 
-        watchdog = stack.enter_context(Watchdog(config.hang_timeout))
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout, f"; to go on: {how_to_go_on(folder)}"))
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
         if config.graphs:
             step.capture(*plan)

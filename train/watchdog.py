@@ -46,6 +46,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.hang_timeout:
+            self._arm(self.hang_timeout)
             self._thread.start()
         return self
 
@@ -79,6 +80,10 @@ class Watchdog:
         end = max(self.hang_timeout, usual)
         return (min(max(usual, FLOOR), end) if recent else end), end
 
+    def _arm(self, end: float) -> None:
+        """From C, which needs no lock of Python's; put off at every look, and so reached only where there is none."""
+        faulthandler.dump_traceback_later(min(end + GRACE, 1e6), exit=True, file=2)
+
     def _watch(self) -> None:
         seen, waited, told, before = self._beats, 0.0, False, monotonic()
         try:
@@ -89,7 +94,7 @@ class Watchdog:
                 if self._beats != seen:
                     seen, waited, told = self._beats, 0.0, False
                 show, end = self.limits()
-                faulthandler.dump_traceback_later(min(end + GRACE, 1e6), exit=True, file=2)
+                self._arm(end)
                 if waited >= show and not told:
                     told = True
                     write(2, f"\nno step for {waited:.0f} s; this is where every thread stands:\n{threads()}")
