@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prepare import InputError
-from prepare.files import read_sealed
+from prepare.files import read_json
 
 from .checkpoint import checkpoint_folders
 from .config import TrainConfig, parse_given
@@ -23,7 +23,8 @@ def parse(args: list[str] | None = None) -> TrainConfig:
         return TrainConfig(**given)
     folder = newest_interrupted_run() if given["resume"] == "auto" else Path(given["resume"])
     path = folder / "config.json"
-    saved = read_sealed(path, "name the folder of an interrupted run")
+    # What differs in it from the checkpoint is named there; its seal could only say that something does.
+    saved = read_json(path, "name the folder of an interrupted run")
     try:
         config = TrainConfig.from_json(saved["config"])
         data = str(saved["data"]["folder"])
