@@ -218,8 +218,8 @@ def test_an_edited_config_is_refused(stopped, capsys):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("{", "config.json is not"),
-        ("[]", "config.json is not"),
+        ("{", "config.json cannot be read"),
+        ("[]", "config.json is no JSON object"),
         ('{"config": {"depht": 2}}', "depht"),
         ('{"config": {"depth": "2"}}', "'2' for depth"),
     ],
@@ -261,7 +261,7 @@ def test_runs_that_cannot_go_on(whole, stopped, tmp_path, capsys, monkeypatch):
         return err
 
     assert "is finished" in refused(str(whole))
-    assert "config.json: No such file" in refused(str(tmp_path / "nowhere"))
+    assert "config.json is missing" in refused(str(tmp_path / "nowhere"))
     in_use = train.runs.RunFolder.reopen(stopped)
     assert "in use by another process" in refused(str(stopped))
     in_use.close()

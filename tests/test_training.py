@@ -175,7 +175,8 @@ def test_a_bad_loss_fails_the_run(corpus, tmp_path, monkeypatch, capsys, value, 
     assert run_main(corpus, tmp_path / "run", "--steps", "5") == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"FAIL: step 00002: loss {cause}")
-    assert last.endswith("(batches 4 to 5)")
+    # Forward is itself again when the step is repeated.
+    assert f"(batches 4 to 5); repeated at once, the step is good; kept for python -m train.replay {tmp_path}" in last
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
 

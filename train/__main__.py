@@ -23,6 +23,7 @@ def main(args: list[str] | None = None) -> int:
 def _train(args: list[str] | None, signals: Signals) -> int:
     # Imported here, since PyTorch takes seconds: Ctrl-C in the meantime is no traceback either.
     from .loop import TrainingError
+    from .memory import is_out_of_memory
     from .resume import parse
     from .trainer import run
 
@@ -31,6 +32,10 @@ def _train(args: list[str] | None, signals: Signals) -> int:
     except TrainingError as error:
         print(f"\nFAIL: {error}", flush=True)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError("out of memory before the first step: lower --depth or --seq-len") from None
     return 0
 
 

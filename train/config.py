@@ -66,6 +66,7 @@ class TrainConfig:
     time_budget: float | None = option(None, "seconds of timed training")
     steps: int | None = option(None, "train this many steps instead, and let them drive the schedules")
     untimed_steps: int = option(10, "first steps that do not count; 0: warm up on dummy data, then time every step")
+    hang_timeout: float = option(600.0, "seconds without a step after which the run is ended; 0: never", free=True)
 
     depth: int | None = option(None, "layers")
     d_model: int | None = option(None, "model width (default: 64 x depth, rounded up to a multiple of head_dim)")
@@ -151,7 +152,7 @@ def _check(config: TrainConfig) -> None:
         "untimed_steps": 0, "eval_tokens": 0, "num_kv_heads": 0, "depth": 1, "head_dim": 2, "d_model": 32, "seq_len": 1,
         "device_batch_size": 1, "total_batch_size": 1, "lm_head_lr": 0, "embedding_lr": 0, "scalar_lr": 0,
         "matrix_lr": 0, "weight_decay": 0, "warmup_ratio": 0, "warmdown_ratio": 0, "final_lr_frac": 0,
-        "checkpoint_every": 0,
+        "checkpoint_every": 0, "hang_timeout": 0,
     }  # fmt: skip
     for key, least in at_least.items():
         if not getattr(config, key) >= least:  # NaN fails too

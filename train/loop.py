@@ -26,6 +26,10 @@ COLLECT_EVERY = 5000  # steps between garbage collections; in between the collec
 class TrainingError(Exception):
     """The loss or a gradient is not finite, or the loss is above 100. The parameters are those of the step before."""
 
+    def __init__(self, line: str, sent: "Sent"):
+        super().__init__(line)
+        self.sent = sent
+
 
 @dataclass
 class Sent:
@@ -79,7 +83,7 @@ def finish(sent: Sent, seconds: float, state: RunState, report: Reporter) -> Non
     if not sent.good.item():
         cause = f"loss is {loss:.4g}" if not loss <= MAX_LOSS else "a gradient is not finite"
         first, last = sent.batches[0].index, sent.batches[-1].index
-        raise TrainingError(f"step {sent.values.step:05d}: {cause} (batches {first} to {last})")
+        raise TrainingError(f"step {sent.values.step:05d}: {cause} (batches {first} to {last})", sent)
     state.budget.add(seconds)
     report.step(state.budget, sent.values, seconds, loss, state.average.update(loss), sent.batches[-1].epoch)
 

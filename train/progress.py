@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 import torch
@@ -19,14 +20,17 @@ class Reporter:
     """Prints the line of each step: redrawn in place on a terminal, one whole line each where redirected."""
 
     def __init__(
-        self, folder: RunFolder, model: GPTConfig, device: torch.device, tokens_per_step: int, out: TextIO | None = None
-    ):
+        self, folder: RunFolder, model: GPTConfig, device: torch.device, tokens_per_step: int,
+        out: TextIO | None = None, beat: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """`beat` is called after each step (train/watchdog.py)."""
         self.folder, self.model, self.device, self.tokens_per_step = folder, model, device, tokens_per_step
-        self.out = out or sys.stdout
+        self.out, self.beat = out or sys.stdout, beat
         self.redraw = self.out.isatty()
         self.rows_lost = False
 
     def step(self, budget: Budget, values: StepValues, dt: float, loss: float, smooth: float, epoch: int) -> None:
+        self.beat()
         pace = self.tokens_per_step / dt
         mfu = utilisation(self.model, self.device, pace).mfu
         progress = budget.progress(budget.step)

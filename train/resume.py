@@ -1,12 +1,12 @@
 """Which run goes on, and whether it still is the same run."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from prepare import InputError
+from prepare.files import read_json
 
 from .checkpoint import checkpoint_folders
 from .config import TrainConfig, parse_given
@@ -23,12 +23,11 @@ def parse(args: list[str] | None = None) -> TrainConfig:
         return TrainConfig(**given)
     folder = newest_interrupted_run() if given["resume"] == "auto" else Path(given["resume"])
     path = folder / "config.json"
+    # What differs in it from the checkpoint is named there; its seal could only say that something does.
+    saved = read_json(path, "name the folder of an interrupted run")
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
         config = TrainConfig.from_json(saved["config"])
         data = str(saved["data"]["folder"])
-    except OSError as error:
-        raise InputError(f"{folder} is not a run that can go on ({path}: {error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is not the configuration of a run") from None
     fixed = config.fixed()

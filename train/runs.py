@@ -10,19 +10,23 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
+from model.gpt import parameter_shapes
 from prepare import InputError, Tokenizer
+from prepare.files import SEAL, read_sealed, sealed
 
+from .config import TrainConfig
 from .files import replace_file, safetensors_header, sync
+from .tensors import digest, load_tensors
 
 RUNS = Path("runs")  # where the folders of runs are by default
+_MEND = "train it again"
 
 
 def write_json(path: Path, value: dict) -> None:
-    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Sealed, for `read_sealed`."""
+    replace_file(path, (json.dumps(sealed(value), indent=2) + "\n").encode())
 
 
 def source_commit() -> str | None:
@@ -118,8 +122,9 @@ class RunFolder:
 
     def write_model(self, weights: dict[str, torch.Tensor]) -> None:
         """fp32 tensors, from any device."""
-        header = safetensors_header({name: tuple(w.shape) for name, w in weights.items()})
-        arrays = [w.detach().cpu().contiguous().view(-1).numpy() for w in weights.values()]
+        weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+        header = safetensors_header({name: tuple(w.shape) for name, w in weights.items()}, {SEAL: digest(weights)})
+        arrays = (w.view(-1).numpy() for w in weights.values())
         replace_file(self.path / "model.safetensors", header, *(memoryview(a).cast("B") for a in arrays))
 
     def write_summary(self, summary: dict) -> None:
@@ -152,13 +157,36 @@ def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, d
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a finished run: it has no {name}")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = GPT(GPTConfig(**config["model"]), device=device)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder} does not hold together as a run ({reason}): train it again") from None
+    saved, shape = read_config(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.fingerprint != saved["data"]["tokenizer_sha256"] or tokenizer.vocab_size != shape.vocab_size:
+        raise InputError(f"{folder / 'tokenizer.json'} is not the tokenizer of this run; {_MEND}")
+    weights = load_tensors(folder / "model.safetensors", _MEND)
+    model = build_model(shape, weights, device, folder)
     if device == "cuda":
         model.to_forward_dtype(torch.bfloat16)
-    return model.eval(), Tokenizer.load(folder / "tokenizer.json"), config
+    return model.eval(), tokenizer, saved
+
+
+def read_config(folder: Path) -> tuple[dict, GPTConfig]:
+    """config.json of a run, and the shape of its model. Raises InputError."""
+    path = folder / "config.json"
+    saved = read_sealed(path, _MEND)
+    try:
+        shape = GPTConfig(**saved["model"])
+        TrainConfig.from_json(saved["config"])
+        saved["data"]["tokenizer_sha256"], saved["data"]["folder"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not the configuration of a run ({error}); {_MEND}") from None
+    return saved, shape
+
+
+def build_model(shape: GPTConfig, weights: dict[str, torch.Tensor], device: str, folder: Path) -> GPT:
+    """A model with these weights, in fp32. Raises InputError where they have other shapes, before anything is
+    allocated."""
+    wanted = parameter_shapes(shape)
+    if {name: tuple(w.shape) for name, w in weights.items()} != wanted:
+        raise InputError(f"the weights in {folder} are not those of the model in its config.json; {_MEND}")
+    model = GPT(shape, device=device)
+    model.load_state_dict(weights)
+    return model

@@ -24,8 +24,9 @@ from .budget import Budget
 from .checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .clock import clock_of, seconds_since_start
 from .config import TrainConfig, resolve
-from .loop import train
-from .memory import available_bytes, check_batch_fits, check_state_fits
+from .failure import explain
+from .loop import TrainingError, train
+from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
@@ -36,6 +37,7 @@ from .schedule import step_values
 from .signals import Interrupted, Signals
 from .state import RunState
 from .step import TrainStep
+from .watchdog import Watchdog
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
@@ -123,6 +125,10 @@ def complete(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
 
 
+def how_to_go_on(folder: RunFolder) -> str:
+    return f"python -m train --resume {shlex.quote(str(folder.path))}"
+
+
 @contextmanager
 def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
     """Where a signal or a full disk ends the run, prints the command that continues it."""
@@ -131,8 +137,7 @@ def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
     except (Interrupted, OSError):
         checkpoints = checkpoint_folders(folder.checkpoints)
         if checkpoints and not folder.finished:
-            command = f"python -m train --resume {shlex.quote(str(folder.path))}"
-            print(f"to go on from step {step_of(checkpoints[0])}: {command}", flush=True)
+            print(f"to go on from step {step_of(checkpoints[0])}: {how_to_go_on(folder)}", flush=True)
         raise
 
 
@@ -175,6 +180,7 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
         if kernels_compile:
             kernels_compile.wait()
         check_batch_fits(config, model, step.precision(), available_bytes(device))
+        stack.enter_context(out_of_memory_is_input_error(config, step))
         loader = stack.enter_context(closing(Loader(
             data.split("train"), config.device_batch_size, config.seq_len,
             bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
@@ -192,6 +198,7 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
         if checkpoint:
             announce_resume(checkpoint, origin["environment"])
 
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout, f"; to go on: {how_to_go_on(folder)}"))
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
         if config.graphs:
             step.capture(*plan)
@@ -202,20 +209,22 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
             folder.cut_metrics(state.step)
         checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin)
         stack.callback(checkpoints.wait)
-        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size)
+        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat)
         ready = seconds_since_start()
         with signals.deferred():
             try:
                 train(config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None)
                 checkpoints.save()
                 checkpoints.wait()
+            except TrainingError as error:
+                raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
             finally:
                 report.end()
 
         step.release()
         folder.write_model(optimizer.masters)
         evaluation = evaluate_bpb(
-            step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
+            watchdog.watching(step.token_losses), data, seq_len=config.seq_len, batch_size=config.device_batch_size,
             max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
         )  # fmt: skip
         summary = summarise(config, model_config, state, evaluation, ready)
