@@ -36,8 +36,12 @@ def set_ops(ops: str | None) -> None:
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether an op on `x` runs its Triton kernels."""
-    return x.is_cuda if _ops is None else _ops == "triton"
+    """Whether an op on `x` runs its Triton kernels. Raises ValueError where Triton would launch them on another GPU."""
+    if not (x.is_cuda if _ops is None else _ops == "triton"):
+        return False
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        raise ValueError(f"a tensor is on {x.device}, and kernels run on the current one: torch.cuda.set_device first")
+    return True
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -80,14 +84,17 @@ def layer_weight(parameter: Tensor, layer: int | None = None) -> Tensor:
 
 @cache
 def _has_accumulating_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `addmm` takes 16-bit factors and adds their product to an fp32 matrix in place: tried once a device."""
-    out = torch.zeros(16, 16, device=device)
-    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    """Whether `addmm` takes 16-bit factors and adds their product to an fp32 matrix in place: tried once a device.
+
+    Seen in the sources of PyTorch 2.11 and later; earlier ones raise, since they want all three of one dtype.
+    """
+    out = torch.full((16, 16), 0.5, device=device)
+    factor = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        torch.addmm(out, factor, factor, out_dtype=torch.float32, out=out)
+        torch.addmm(out, factor.mT, factor, out_dtype=torch.float32, out=out)
     except (RuntimeError, TypeError):
         return False
-    return True
+    return bool((out == 16.5).all())
 
 
 def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | None:
