@@ -18,7 +18,7 @@ try:
 except ImportError:  # there is no Triton for macOS: there the kernels are defined, and never launched
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
-__all__ = ["EPS", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad"]
+__all__ = ["EPS", "gpu_arch", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad"]
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
@@ -42,6 +42,14 @@ def use_kernels(x: Tensor) -> bool:
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         raise ValueError(f"a tensor is on {x.device}, and kernels run on the current one: torch.cuda.set_device first")
     return True
+
+
+def gpu_arch() -> int:
+    """Ten times the compute capability that kernels are compiled for; 0 in the interpreter."""
+    try:
+        return triton.runtime.driver.active.get_current_target().arch
+    except RuntimeError:
+        return 0
 
 
 def upcast(x: Tensor) -> Tensor:
