@@ -32,16 +32,20 @@ def worst_errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def assert_as_good(
-    name: str, value: Tensor, baseline: Tensor, truth: Tensor, factor: float = 2.0, rounding: torch.dtype | None = None
+    name: str, value: Tensor, baseline: Tensor, truth: Tensor, factor: float = 2.0, relative: bool = False
 ) -> None:
     """Max and RMS error of `value` are at most `factor` times those of `baseline`, plus one rounding of the truth.
 
-    `baseline` is the reference in the dtype under test, `truth` the reference in fp64; `rounding` is the dtype whose
-    epsilon is meant, that of `baseline` where it is not given.
+    `baseline` is the reference in the dtype under test, `truth` the reference in fp64. `relative` is for numbers of
+    very different size, among which the largest alone would make the largest error: each is divided by its own size, or
+    by their RMS where that is larger.
     """
     assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(value).all(), f"{name}: not finite"
-    eps = torch.finfo(rounding or baseline.dtype).eps
+    eps = torch.finfo(baseline.dtype).eps
+    if relative:
+        size = truth.abs().clamp_min(truth.square().mean().sqrt() + 1e-30)
+        value, baseline, truth = (t.to(size.dtype) / size for t in (value, baseline, truth))
     rms = truth.double().square().mean().sqrt().item()
     for kind, got, allowed in zip(
         ("max", "rms"), worst_errors(value, truth), worst_errors(baseline, truth), strict=True

@@ -139,8 +139,7 @@ MUTANTS = {
     "a piece runs on past its end": ("end = tl.minimum(begin + SPLIT, last)", "end = last"),
     "a segment's tail is not masked": ("mask = (offs_r < end)[:, None] & (offs_d < D)[None, :]\n        acc",
                                        "mask = (offs_d < D)[None, :]\n        acc"),
-    "a piece's gradient is scaled": ("tl.sum(acc, axis=0), mask=offs_d < D)\n\n\n@triton.jit\ndef _embedding_bwd_kernel",
-                                     "2 * tl.sum(acc, axis=0), mask=offs_d < D)\n\n\n@triton.jit\ndef _embedding_bwd_kernel"),
+    "a gradient is scaled": ("other=0.0) + tl.sum(acc, axis=0)", "other=0.0) + 0.99 * tl.sum(acc, axis=0)"),
     "gradients overwrite": ("tl.load(ptrs, mask=offs_d < D, other=0.0) + tl.sum", "tl.sum"),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ def _fwd_run(
             acc *= tl.exp2(peak - higher)[:, None]
             scores -= higher[:, None]
             peak = higher
-        # The weights are summed as they are multiplied, rounded: where one key is all there is, out is exactly its value.
+        # Weights are summed as they are multiplied, rounded: where one key is all there is, out is its very value.
         p = tl.exp2(scores).to(v.dtype)
         total += tl.sum(p.to(tl.float32), axis=1)
         acc = tl.dot(p, v, acc, input_precision="ieee")
