@@ -8,12 +8,14 @@ bound to measure against, not a prediction.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from bench.ceilings import Ceilings
 from model import GPTConfig, flops_per_token
 from model.config import GATE_CHANNELS
 from model.flops import H100_PEAK
@@ -22,18 +24,9 @@ from prepare import InputError
 from prepare.arguments import Parser
 from train.config import TrainConfig, resolve
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Ceilings: FLOP/s of a large bf16 product of random data, bytes/s of a device-to-device copy."""
-
-    flops: float
-    bandwidth: float
-
-
 # H200: 790 TFLOP/s and 4.3 TB/s (of 4.8) have been measured by others on one. H100: the same rate, and the same nine
 # tenths of its datasheet's 3.35 TB/s: not measured.
-GPUS = {"h200": Gpu(790e12, 4.3e12), "h100": Gpu(790e12, 3.0e12)}
+GPUS = {"h200": Ceilings(790e12, 4.3e12), "h100": Ceilings(790e12, 3.0e12)}
 
 
 @dataclass(frozen=True)
@@ -45,67 +38,89 @@ class Line:
     bytes: float
     flops: float
 
-    def milliseconds(self, gpu: Gpu) -> float:
-        return 1e3 * self.count * max(self.bytes / gpu.bandwidth, self.flops / gpu.flops)
+    def milliseconds(self, gpu: Ceilings) -> float:
+        return 1e3 * self.count * gpu.seconds(self.bytes, self.flops)
 
-    def bound(self, gpu: Gpu) -> str:
+    def bound(self, gpu: Ceilings) -> str:
         return "bytes" if self.bytes / gpu.bandwidth > self.flops / gpu.flops else "FLOPs"
 
 
-def op_cost(op: str):
-    # The door of `kernels` has the op under the module's name.
-    return import_module(f"kernels.{op}").cost
+@dataclass(frozen=True)
+class Op:
+    """An op of the model at its sizes, `count` times in a micro-step, or in a step where it belongs to the update."""
+
+    name: str
+    count: int
+    module: str  # of kernels/; its `cost` takes the sizes and flags
+    sizes: tuple
+    flags: tuple[tuple[str, bool], ...] = ()
+    shape: tuple[int, ...] = ()  # of Muon's matrices, of which `cost` wants the number of elements alone
+
+    def cost(self, **more) -> tuple[float, float]:
+        """Bytes and FLOPs, of the forward unless `backward=True`. `more` is what its `cost` takes besides the sizes."""
+        # Not by attribute: the door of `kernels` has the op under the module's name.
+        return import_module(f"kernels.{self.module}").cost(*self.sizes, **dict(self.flags), **more)
+
+
+def micro_step_ops(config: TrainConfig, model: GPTConfig) -> list[Op]:
+    """Every op of a forward and backward, in the order of the forward."""
+    rows, D = config.micro_batch_tokens, model.d_model
+    ve = len(model.ve_layers)
+    heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
+    attention = []
+    for window in sorted(set(model.windows)):
+        layers = [i for i, w in enumerate(model.windows) if w == window]
+        for has_ve in (False, True):
+            count = sum((i in model.ve_layers) == has_ve for i in layers)
+            name = f"attention, window {window}{', value embedding' if has_ve else ''}"
+            attention.append(Op(name, count, "rotary_attention", (*heads, window), (("has_ve", has_ve),)))
+    ops = [
+        Op("embedding", 1, "embedding", (rows, model.vocab_size, (D, *[model.kv_width] * ve))),
+        Op("norm", model.depth + 2, "rms_norm", (rows, D)),
+        Op("λ-mix and norm", model.depth, "rms_norm", (rows, D), (("has_x0", True),)),
+        Op("qkv", model.depth, "linear", (rows, D, D + 2 * model.kv_width)),
+        Op("value gate", ve, "linear", (rows, GATE_CHANNELS, model.kv_heads)),
+        *attention,
+        Op("attention output", model.depth, "linear", (rows, D, D), (("residual", True),)),
+        Op("relu² MLP", model.depth, "mlp", (rows, D, 4 * D)),
+        Op("head and loss", 1, "linear_cross_entropy", (rows, D, model.vocab_size)),
+    ]
+    return [op for op in ops if op.count]
 
 
 def micro_step(config: TrainConfig, model: GPTConfig) -> Iterator[Line]:
-    """Every op of one forward and backward."""
-    rows, D = config.micro_batch_tokens, model.d_model
-    ve = len(model.ve_layers)
-    widths = [D, *[model.kv_width] * ve]
-    for backward in (False, True):
-        direction = "backward" if backward else "forward"
+    """Every op in its forward, then every op in its backward."""
+    for direction in ("forward", "backward"):
+        for op in micro_step_ops(config, model):
+            yield Line(f"{op.name} {direction}", op.count, *op.cost(backward=direction == "backward"))
 
-        def line(name, count, op, *sizes, _backward=backward, _direction=direction, **flags):
-            return Line(f"{name} {_direction}", count, *op_cost(op)(*sizes, **flags, backward=_backward))
 
-        yield line("embedding", 1, "embedding", rows, model.vocab_size, widths)
-        yield line("norm", model.depth + 2, "rms_norm", rows, D)
-        yield line("λ-mix and norm", model.depth, "rms_norm", rows, D, has_x0=True)
-        yield line("qkv", model.depth, "linear", rows, D, D + 2 * model.kv_width)
-        yield line("value gate", ve, "linear", rows, GATE_CHANNELS, model.kv_heads)
-        heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
-        for window in sorted(set(model.windows)):
-            layers = [i for i, w in enumerate(model.windows) if w == window]
-            for has_ve in (False, True):
-                count = sum((i in model.ve_layers) == has_ve for i in layers)
-                name = f"attention, window {window}{', value embedding' if has_ve else ''}"
-                yield line(name, count, "rotary_attention", *heads, window, has_ve)
-        yield line("attention output", model.depth, "linear", rows, D, D, residual=True)
-        yield line("relu² MLP", model.depth, "mlp", rows, D, 4 * D)
-        yield line("head and loss", 1, "linear_cross_entropy", rows, D, model.vocab_size)
+def update_ops(model: GPTConfig) -> list[Op]:
+    """Every op of the optimizer, once a step."""
+    ops = []
+    for name, shape in parameter_shapes(model).items():
+        if name not in BLOCK_WEIGHTS:
+            ops.append(Op(f"AdamW {name}", 1, "adamw", (math.prod(shape),)))
+            continue
+        L, rows, cols = shape
+        # q, k and v are three matrices to Muon: one batch where they are alike.
+        sizes = [model.d_model, model.kv_width, model.kv_width] if name == "w_qkv" else [rows]
+        alike = len(set(sizes)) == 1
+        for matrices in [(L * len(sizes), sizes[0], cols)] if alike else [(L, size, cols) for size in sizes]:
+            ops.append(Op(f"Polar Express {name}", 1, "polar_express", matrices))
+            ops.append(Op(f"Muon {name}", 1, "muon", (math.prod(matrices),), shape=matrices))
+    return [op for op in ops if op.sizes[0]]
 
 
 def update(model: GPTConfig) -> Iterator[Line]:
-    """Every op of the optimizer, once a step."""
-    for name, shape in parameter_shapes(model).items():
-        elements = 1
-        for size in shape:
-            elements *= size
-        if name not in BLOCK_WEIGHTS:
-            yield Line(f"AdamW {name}", 1, *op_cost("adamw")(elements))
-            continue
-        L, rows, cols = shape
-        sizes = [model.d_model, model.kv_width, model.kv_width] if name == "w_qkv" else [rows]
-        for size in sizes:
-            yield Line(f"Polar Express {name}", 1, *op_cost("polar_express")(L, size, cols))
-        yield Line(f"Muon {name}", 1, *op_cost("muon")(elements))
+    for op in update_ops(model):
+        yield Line(op.name, op.count, *op.cost())
 
 
-def report(config: TrainConfig, model: GPTConfig, gpu: Gpu) -> tuple[float, float]:
+def report(config: TrainConfig, model: GPTConfig, gpu: Ceilings) -> tuple[float, float]:
     """Prints the table. Returns the milliseconds of a micro-step, its share of the update included, and the MFU."""
     accumulated = config.grad_accum_steps
     parts = [(line, 1.0) for line in micro_step(config, model)] + [(line, 1 / accumulated) for line in update(model)]
-    parts = [(line, share) for line, share in parts if line.count]
     total = sum(line.milliseconds(gpu) * share for line, share in parts)
     width = max(len(line.name) for line, _ in parts)
     print(f"{'op':<{width}}  count  MB each  GFLOP each  bound  ms in all  share")
