@@ -49,21 +49,13 @@ def with_tokens(op: Op, tokens: int) -> Op:
 
 
 def cost(op: Op, direction: str, itemsize: int = 2) -> tuple[float, float]:
-    """Bytes and FLOPs, from the op's own `cost`: the same for every provider. `itemsize` is the activations', in bytes;
-    where they are fp32 the forward reads the masters, and an update writes no copy."""
-    if op.module == "polar_express":
-        return op.cost()
-    if op.module == "adamw":
-        return op.cost(copy_itemsize=itemsize % 4)
+    """Bytes and FLOPs, from the op's own `cost`: the same for every provider."""
+    parts = [op.cost(itemsize=itemsize)]
+    if direction == "both":
+        parts.append(op.cost(backward=True, itemsize=itemsize))
     if op.module == "muon":
-        around, inside = op.cost(copy_itemsize=itemsize % 4), replace(op, module="polar_express", sizes=op.shape).cost()
-        return around[0] + inside[0], around[1] + inside[1]
-    size = {"element_size" if op.module == "rotary_attention" else "itemsize": itemsize}
-    forward = op.cost(backward=False, **size)
-    if direction == "forward":
-        return forward
-    backward = op.cost(backward=True, **size)
-    return forward[0] + backward[0], forward[1] + backward[1]
+        parts.append(replace(op, module="polar_express", sizes=op.shape).cost())
+    return sum(num_bytes for num_bytes, _ in parts), sum(flops for _, flops in parts)
 
 
 def shape_label(op: Op) -> str:

@@ -61,6 +61,19 @@ def _time_on_host(call: Callable[[], object]) -> Timing:
     return Timing([once() for _ in range(_rounds(once()))], "host clock")
 
 
+def time_synchronised(call: Callable[[], object], device: str) -> Timing:
+    """Times a long `call` by the host's clock, the device idle before and after it: its launch gaps count."""
+
+    def once():
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(WARM_UP):
+        once()
+    return _time_on_host(once)
+
+
 @cache
 def _flush_buffer() -> torch.Tensor:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
