@@ -8,12 +8,13 @@ from train.config import TrainConfig
 from train.optimizer import Optimizer
 from train.schedule import StepValues, step_values
 from train.step import TrainStep
+from train.trainer import pick_graphs
 
 
 def make_step(
     config: TrainConfig, shape: GPTConfig, dtype: torch.dtype
 ) -> tuple[TrainStep, list[Batch], StepValues]:
-    """What `step(batches, values)` takes, for a resolved configuration; its ops are those set with `kernels.set_ops`.
+    """What `step(batches, values)` takes, for a resolved configuration whose `ops` are set (`kernels.set_ops`).
 
     No parameter is zero: at initialisation half of the products would multiply zeros, which run faster.
     """
@@ -26,4 +27,7 @@ def make_step(
     size = (config.grad_accum_steps, config.device_batch_size, config.seq_len + 1)
     tokens = torch.randint(shape.vocab_size, size, dtype=torch.int32, device=config.device)
     batches = [Batch(rows, epoch=1, index=i, state={}) for i, rows in enumerate(tokens)]
-    return TrainStep(model, Optimizer(model, config, dtype)), batches, step_values(config, 0, 0.0)
+    step, values = TrainStep(model, Optimizer(model, config, dtype)), step_values(config, 0, 0.0)
+    if pick_graphs(config.graphs, config.device, config.ops):
+        step.capture(size[1:], config.grad_accum_steps, values)
+    return step, batches, values

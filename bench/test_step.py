@@ -1,8 +1,8 @@
 """A whole training step, and op by op the time of its parts: `pytest bench/test_step.py --benchmark-only`.
 
 The step is the trainer's own: micro-steps, then the update, on random tokens. Its time is the host's, from one
-synchronisation to the next: gaps between kernels count. The ops are timed one by one at the shapes that they have in the
-step, as in test_ops.py. All of it is in the JSON that `--benchmark-json FILE` writes, and `python -m bench.roofline
+synchronisation to the next: gaps between kernels count. The ops are timed one by one at the shapes that they have in
+the step, as in test_ops.py. All of it is in the JSON that `--benchmark-json FILE` writes, and `python -m bench.roofline
 --measured FILE` prints the gap of each op.
 """
 
@@ -24,8 +24,8 @@ from train.config import TrainConfig, resolve
 from train.metrics import utilisation
 from train.step import TrainStep
 
-CONFIG = resolve(TrainConfig(), DEVICE)
 PROVIDER = TRITON if DEVICE == "cuda" else EAGER
+CONFIG = resolve(TrainConfig(ops=PROVIDER.ops), DEVICE)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
 
@@ -51,8 +51,7 @@ def time_step(shape: GPTConfig) -> dict:
         torch.cuda.reset_peak_memory_stats()
     timing = time_synchronised(lambda: step(batches, values), DEVICE)
     peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
-    loss = torch.ones((), device=DEVICE)
-    update = time_synchronised(lambda: step.optimizer.step(loss), DEVICE)
+    update = time_synchronised((step.graphs or step).update, DEVICE)
     pace = CONFIG.total_batch_size / timing.median
     used = utilisation(shape, torch.device(DEVICE), pace)
     return {
