@@ -68,7 +68,9 @@ def _digits(value: float) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Aligned lines, a header first; an op's name, shape and direction are not repeated."""
+    """Aligned lines, a header first. What was asked of several providers stands together, and is named once."""
+    first = {_case(r): i for i, r in reversed(list(enumerate(rows)))}
+    rows = sorted(rows, key=lambda r: first[_case(r)])
     header = ["op", "shape", "direction", "provider", "ms", "GB/s", "TFLOP/s", "% ceiling", "vs ours", ""]
     lines, last = [header], None
     for r, speed in zip(rows, relative_speeds(rows), strict=True):

@@ -14,7 +14,7 @@ import torch
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
 from bench.problems import build, directions, is_update, runner
-from bench.providers import assert_right, providers
+from bench.providers import COMPILE, assert_right, providers
 from bench.results import row
 from bench.roofline import Op, micro_step_ops, update_ops
 from bench.timing import device_time, replay, time_call
@@ -53,18 +53,24 @@ def default_ops() -> list[Op]:
 
 
 def cases() -> list:
-    """(op, direction, provider), the default configuration first."""
-    found, params = providers(DEVICE), []
-    for op in [*default_ops(), *OTHER_SIZES[DEVICE]]:
-        for direction in directions(op):
-            for provider in found:
-                if provider.missing is None and op.module in provider.functions:
-                    name = f"{op.name}-{direction}-{provider.name}".replace(" ", "_")
-                    params.append(pytest.param(op, direction, provider, id=name))
+    """(op, direction, provider). The default configuration comes first, what has to compile for long comes last: where
+    time is short (`--bench-seconds`), that is what is left out."""
+    found, ops = providers(DEVICE), [*default_ops(), *OTHER_SIZES[DEVICE]]
+    runnable = [
+        (op, direction, provider)
+        for op in ops
+        for direction in directions(op)
+        for provider in found
+        if provider.missing is None and op.module in provider.functions
+    ]
+    runnable.sort(key=lambda case: case[2].name == COMPILE.name)
+    params = [
+        pytest.param(op, direction, provider, id=f"{op.name}-{direction}-{provider.name}".replace(" ", "_"))
+        for op, direction, provider in runnable
+    ]
     for provider in found:
         if provider.missing:
-            reason = f"{provider.name}: {provider.missing}"
-            mark = pytest.mark.skip(reason=reason)
+            mark = pytest.mark.skip(reason=f"{provider.name}: {provider.missing}")
             params.append(pytest.param(None, None, provider, id=f"none-{provider.name}", marks=mark))
     return params
 
