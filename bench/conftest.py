@@ -57,7 +57,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_benchmark_group_stats(config, benchmarks, group_by):
     """pytest-benchmark's own table is for what has none of ours."""
-    return [(None, [b for b in benchmarks if "provider" not in b["extra_info"]])]
+    others = [b for b in benchmarks if "provider" not in b["extra_info"]]
+    return [(None, others)] if others else []
 
 
 @pytest.hookimpl(trylast=True)

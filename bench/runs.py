@@ -2,7 +2,7 @@
 
 Prints what the summaries of the runs' folders hold. With `--agree` also their losses step by step, the first run's
 against each other's: exit code 1 where two differ by more than NATS at a step that both have. Runs to compare so are
-made with `--steps`, one seed and one data folder; what differs between them then is rounding, which grows with the steps.
+made with `--steps`, one seed and one data folder; what differs between them then is rounding, and it grows.
 """
 
 import argparse
@@ -43,12 +43,8 @@ def summary_table(runs: dict[str, dict]) -> list[str]:
     cells = [["run", *COLUMNS.values()]]
     cells += [[name, *(str(summary.get(key, "-")) for key in COLUMNS)] for name, summary in runs.items()]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return ["  ".join(row) for row in aligned]
 
 
 def largest_difference(first: list[float], other: list[float]) -> tuple[float, int]:
