@@ -47,12 +47,9 @@ class Provider:
             return function
         torch._dynamo.reset()
         if op.module == "rotary_attention":
-            seq_len, window = op.sizes[1], op.sizes[5]
-            # As in a tensor's own device: the masks are found by it.
-            where = torch.empty(0, device=device).device
-            kernels.prepare_compiled_attention(seq_len, [window], where)
-        # The updates compile themselves.
-        return function if op.module in ("muon", "adamw") else torch.compile(function, dynamic=False)
+            where = torch.empty(0, device=device).device  # with its index: the masks are found by the tensors' own
+            kernels.prepare_compiled_attention(op.sizes[1], [op.sizes[5]], where)
+        return torch.compile(function, dynamic=False)
 
 
 TRITON, EAGER, COMPILE = Provider("triton", "triton"), Provider("eager", "reference"), Provider("compile", "compile")
