@@ -100,7 +100,7 @@ def test_errors_name_the_argument():
 REAL = [(24, 512, 512), (8, 2048, 512), (8, 512, 2048), (4, 4, 32), (2, 1000, 777), (1, 768, 768), (24, 1, 1)]
 
 
-@real_and_small("shape", REAL, [(2, 70, 45), (24, 1, 1)])
+@real_and_small("shape", REAL, [(2, 70, 45), (3, 1, 1)])
 def test_bfloat16_and_the_same_bits_twice(shape):
     check(op, shape, torch.bfloat16)
     g = make_gradient(shape)
