@@ -23,7 +23,6 @@ SHAPE = (4, 33)
 CONFIG = resolve(
     TrainConfig(depth=2, d_model=64, head_dim=16, seq_len=32, device_batch_size=4, total_batch_size=256), "cpu"
 )
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def make_step(device="cpu", forward_dtype=torch.float32, config=CONFIG) -> TrainStep:
@@ -219,7 +218,6 @@ def test_waiting_is_found(no_launches, monkeypatch, op):
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
     """Over steps of changing rate, momentum and decay; a rehearsal and a bad step in between change nothing."""
@@ -241,7 +239,6 @@ def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("graphs", [True, False])
 def test_the_loop_waits_for_nothing_but_its_clock(graphs):
     """CUDA's own word for it: in this mode PyTorch raises on every call that makes the host wait."""
