@@ -1,11 +1,13 @@
 """Without a GPU the kernels run in Triton's interpreter: it has to be asked for before Triton is first imported."""
 
 import os
+import pickle
 import random
 import string
 
 import pytest
 import torch
+from payloads import Payload
 from prepare_corpus import write_corpus
 
 from prepare import prepare
@@ -71,3 +73,13 @@ def small_run(small_data):
     ]  # fmt: skip
     assert main([*tiny, "--data", str(small_data), "--run-dir", str(path)]) == 0
     return path
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """What makes a folder where it is unpickled; at the end of the test there must be none."""
+    payload = Payload(tmp_path / "it-ran")
+    pickle.loads(pickle.dumps(payload))
+    payload.marker.rmdir()  # it would have worked
+    yield payload
+    assert not payload.marker.exists()

@@ -2,13 +2,11 @@
 
 import ast
 import os
-import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from damage import CHECKPOINT_FILES, DATA_FILES, RUN_FILES, read_checkpoint, read_data, read_run
+from payloads import FORMS, Payload
 from prepare_corpus import write_corpus
 
 from prepare import InputError, dataset, prepare
@@ -19,46 +17,6 @@ from train import evaluate, sample
 from train.runs import RunFolder
 
 ROOT = Path(__file__).parent.parent
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def as_pickle(payload: Payload, path: Path) -> None:
-    path.write_bytes(pickle.dumps(payload))
-
-
-def as_object_array(payload: Payload, path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, np.array([payload], dtype=object), allow_pickle=True)
-
-
-def as_archive_of_arrays(payload: Payload, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, values=np.array([payload], dtype=object))
-
-
-def as_torch_file(payload: Payload, path: Path) -> None:
-    torch.save(payload, path)
-
-
-FORMS = [as_pickle, as_object_array, as_archive_of_arrays, as_torch_file]
-
-
-@pytest.fixture
-def payload(tmp_path):
-    payload = Payload(tmp_path / "it-ran")
-    pickle.loads(pickle.dumps(payload))
-    payload.marker.rmdir()  # it would have worked
-    yield payload
-    assert not payload.marker.exists()
 
 
 def plant(form, payload: Payload, path: Path):

@@ -7,7 +7,7 @@ import torch
 from tiny_run import run_main
 
 import train.trainer
-from train import memory
+from train import evaluate, memory
 from train.step import TrainStep
 
 ERRORS = {
@@ -76,6 +76,20 @@ def test_before_there_is_a_model(corpus, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train.trainer, "Optimizer", full)
     assert "lower --depth" in refused(corpus, tmp_path / "run", capsys)
+
+
+def test_evaluating_a_finished_run(small_run, capsys, monkeypatch):
+    losses = TrainStep.token_losses
+
+    def full(self, tokens, *args):
+        if len(tokens) > 1:
+            raise ERRORS["cuda"]
+        return losses(self, tokens, *args)
+
+    monkeypatch.setattr(TrainStep, "token_losses", full)
+    assert evaluate.main([str(small_run), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: out of memory: take fewer rows at a time with --device-batch-size\n"
+    assert evaluate.main([str(small_run), "--device", "cpu", "--device-batch-size", "1"]) == 0
 
 
 def test_other_errors_stay_what_they_are(corpus, tmp_path, monkeypatch):
