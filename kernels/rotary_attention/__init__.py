@@ -8,7 +8,8 @@
 A window of S is S + 1 keys: S back, and the token itself. Rotary: Su et al., arXiv 2104.09864; QK-norm:
 Henry et al., arXiv 2010.04245; value embeddings: Zhou et al., arXiv 2410.17897; the tiling: Dao, arXiv 2307.08691.
 
-Saved for backward: normed q and k, the mixed v (or, without ve, qkv itself), out, rstd and log-sum-exp (fp32).
+Saved for backward: qkv with normed q and k and mixed v in place of what was projected (a copy, unless the caller lets
+the kernels overwrite theirs), ve and gate, out, rstd and log-sum-exp (fp32).
 Bytes a token at 4 heads of 128 in bf16, as launched, reading each tile once:
 
     prologue   2 KB of q and k in, 2 KB out; with ve 3 KB more       attention     3 KB in, 1 KB out
@@ -24,7 +25,7 @@ from torch import Tensor
 from ..common import use_kernels
 from .backward import attention_bwd
 from .forward import attention_fwd
-from .prologue import prologue_fwd
+from .prologue import prologue_fwd_
 from .reference import rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
 from .tiles import visited_tiles
 
@@ -79,30 +80,23 @@ def _check(
 
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate):
+    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, overwrite):
         num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate)
         head_dim = 2 * cos.shape[-1]
-        packed, rstd = prologue_fwd(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
-        values = (qkv if ve is None else packed)[..., (num_heads + num_kv_heads) * head_dim :]
-        q, k = _split(packed, num_heads, num_kv_heads, head_dim)
-        out, lse = attention_fwd(q, k, values, head_dim, window)
-        ctx.save_for_backward(packed, values, out, lse, rstd, cos, sin, ve, gate)
-        ctx.heads = num_heads, num_kv_heads, head_dim
+        qkv = qkv.detach() if overwrite else qkv.clone()
+        rstd = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
+        ctx.widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        out, lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)
+        ctx.save_for_backward(qkv, out, lse, rstd, cos, sin, ve, gate)
         ctx.window = window
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        packed, values, out, lse, rstd, cos, sin, ve, gate = ctx.saved_tensors
-        q, k = _split(packed, *ctx.heads)
-        dqkv, dve, dgate = attention_bwd(dout, q, k, values, out, lse, rstd, cos, sin, ve, gate, ctx.window)
-        return dqkv, None, None, None, None, dve, dgate
-
-
-def _split(packed: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """The normed queries and keys, views of the prologue's output."""
-    keys = num_heads * head_dim
-    return packed[..., :keys], packed[..., keys : keys + num_kv_heads * head_dim]
+        qkv, out, lse, rstd, cos, sin, ve, gate = ctx.saved_tensors
+        q, k, v = qkv.split(ctx.widths, dim=-1)
+        dqkv, dve, dgate = attention_bwd(dout, q, k, v, out, lse, rstd, cos, sin, ve, gate, ctx.window)
+        return dqkv, None, None, None, None, dve, dgate, None
 
 
 def rotary_attention(
@@ -113,6 +107,7 @@ def rotary_attention(
     window: int,
     ve: Tensor | None = None,
     gate: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Attention over the packed projections of one layer.
 
@@ -122,6 +117,7 @@ def rotary_attention(
         num_heads: H, a multiple of KVH.
         window: keys back that a query sees, besides its own.
         ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
+        overwrite: the caller needs qkv no more, and the kernels may work in its memory instead of in a copy.
 
     Returns:
         [B, T, H·head_dim], in the dtype of `qkv`.
@@ -130,7 +126,7 @@ def rotary_attention(
         ValueError: the kernels do not take these shapes, dtypes or strides (each last dimension must be contiguous).
     """
     if use_kernels(qkv):
-        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate)
+        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite)
     return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)
 
 
