@@ -151,28 +151,33 @@ def usage(kernel, launches: int) -> Usage:
     )
 
 
-def run_step(vocab_size: int) -> None:
-    """One step of the real trainer, at the default GPU configuration, on meta tensors with every kernel there is."""
+def run_step(vocab_size: int, **flags: bool) -> tuple[int, int]:
+    """One step of the real trainer, at the default GPU configuration but for `flags` of TrainConfig, on meta tensors
+    with every kernel there is. Returns the bytes of state (parameters, optimizer, gradients) and those at the peak."""
     import torch
 
     from kernels.common import set_ops
     from model import GPT
     from prepare import Batch
     from train.config import TrainConfig, resolve
+    from train.memory import LiveBytes
     from train.optimizer import Optimizer
     from train.schedule import step_values
     from train.step import TrainStep
 
-    config = resolve(TrainConfig(), "cuda")
-    model = GPT(config.model_config(vocab_size), device="meta")
-    optimizer = Optimizer(model, config, torch.bfloat16)
-    tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
-    batch = Batch(tokens=tokens, epoch=0, state={}, index=0)
+    config = resolve(TrainConfig(**flags), "cuda")
     set_ops("triton")
     try:
-        TrainStep(model, optimizer)([batch] * config.grad_accum_steps, step_values(config, 0, 0.0))
+        with LiveBytes() as memory:
+            model = GPT(config.model_config(vocab_size), device="meta", recompute=config.recompute)
+            optimizer = Optimizer(model, config, torch.bfloat16)
+            state = memory.now
+            tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
+            batch = Batch(tokens=tokens, epoch=0, state={}, index=0)
+            TrainStep(model, optimizer)([batch] * config.grad_accum_steps, step_values(config, 0, 0.0))
     finally:
         set_ops(None)
+    return state, memory.peak
 
 
 def report(usages: list[Usage], arch: int) -> list[str]:
@@ -190,12 +195,13 @@ def report(usages: list[Usage], arch: int) -> list[str]:
     return faults
 
 
-def compile_step(arch: int, vocab_size: int) -> int:
+def compile_step(arch: int, vocab_size: int, **flags: bool) -> int:
     """Compiles, reports, and returns the exit code."""
     with recording(arch) as launches:
-        run_step(vocab_size)
+        state, peak = run_step(vocab_size, **flags)
     usages = sorted((usage(kernel, count) for kernel, count in launches.items()), key=lambda u: u.name)
     print(f"sm_{arch}, V = {vocab_size}: {sum(launches.values())} launches of {len(usages)} compiled kernels in a step")
+    print(f"memory at the peak: {peak / 2**20:,.0f} MiB, {state / 2**20:,.0f} of them state; counted, not measured")
     return 1 if report(usages, arch) else 0
 
 
@@ -203,15 +209,17 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.offline", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHS, help="compute capability x 10")
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8192])
+    parser.add_argument("--recompute", action="store_true", help="the step of `train --recompute`")
     options = parser.parse_args(args)
     pairs = [(arch, vocab_size) for arch in options.arch for vocab_size in options.vocab_size]
     if len(pairs) == 1 and "TRITON_INTERPRET" not in os.environ:
-        return compile_step(*pairs[0])
+        return compile_step(*pairs[0], recompute=options.recompute)
     # Triton keeps the target it has once compiled for, and whether it interprets: each pair gets a process of its own.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     codes = []
     for arch, vocab_size in pairs:
         command = [sys.executable, "-m", "bench.offline", "--arch", str(arch), "--vocab-size", str(vocab_size)]
+        command += ["--recompute"] * options.recompute
         codes.append(subprocess.run(command, env=environment, check=False).returncode)
     return max(codes)
 

@@ -83,6 +83,11 @@ def micro_step(config: TrainConfig, model: GPTConfig) -> Iterator[Line]:
         yield line("attention output", model.depth, "linear", rows, D, D, residual=True)
         yield line("relu² MLP", model.depth, "mlp", rows, D, 4 * D)
         yield line("head and loss", 1, "linear_cross_entropy", rows, D, model.vocab_size)
+    if config.recompute:  # every layer but the last
+        yield Line("post-activation again", model.depth - 1, *op_cost("linear")(rows, D, 4 * D))
+        norm_bytes, norm_flops = op_cost("rms_norm")(rows, D, has_x0=True)
+        yield Line("λ-mix and norm again", model.depth - 1, norm_bytes - rows * D * 2, norm_flops)  # s is not written
+        yield Line("value embedding again", ve - 1, *op_cost("embedding")(rows, model.vocab_size, [model.kv_width]))
 
 
 def update(model: GPTConfig) -> Iterator[Line]:

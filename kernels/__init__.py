@@ -1,7 +1,7 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import layer_weight, set_ops
+from .common import layer_weight, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
@@ -19,6 +19,7 @@ __all__ = [
     "linear_cross_entropy",
     "muon_update",
     "polar_express",
+    "recomputed",
     "relu2_mlp",
     "rms_norm",
     "rotary_attention",

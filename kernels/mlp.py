@@ -5,15 +5,18 @@ x, residual, out: [..., D]; W_fc: [F, D]; W_proj: [D, F]. Backward, with post = 
     dz = 2·√post·(dout·W_proj);  dx = dz·W_fc;  dW_fc = dzᵀ·x;  dW_proj = doutᵀ·post;  dresidual = dout
 
 √post is relu(z), so z itself is neither kept nor written: relu² and its backward live in the epilogues of the products
-around them, and the residual in that of the second one. The plain products are the vendor's.
+around them, and the residual in that of the second one. dz takes the memory of post once dW_proj has been taken from
+it: a second backward of one graph is refused. The plain products are the vendor's.
 
-Saved: x, post, W_fc, W_proj. Bytes per token in 16 bits: 4F + 6D forward; 10F + 8D backward. FLOPs per token: 4DF
-forward, 8DF backward. Source of relu²: So et al., Primer, arXiv 2109.08668.
+Saved: x, post, W_fc, W_proj; with `recompute` no post: the first product runs again in the backward, which spares 2F
+bytes a token to keep and costs 2DF FLOPs and 2D + 2F bytes a token to do. Bytes per token in 16 bits: 4F + 6D forward;
+10F + 8D backward. FLOPs per token: 4DF forward, 8DF backward. Source of relu²: So et al., Primer, arXiv 2109.08668.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .common import tl, triton, use_kernels, weight_grad
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
@@ -60,10 +63,10 @@ def _proj_fwd_kernel(
 
 @triton.jit
 def _proj_bwd_kernel(
-    a_ptr, b_ptr, post_ptr, dz_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, M, N, K,
+    a_ptr, b_ptr, post_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """dz = 2·√post·(a·b)."""
+    """dz = 2·√post·(a·b), in place of post."""
     offs_m, offs_n = tile_offsets(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     dpost = gemm_tile(
         a_ptr, b_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, offs_m, offs_n, M, N, K,
@@ -72,8 +75,8 @@ def _proj_bwd_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
     post = tl.load(post_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    dz = (2.0 * tl.sqrt(post) * dpost).to(dz_ptr.dtype.element_ty)
-    tl.store(dz_ptr + offs, dz, mask=mask)
+    dz = (2.0 * tl.sqrt(post) * dpost).to(post_ptr.dtype.element_ty)
+    tl.store(post_ptr + offs, dz, mask=mask)
 
 
 def _config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
@@ -104,15 +107,15 @@ def _proj_fwd(post: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:
     return out
 
 
-def _proj_bwd(dout: Tensor, w_proj: Tensor, post: Tensor) -> Tensor:
-    """2·√post·(dout·W_proj): [M, F]."""
+def _proj_bwd_(dout: Tensor, w_proj: Tensor, post: Tensor) -> Tensor:
+    """2·√post·(dout·W_proj): [M, F], in place of post."""
     (M, K), N = dout.shape, w_proj.shape[1]
-    dz = torch.empty(M, N, dtype=post.dtype, device=post.device)
     config = _config(N, K, post.dtype)
     _proj_bwd_kernel[gemm_grid(M, N, config)](
-        dout, w_proj, post, dz, dout.stride(0), dout.stride(1), w_proj.stride(0), w_proj.stride(1), M, N, K, **config
+        dout, w_proj, post, dout.stride(0), dout.stride(1), w_proj.stride(0), w_proj.stride(1), M, N, K, **config
     )
-    return dz
+    torch.autograd.graph.increment_version(post)
+    return post
 
 
 def _check(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> None:
@@ -131,12 +134,12 @@ def _check(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> None:
 
 class _Relu2MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_fc, w_proj, residual, main_grad_fc, main_grad_proj):
+    def forward(ctx, x, w_fc, w_proj, residual, main_grad_fc, main_grad_proj, recompute):
         _check(x, w_fc, w_proj, residual)
         rows = x.reshape(-1, x.shape[-1])
         post = _fc_fwd(rows, w_fc)
         out = _proj_fwd(post, w_proj, residual.reshape(rows.shape))
-        ctx.save_for_backward(rows, post, w_fc, w_proj)
+        ctx.save_for_backward(rows, None if recompute else post, w_fc, w_proj)
         ctx.main_grads = main_grad_fc, main_grad_proj
         return out.view(x.shape)
 
@@ -147,24 +150,27 @@ class _Relu2MLP(torch.autograd.Function):
         main_grad_fc, main_grad_proj = ctx.main_grads
         rows = dout.reshape(x.shape)
         dx = dw_fc = dw_proj = None
+        if post is None:
+            post = _fc_fwd(x, w_fc)
         if needs_dw_proj:
             dw_proj = weight_grad(rows, post, main_grad_proj)
         if needs_dx or needs_dw_fc:
-            dz = _proj_bwd(rows, w_proj, post)
+            dz = _proj_bwd_(rows, w_proj, post)
             if needs_dw_fc:
                 dw_fc = weight_grad(dz, x, main_grad_fc)
             if needs_dx:
                 dx = torch.mm(dz, w_fc).view(dout.shape)
-        return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None
+        return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None, None
 
 
-def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:
+def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompute: bool = False) -> Tensor:
     """The feed-forward block with its residual.
 
     Args:
         x: [..., D], the normed stream.
         w_fc: [F, D]; w_proj: [D, F]. Where one carries `main_grad`, its gradient is added there.
         residual: [..., D], the stream itself.
+        recompute: keep nothing of width F for the backward, and make it again there: the same bits.
 
     Returns:
         [..., D].
@@ -173,9 +179,11 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> Tens
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
     if not use_kernels(x):
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(relu2_mlp_ref, x, w_fc, w_proj, residual, use_reentrant=False, preserve_rng_state=False)
         return relu2_mlp_ref(x, w_fc, w_proj, residual)
     main_grads = getattr(w_fc, "main_grad", None), getattr(w_proj, "main_grad", None)
-    return _Relu2MLP.apply(x, w_fc, w_proj, residual, *main_grads)
+    return _Relu2MLP.apply(x, w_fc, w_proj, residual, *main_grads, recompute)
 
 
 def cost(rows: int, width: int, hidden: int, itemsize: int = 2, backward: bool = False) -> tuple[int, int]:

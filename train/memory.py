@@ -4,11 +4,14 @@ Activations are not estimated by a formula that a change to the model would leav
 real forward, and what autograd keeps of it is added up.
 """
 
+import weakref
 from collections import Counter
 from contextlib import AbstractContextManager
 
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
@@ -18,6 +21,39 @@ from .config import TrainConfig
 
 # On top of what autograd keeps: a layer's temporaries in the backward, the allocator's slack.
 MARGIN = 1.2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of every tensor that is made while the mode is on, for as long as it lives.
+
+    On tensors of device "meta" it is what an allocator without overhead would hand out, to the byte, with nothing
+    allocated: `now` at any point, `peak` the most so far, both in bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+        self.storages.add(key)
+        weakref.finalize(storage, self._release, key, nbytes)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self.storages.remove(key)
+        self.now -= nbytes
 
 
 def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
