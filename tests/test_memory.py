@@ -7,9 +7,11 @@ import torch
 import kernels
 from bench.offline import run_step
 from model import GPTConfig
+from prepare import InputError
 from tests.kernel_checks import DEVICE
 from tests.test_kernels_together import random_batches, random_step
-from train.memory import LiveBytes, activation_bytes
+from train.config import TrainConfig, resolve
+from train.memory import MARGIN, LiveBytes, activation_bytes, check_batch_fits
 
 MIB = 2**20
 SMALL = GPTConfig(vocab_size=90, seq_len=5, depth=3, d_model=32, head_dim=16, num_kv_heads=1, window_pattern="S")
@@ -85,6 +87,19 @@ def test_recompute_keeps_less_on_the_references():
     hidden = 8 * SMALL.seq_len * 4 * SMALL.d_model * 4
     # relu(z) and its square, of all layers but the last; z itself is not kept
     assert kept - activation_bytes(step.model, 8, step.precision()) == (SMALL.depth - 1) * 2 * hidden
+
+
+def test_the_largest_batch_that_fits_is_named(launches_left_out):
+    """Exactly, although the gradient of lm_head is kept once whatever the rows."""
+    kernels.set_ops("triton")
+    config = resolve(TrainConfig(device_batch_size=8, seq_len=SMALL.seq_len, total_batch_size=8 * SMALL.seq_len), "cpu")
+    step = random_step(GPTConfig(**{**vars(SMALL), "vocab_size": 9000}), torch.float32)
+    needed = {rows: MARGIN * activation_bytes(step.model, rows, step.precision()) for rows in (1, 4, 8)}
+    assert needed[8] < 4 * needed[1]
+    check_batch_fits(config, step.model, step.precision(), needed[8] + 1)
+    for available, named in ((needed[8] - 1, "size 4"), (needed[4] - 1, "size 2"), (needed[1] - 1, "lower --seq-len")):
+        with pytest.raises(InputError, match=named):
+            check_batch_fits(config, step.model, step.precision(), available)
 
 
 def test_what_is_made_again_is_made_once():

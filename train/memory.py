@@ -1,7 +1,7 @@
 """Whether a configuration fits, said before anything large is allocated.
 
-Activations are not estimated by a formula that a change to the model would leave behind: one row goes through the
-real forward, and what autograd keeps of it is added up.
+Activations are not estimated by a formula that a change to the model would leave behind: one row and then two go
+through the real forward, and what autograd keeps of them is added up.
 """
 
 import weakref
@@ -117,11 +117,12 @@ def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContext
 
     `available` is in bytes, with parameters and optimizer already allocated.
     """
-    per_row = activation_bytes(model, 1, precision) * MARGIN
-    rows = int(available // per_row)
+    one, two = (MARGIN * activation_bytes(model, rows, precision) for rows in (1, 2))
+    per_row, fixed = two - one, 2 * one - two  # the gradient of lm_head is one for all rows
+    rows = int((available - fixed) // per_row)
     if rows >= config.device_batch_size:
         return
-    needed = per_row * config.device_batch_size
+    needed = fixed + per_row * config.device_batch_size
     line = (
         f"{config.device_batch_size} rows of {config.seq_len} tokens need about {needed / 2**30:.1f} GiB and"
         f" {available / 2**30:.1f} GiB are free on {config.device}"
