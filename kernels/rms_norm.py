@@ -186,9 +186,9 @@ class _RMSNorm(torch.autograd.Function):
             M, D, EPS=EPS, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None, HAS_S=mixed and not y_only,
             **config,
         )  # fmt: skip
-        if x0 is None:
-            rows, rows_residual = y.view(M, D), None
-        ctx.save_for_backward(rows, rows_residual, rows_x0, lambda_r, lambda_0, rstd)
+        # An output is saved as it is: a view of it would keep it, and with it this node, alive for ever.
+        kept = (y, None) if x0 is None else (rows, rows_residual)
+        ctx.save_for_backward(*kept, rows_x0, lambda_r, lambda_0, rstd)
         ctx.has_residual = residual is not None
         ctx.dlambda = dlambda_r, dlambda_0
         return s, y
@@ -200,6 +200,7 @@ class _RMSNorm(torch.autograd.Function):
             return (None,) * 8
         shape = (dy if ds is None else ds).shape
         ds, dy = (None if g is None else g.contiguous() for g in (ds, dy))
+        x = x.reshape(-1, shape[-1])
         M, D = x.shape
         config = _config(D)
         programs = triton.cdiv(M, config["BLOCK_M"] * STEPS)
