@@ -42,6 +42,7 @@ ARCHS = {
     90: Arch(228 * 1024, 227 * 1024),
     100: Arch(228 * 1024, 227 * 1024),
 }
+FLAGS = ("--recompute", "--fused-norms")  # of `train`: other kernels, or other variants of them
 RESERVED_SHARED = 1024  # the driver's own, in every CTA
 REGISTER_UNIT = 256  # registers are given to a warp in units of this many
 
@@ -169,7 +170,7 @@ def run_step(vocab_size: int, **flags: bool) -> tuple[int, int]:
     set_ops("triton")
     try:
         with LiveBytes() as memory:
-            model = GPT(config.model_config(vocab_size), device="meta", recompute=config.recompute)
+            model = GPT(config.model_config(vocab_size), device="meta", **config.model_options)
             optimizer = Optimizer(model, config, torch.bfloat16)
             state = memory.now
             tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
@@ -209,17 +210,18 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.offline", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHS, help="compute capability x 10")
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8192])
-    parser.add_argument("--recompute", action="store_true", help="the step of `train --recompute`")
+    for flag in FLAGS:
+        parser.add_argument(flag, action="store_true", help=f"the step of `train {flag}`")
     options = parser.parse_args(args)
     pairs = [(arch, vocab_size) for arch in options.arch for vocab_size in options.vocab_size]
     if len(pairs) == 1 and "TRITON_INTERPRET" not in os.environ:
-        return compile_step(*pairs[0], recompute=options.recompute)
+        return compile_step(*pairs[0], recompute=options.recompute, fused_norms=options.fused_norms)
     # Triton keeps the target it has once compiled for, and whether it interprets: each pair gets a process of its own.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     codes = []
     for arch, vocab_size in pairs:
         command = [sys.executable, "-m", "bench.offline", "--arch", str(arch), "--vocab-size", str(vocab_size)]
-        command += ["--recompute"] * options.recompute
+        command += [flag for flag in FLAGS if getattr(options, flag[2:].replace("-", "_"))]
         codes.append(subprocess.run(command, env=environment, check=False).returncode)
     return max(codes)
 

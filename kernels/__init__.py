@@ -5,10 +5,11 @@ from .common import layer_weight, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
-from .mlp import relu2_mlp
+from .mlp import norm_relu2_mlp, relu2_mlp
 from .muon import muon_update, second_moment_shape
+from .norm_linear import norm_linear
 from .polar_express import polar_express
-from .rms_norm import rms_norm
+from .rms_norm import norm_factors, rms_norm
 from .rotary_attention import rotary_attention, rotary_tables
 
 __all__ = [
@@ -18,6 +19,9 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "muon_update",
+    "norm_factors",
+    "norm_linear",
+    "norm_relu2_mlp",
     "polar_express",
     "recomputed",
     "relu2_mlp",

@@ -6,7 +6,7 @@ A new weight is one line in `parameter_shapes`, one in `init_weights`, and its u
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -54,11 +54,12 @@ class GPT(nn.Module):
         config: its shape.
         recompute: the backward makes the largest tensors of each layer again instead of keeping them: the same
             gradients, bit by bit, in less memory and more time.
+        fused_norms: inside the layers, norms live in the epilogues of the kernels' products; references do not differ.
     """
 
-    def __init__(self, config: GPTConfig, device=None, recompute: bool = False):
+    def __init__(self, config: GPTConfig, device=None, recompute: bool = False, fused_norms: bool = False):
         super().__init__()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.fused_norms = config, recompute, fused_norms
         for name, shape in parameter_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)))
         cos, sin = kernels.rotary_tables(config.seq_len, config.head_dim, device=device)
@@ -132,18 +133,30 @@ class GPT(nn.Module):
         config, weight = self.config, kernels.layer_weight
         # The last layer's backward comes first: what it keeps is there at the peak anyway.
         recompute = self.recompute and i < config.depth - 1
-        mix = partial(kernels.rms_norm, x, None, x0, weight(self.lambda_r, i), weight(self.lambda_0, i))
-        x, y = mix()
-        ve, gate = None, None
-        with kernels.recomputed(y, lambda: mix(y_only=True)[1]) if recompute else nullcontext():
-            qkv = kernels.linear(y, weight(self.w_qkv, i))
-            if value is not None:
-                ve, look_up = value
-                gate = kernels.linear(y[..., :GATE_CHANNELS], weight(self.w_gate, config.ve_layers.index(i)))
-        with kernels.recomputed(ve, lambda: look_up()[0]) if recompute and value else nullcontext():
+        streams = x, x0, weight(self.lambda_r, i), weight(self.lambda_0, i)
+        w_qkv, w_fc, w_proj = weight(self.w_qkv, i), weight(self.w_fc, i), weight(self.w_proj, i)
+        ve, look_up = value or (None, None)
+        w_gate = None if value is None else weight(self.w_gate, config.ve_layers.index(i))
+        if self.fused_norms:
+            x, y, rstd = kernels.norm_factors(*streams)
+            with _forgetting(y, lambda: kernels.norm_factors(*streams)[1], recompute):
+                qkv, gate = kernels.norm_linear(y, rstd, w_qkv, w_gate, grads_scaled=True)
+        else:
+            rstd = None
+            x, y = kernels.rms_norm(x, None, *streams[1:])
+            with _forgetting(y, lambda: kernels.rms_norm(streams[0], None, *streams[1:], y_only=True)[1], recompute):
+                qkv = kernels.linear(y, w_qkv)
+                gate = None if value is None else kernels.linear(y[..., :GATE_CHANNELS], w_gate)
+        with _forgetting(ve, lambda: look_up()[0], recompute and value is not None):
             attn = kernels.rotary_attention(
-                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True
+                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True, grad_scale=rstd
             )
         x = kernels.linear(attn, weight(self.w_out, i), residual=x)
+        if self.fused_norms:
+            return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute)
         _, y = kernels.rms_norm(x)
-        return kernels.relu2_mlp(y, weight(self.w_fc, i), weight(self.w_proj, i), residual=x, recompute=recompute)
+        return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute)
+
+
+def _forgetting(tensor: Tensor | None, again: Callable[[], Tensor], when: bool) -> AbstractContextManager:
+    return kernels.recomputed(tensor, again) if when else nullcontext()

@@ -41,8 +41,9 @@ __all__ = [
 
 
 def _check(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, window: int, ve: Tensor | None, gate: Tensor | None
-) -> int:
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, window: int, ve: Tensor | None, gate: Tensor | None,
+    grad_scale: Tensor | None,
+) -> int:  # fmt: skip
     """The number of key-value heads; ValueError for what the kernels cannot read."""
     if qkv.ndim != 3 or min(qkv.shape) < 1:
         raise ValueError(f"qkv {tuple(qkv.shape)} must be [B, T, width], none of them 0")
@@ -64,6 +65,9 @@ def _check(
             raise ValueError(f"{name} must be contiguous")
     if (ve is None) != (gate is None):
         raise ValueError("ve and gate come together")
+    scale = grad_scale
+    if scale is not None and (scale.shape != (B, T) or scale.dtype != torch.float32 or not scale.is_contiguous()):
+        raise ValueError(f"grad_scale {tuple(scale.shape)} {scale.dtype} must be contiguous, {(B, T)} float32")
     inputs = [("qkv", qkv, width)]
     if ve is not None:
         inputs += [("ve", ve, num_kv_heads * head_dim), ("gate", gate, num_kv_heads)]
@@ -80,23 +84,23 @@ def _check(
 
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, overwrite):
-        num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate)
+    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale):
+        num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate, grad_scale)
         head_dim = 2 * cos.shape[-1]
         qkv = qkv.detach() if overwrite else qkv.clone()
         rstd = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
         ctx.widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         out, lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)
-        ctx.save_for_backward(qkv, out, lse, rstd, cos, sin, ve, gate)
+        ctx.save_for_backward(qkv, out, lse, rstd, cos, sin, ve, gate, grad_scale)
         ctx.window = window
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        qkv, out, lse, rstd, cos, sin, ve, gate = ctx.saved_tensors
+        qkv, out, lse, rstd, cos, sin, ve, gate, grad_scale = ctx.saved_tensors
         q, k, v = qkv.split(ctx.widths, dim=-1)
-        dqkv, dve, dgate = attention_bwd(dout, q, k, v, out, lse, rstd, cos, sin, ve, gate, ctx.window)
-        return dqkv, None, None, None, None, dve, dgate, None
+        dqkv, dve, dgate = attention_bwd(dout, q, k, v, out, lse, rstd, cos, sin, ve, gate, ctx.window, grad_scale)
+        return dqkv, None, None, None, None, dve, dgate, None, None
 
 
 def rotary_attention(
@@ -108,6 +112,7 @@ def rotary_attention(
     ve: Tensor | None = None,
     gate: Tensor | None = None,
     overwrite: bool = False,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention over the packed projections of one layer.
 
@@ -118,6 +123,8 @@ def rotary_attention(
         window: keys back that a query sees, besides its own.
         ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
         overwrite: the caller needs qkv no more, and the kernels may work in its memory instead of in a copy.
+        grad_scale: [B, T], fp32. The kernels multiply the gradients of qkv and gate by it, token by token, while they
+            have them in registers: for a `norm_linear` before, which wants them so. References give them as they are.
 
     Returns:
         [B, T, H·head_dim], in the dtype of `qkv`.
@@ -126,7 +133,7 @@ def rotary_attention(
         ValueError: the kernels do not take these shapes, dtypes or strides (each last dimension must be contiguous).
     """
     if use_kernels(qkv):
-        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite)
+        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale)
     return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)
 
 
