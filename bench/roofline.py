@@ -69,9 +69,10 @@ def micro_step(config: TrainConfig, model: GPTConfig) -> Iterator[Line]:
             return Line(f"{name} {_direction}", count, *op_cost(op)(*sizes, **flags, backward=_backward))
 
         yield line("embedding", 1, "embedding", rows, model.vocab_size, widths)
-        yield line("norm", model.depth + 2, "rms_norm", rows, D)
-        yield line("λ-mix and norm", model.depth, "rms_norm", rows, D, has_x0=True)
-        yield line("qkv", model.depth, "linear", rows, D, D + 2 * model.kv_width)
+        fused = config.fused_norms
+        yield line("norm", 2 + model.depth * (not fused), "rms_norm", rows, D)
+        yield line("λ-mix and norm", model.depth, "rms_norm", rows, D, has_x0=True, has_y=not fused)
+        yield line("qkv", model.depth, "norm_linear" if fused else "linear", rows, D, D + 2 * model.kv_width)
         yield line("value gate", ve, "linear", rows, GATE_CHANNELS, model.kv_heads)
         heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
         for window in sorted(set(model.windows)):
@@ -81,7 +82,7 @@ def micro_step(config: TrainConfig, model: GPTConfig) -> Iterator[Line]:
                 name = f"attention, window {window}{', value embedding' if has_ve else ''}"
                 yield line(name, count, "rotary_attention", *heads, window, has_ve)
         yield line("attention output", model.depth, "linear", rows, D, D, residual=True)
-        yield line("relu² MLP", model.depth, "mlp", rows, D, 4 * D)
+        yield line("relu² MLP", model.depth, "mlp", rows, D, 4 * D, norm=fused)
         yield line("head and loss", 1, "linear_cross_entropy", rows, D, model.vocab_size)
     if config.recompute:  # every layer but the last
         yield Line("post-activation again", model.depth - 1, *op_cost("linear")(rows, D, 4 * D))

@@ -9,7 +9,6 @@ import kernels
 from kernels.common import upcast
 from kernels.rotary_attention import rotary_attention_ref, rotary_tables
 from model import GPTConfig
-from prepare import Batch
 from tests.kernel_checks import (
     DEVICE,
     assert_as_good,
@@ -234,14 +233,19 @@ def test_the_whole_model(monkeypatch):
         kernels.set_ops(ops)
         step = random_step(shape, torch.float32)
         vars(step.model).update(options)
-        batches = [Batch(tokens, epoch=1, index=i, state={}) for i, tokens in enumerate(random_batches(shape, 2, 2))]
-        loss, good = step(batches, VALUES)
-        assert good.item()
-        gradients = {name: p.main_grad.clone() for name, p in step.model.named_parameters()}
-        return loss, gradients, step.optimizer.masters
+        for tokens in random_batches(shape, 2, 2):
+            step.micro_step(tokens, 2)
+        return step, {name: p.main_grad.clone() for name, p in step.model.named_parameters()}
 
-    loss_ref, gradients_ref, masters_ref = run("reference")
-    loss, gradients, masters = run("triton", fused_norms=True)
+    def update(step):
+        step.optimizer.set_hyper(VALUES, True)
+        assert step.update().item()
+        return step.loss, step.optimizer.masters
+
+    step, gradients_ref = run("reference")
+    loss_ref, masters_ref = update(step)
+    step, gradients = run("triton", fused_norms=True)
+    loss, masters = update(step)
     torch.testing.assert_close(loss, loss_ref, rtol=1e-5, atol=1e-5)
     for name, reference in gradients_ref.items():
         assert reference.abs().max() > 1e-5, f"{name}: a gradient of zero tests nothing"
@@ -250,7 +254,7 @@ def test_the_whole_model(monkeypatch):
         moved, moved_ref = masters[name] - start[name], masters_ref[name] - start[name]
         error = (moved - moved_ref).norm() / moved_ref.norm()
         assert error < 2e-2, f"update of {name}: {error:.2e}"  # as in test_kernels_together
-    _, again, _ = run("triton", fused_norms=True, recompute=True)
+    _, again = run("triton", fused_norms=True, recompute=True)
     assert all(torch.equal(again[name], value) for name, value in gradients.items())
 
 
