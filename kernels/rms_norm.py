@@ -20,6 +20,7 @@ Bytes per token at width D in 16 bits, x alone: 4D forward, 8D backward; with xâ
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import EPS, tl, triton, upcast, use_kernels
 
@@ -204,6 +205,7 @@ class _RMSNorm(torch.autograd.Function):
         return s, s.view_as(s), rstd
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, ds, dy, *_):
         x, residual, x0, lambda_r, lambda_0, rstd = ctx.saved_tensors
         if ds is None and dy is None:
@@ -226,16 +228,17 @@ class _RMSNorm(torch.autograd.Function):
         dresidual = dx if ctx.has_residual else None
         if x0 is None:
             return dx, dresidual, None, None, None, None, None, None
+        main_grads = [g if needed else None for g, needed in zip(ctx.dlambda, ctx.needs_input_grad[3:5], strict=True)]
         targets = [
             torch.empty(like.shape, dtype=torch.float32, device=x.device) if main_grad is None else main_grad
-            for like, main_grad in zip((lambda_r, lambda_0), ctx.dlambda, strict=True)
+            for like, main_grad in zip((lambda_r, lambda_0), main_grads, strict=True)
         ]
         _dlambda_kernel[(1,)](
             partial, *targets, programs,
-            ACCUMULATE_R=ctx.dlambda[0] is not None, ACCUMULATE_0=ctx.dlambda[1] is not None, BLOCK=1024, num_warps=8,
+            ACCUMULATE_R=main_grads[0] is not None, ACCUMULATE_0=main_grads[1] is not None, BLOCK=1024, num_warps=8,
         )  # fmt: skip
         dlambda_r, dlambda_0 = (
-            target if main_grad is None else None for target, main_grad in zip(targets, ctx.dlambda, strict=True)
+            target if main_grad is None else None for target, main_grad in zip(targets, main_grads, strict=True)
         )
         return dx, dresidual, dx0, dlambda_r, dlambda_0, None, None, None
 
@@ -289,11 +292,12 @@ def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> t
 
 
 def cost(
-    rows: int, width: int, has_residual: bool = False, has_x0: bool = False, has_y: bool = True,
-    itemsize: int = 2, backward: bool = False,
+    rows: int, width: int, has_residual: bool = False, has_x0: bool = False,
+    has_s: bool = True, has_y: bool = True, itemsize: int = 2, backward: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
-    """Bytes that have to move and FLOPs, for [rows, width]; without `has_y`, of `norm_factors`."""
-    mixed = has_residual or has_x0
+    """Bytes that have to move and FLOPs, for [rows, width]; without `has_s`, of `y_only`; without `has_y`, of
+    `norm_factors`."""
+    mixed = (has_residual or has_x0) and has_s
     if not backward:
         tensors = 1 + has_residual + has_x0 + mixed + has_y  # the inputs, s, y
         return rows * (width * tensors * itemsize + 4), rows * width * (4 + has_residual + 3 * has_x0)

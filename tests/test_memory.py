@@ -5,13 +5,14 @@ import pytest
 import torch
 
 import kernels
-from bench.offline import run_step
-from model import GPTConfig
+from model import GPT, GPTConfig
 from prepare import InputError
 from tests.kernel_checks import DEVICE
 from tests.test_kernels_together import random_batches, random_step
 from train.config import TrainConfig, resolve
 from train.memory import MARGIN, LiveBytes, activation_bytes, check_batch_fits
+from train.optimizer import Optimizer
+from train.precompile import walk_step
 
 MIB = 2**20
 SMALL = GPTConfig(vocab_size=90, seq_len=5, depth=3, d_model=32, head_dim=16, num_kv_heads=1, window_pattern="S")
@@ -52,13 +53,22 @@ def test_live_bytes_follow_tensors_and_not_views():
 @pytest.mark.parametrize(("recompute", "aim"), [(False, 26_000), (True, 16_000)])
 def test_the_default_step_fits(launches_left_out, recompute, aim, fused_norms):
     """The published system takes 45,060 MB at this batch."""
-    state, peak = run_step(8192, recompute=recompute, fused_norms=fused_norms)
-    parameters = 50.33e6  # fp32 masters, gradients and first moment, bf16 copies; AdamW's half has a second moment
-    assert state == pytest.approx(14 * parameters + 4 * parameters / 2, rel=0.01)
-    assert peak < aim * MIB
-    tokens, width = 262_144, 512
-    # What no way of counting can avoid: in each layer qkv, attention's output and the normed input of the MLP.
-    assert peak > state + 8 * tokens * 5 * width * 2
+    config = resolve(TrainConfig(recompute=recompute, fused_norms=fused_norms), "cuda")
+    with LiveBytes() as memory:
+        walk_step(config, 8192)
+    assert memory.peak < aim * MIB
+    # What no way of counting can avoid: the state, and in each layer qkv, attention's output, the input of the MLP.
+    assert memory.peak > 769 * MIB + 8 * 262_144 * 5 * 512 * 2
+
+
+def test_the_state_is_what_the_optimizer_needs():
+    config = resolve(TrainConfig(), "cuda")
+    with LiveBytes() as memory:
+        model = GPT(config.model_config(8192), device="meta")
+        optimizer = Optimizer(model, config, torch.bfloat16)
+        parameters = 50.33e6  # fp32 masters, gradients and first moment, bf16 copies; AdamW's half has a second moment
+        assert memory.now == pytest.approx(14 * parameters + 4 * parameters / 2, rel=0.01)
+    assert optimizer.groups
 
 
 def gradients(recompute: bool, autocast: bool) -> dict[str, torch.Tensor]:

@@ -1,12 +1,14 @@
-"""Whether a configuration fits, said before anything large is allocated.
+"""Whether a configuration fits, said before anything large is allocated; and what would fit, where it did not.
 
 Activations are not estimated by a formula that a change to the model would leave behind: one row and then two go
 through the real forward, and what autograd keeps of them is added up.
 """
 
+import gc
+import traceback
 import weakref
-from collections import Counter
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import torch
@@ -18,6 +20,7 @@ from model.gpt import count_parameters
 from prepare import InputError
 
 from .config import TrainConfig
+from .step import TrainStep
 
 # On top of what autograd keeps: a layer's temporaries in the backward, the allocator's slack.
 MARGIN = 1.2
@@ -36,10 +39,11 @@ class LiveBytes(TorchDispatchMode):
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in _storages(out):
+            if storage._cdata not in given:  # else it is a view, perhaps of what was there before
+                self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -56,45 +60,35 @@ class LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
-    """Masters, gradients, moments (two for AdamW, one for Muon) and, on a GPU, the copies that the forward reads."""
+    """Masters, gradients, moments (two for AdamW, one for Muon); on a GPU the copies that the forward reads, on a CPU
+    the checkpoint's snapshot of masters and moments."""
     counts = count_parameters(model)
     muon = counts["blocks"]
     adamw = counts["total"] - muon
-    copies = forward_bytes * counts["total"] if forward_bytes < 4 else 0
+    copies = forward_bytes * counts["total"] if forward_bytes < 4 else 4 * (3 * adamw + 2 * muon)
     update = 6 * 4 * model.depth * 4 * model.d_model**2  # temporaries of Muon's largest stack
     return 4 * (4 * adamw + 3 * muon) + copies + update
 
 
-class _Kept:
-    """Stands in the graph for a tensor that autograd keeps, and counts its storage once for as long as it lives."""
-
-    def __init__(self, tensor: torch.Tensor, users: Counter, peak: list[int]):
-        self.tensor, self.users = tensor, users
-        storage = tensor.untyped_storage()
-        self.key = (storage.data_ptr(), storage.nbytes())
-        users[self.key] += 1
-        if users[self.key] == 1:
-            peak[0] = max(peak[0], sum(nbytes for (_, nbytes), count in users.items() if count))
-
-    def __del__(self):
-        self.users[self.key] -= 1
-
-
 def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -> int:
-    """The most that autograd keeps at once in the forward of `rows` rows, parameters left out. `precision` is the
-    context that the forward runs in."""
-    users: Counter = Counter()
-    peak = [0]
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor):
-        return tensor if tensor.untyped_storage().data_ptr() in parameters else _Kept(tensor, users, peak)
-
+    """What the forward of `rows` rows leaves for the backward. `precision` is the context that the forward runs in."""
     tokens = torch.zeros(rows, model.config.seq_len, dtype=torch.int32, device=model.wte.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: getattr(kept, "tensor", kept)), precision:
-        model(tokens, tokens)
-    return peak[0]
+    with LiveBytes() as memory, precision:
+        loss = model(tokens, tokens)
+        kept = memory.now
+        del loss  # alive until here, and with it the graph
+    return kept
+
+
+def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float, float]:
+    """What every row of a micro-batch needs, and what all of them need once: the gradient of lm_head."""
+    one, two = (MARGIN * activation_bytes(model, rows, precision) for rows in (1, 2))
+    return two - one, 2 * one - two
 
 
 def available_bytes(device: str) -> int:
@@ -117,8 +111,7 @@ def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContext
 
     `available` is in bytes, with parameters and optimizer already allocated.
     """
-    one, two = (MARGIN * activation_bytes(model, rows, precision) for rows in (1, 2))
-    per_row, fixed = two - one, 2 * one - two  # the gradient of lm_head is one for all rows
+    per_row, fixed = bytes_of_rows(model, precision)
     rows = int((available - fixed) // per_row)
     if rows >= config.device_batch_size:
         return
@@ -127,9 +120,55 @@ def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContext
         f"{config.device_batch_size} rows of {config.seq_len} tokens need about {needed / 2**30:.1f} GiB and"
         f" {available / 2**30:.1f} GiB are free on {config.device}"
     )
-    # The largest that fits and divides the step evenly, so that nothing but the number of micro-steps changes.
+    raise InputError(f"{line}{mend_by_batch(config, rows)}")
+
+
+def mend_by_batch(config: TrainConfig, rows: int) -> str:
+    """The end of a line that says what to do where `rows` rows fit: the largest micro-batch up to it that divides the
+    step evenly, so that nothing but the number of micro-steps changes."""
     step_rows = config.total_batch_size // config.seq_len
     fitting = [n for n in range(1, rows + 1) if step_rows % n == 0]
     if not fitting:
-        raise InputError(f"{line}, which is less than one row needs: lower --seq-len or --depth")
-    raise InputError(f"{line}: use --device-batch-size {fitting[-1]}")
+        return ", which is less than one row needs: lower --seq-len or --depth"
+    return f": use --device-batch-size {fitting[-1]}"
+
+
+# Parts of the messages of errors that have no class of their own: PyTorch's allocator on a CPU, CUDA, cuBLAS, Triton.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of PyTorch on a CPU, of Python."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterator[None]:
+    """Turns running out of memory into an InputError that names the --device-batch-size to take, at the same total.
+
+    The estimate of `check_batch_fits` was wrong then, or another process has taken memory since: it is made anew, and
+    what has failed is not advised again.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold what did fit of the step
+    step.release()
+    step.optimizer.zero_grad()
+    gc.collect()
+    if config.device == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        per_row, fixed = bytes_of_rows(step.model, step.precision())
+        rows = min(int((available_bytes(config.device) - fixed) // per_row), config.device_batch_size - 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        rows = 0
+    line = f"out of memory on {config.device} with {config.device_batch_size} rows of {config.seq_len} tokens"
+    raise InputError(f"{line}{mend_by_batch(config, rows)}") from None

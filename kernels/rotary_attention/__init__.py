@@ -21,6 +21,7 @@ and their gradient once for dq, once more for dk and dv), 10·H·head_dim·W as 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..common import use_kernels
 from .backward import attention_bwd
@@ -96,6 +97,7 @@ class _RotaryAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         qkv, out, lse, rstd, cos, sin, ve, gate, grad_scale = ctx.saved_tensors
         q, k, v = qkv.split(ctx.widths, dim=-1)
