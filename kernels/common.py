@@ -6,6 +6,8 @@ such a parameter to the ops. An op may add to `weight.main_grad` itself and retu
 as usual, which is then added for it. A parameter without `main_grad` follows PyTorch's own rules (`.grad`).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -19,8 +21,18 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
 __all__ = [
-    "EPS", "compiles", "gpu_arch", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad",
-]  # fmt: skip
+    "EPS",
+    "compiles",
+    "gpu_arch",
+    "layer_weight",
+    "recomputed",
+    "set_ops",
+    "tl",
+    "triton",
+    "upcast",
+    "use_kernels",
+    "weight_grad",
+]
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
@@ -98,6 +110,41 @@ def layer_weight(parameter: Tensor, layer: int | None = None) -> Tensor:
     return weight
 
 
+@contextmanager
+def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, an op that keeps `tensor` or a view of it for its backward keeps `again` instead, which makes the same
+    bits: once, however many ops ask for them. References keep what they keep: their intermediates are not known here.
+    """
+    if not use_kernels(tensor):
+        yield
+        return
+    storage = tensor.untyped_storage()._cdata  # alive while the context is open, so that no other has this address
+    made, waiting = None, 0
+
+    def pack(kept):
+        nonlocal waiting
+        if kept.untyped_storage()._cdata != storage:
+            return kept
+        waiting += 1
+        return kept.size(), kept.stride(), kept.storage_offset()
+
+    def unpack(kept):
+        nonlocal made, waiting
+        if isinstance(kept, Tensor):
+            return kept
+        if made is None:
+            with torch.no_grad():
+                made = again()
+        view = made.as_strided(*kept)
+        waiting -= 1
+        if waiting == 0:
+            made = None
+        return view
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
 @cache
 def _has_accumulating_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `addmm` takes 16-bit factors and adds their product to an fp32 matrix in place: tried once a device.
@@ -127,7 +174,7 @@ def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | Non
         return torch.mm(dy.mT, x)
     if x.dtype == main_grad.dtype:
         main_grad.addmm_(dy.mT, x)
-    elif x.is_cuda and _has_accumulating_gemm(x.device, x.dtype):
+    elif x.is_meta or (x.is_cuda and _has_accumulating_gemm(x.device, x.dtype)):
         # C and D of the GEMM are main_grad: it is read and written once, and the product never exists by itself.
         torch.addmm(main_grad, dy.mT, x, out_dtype=main_grad.dtype, out=main_grad)
     elif x.is_cuda:

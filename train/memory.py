@@ -1,28 +1,69 @@
 """Whether a configuration fits, said before anything large is allocated; and what would fit, where it did not.
 
-Activations are not estimated by a formula that a change to the model would leave behind: one row goes through the
-real forward, and what autograd keeps of it is added up.
+Activations are not estimated by a formula that a change to the model would leave behind: one row and then two go
+through the real forward, and what autograd keeps of them is added up.
 """
 
 import gc
 import traceback
-from collections import Counter
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import kernels
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import InputError
 
-from .compiled import partitioned
+from .compiled import bytes_kept_by_compiled
 from .config import TrainConfig
 from .step import TrainStep
 
 # On top of what autograd keeps: a layer's temporaries in the backward, the allocator's slack.
 MARGIN = 1.2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of every tensor that is made while the mode is on, for as long as it lives.
+
+    On tensors of device "meta" it is what an allocator without overhead would hand out, to the byte, with nothing
+    allocated: `now` at any point, `peak` the most so far, both in bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        out = function(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in given:  # else it is a view, perhaps of what was there before
+                self._count(storage)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+        self.storages.add(key)
+        weakref.finalize(storage, self._release, key, nbytes)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self.storages.remove(key)
+        self.now -= nbytes
+
+
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
@@ -36,37 +77,23 @@ def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
     return 4 * (4 * adamw + 3 * muon) + copies + update
 
 
-class _Kept:
-    """Stands in the graph for a tensor that autograd keeps, and counts its storage once for as long as it lives."""
-
-    def __init__(self, tensor: torch.Tensor, users: Counter, peak: list[int]):
-        self.tensor, self.users = tensor, users
-        storage = tensor.untyped_storage()
-        self.key = (storage.data_ptr(), storage.nbytes())
-        users[self.key] += 1
-        if users[self.key] == 1:
-            peak[0] = max(peak[0], sum(nbytes for (_, nbytes), count in users.items() if count))
-
-    def __del__(self):
-        self.users[self.key] -= 1
-
-
 def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -> int:
-    """The most that autograd keeps at once in the forward of `rows` rows, parameters and their gradients left out.
-    `precision` is the context that the forward runs in."""
-    users: Counter = Counter()
-    peak = [0]
-    # A compiled model is given the gradients' buffers as well, to add to them in its backward.
-    state = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, getattr(p, "main_grad", p))}
-
-    def keep(tensor):
-        return tensor if tensor.untyped_storage().data_ptr() in state else _Kept(tensor, users, peak)
-
-    forward = partitioned(model)
+    """What the forward of `rows` rows leaves for the backward. `precision` is the context that the forward runs in."""
     tokens = torch.zeros(rows, model.config.seq_len, dtype=torch.int32, device=model.wte.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: getattr(kept, "tensor", kept)), precision:
-        forward(tokens, tokens)
-    return peak[0]
+    if kernels.compiles():
+        with precision:
+            return bytes_kept_by_compiled(model, tokens)
+    with LiveBytes() as memory, precision:
+        loss = model(tokens, tokens)
+        kept = memory.now
+        del loss  # alive until here, and with it the graph
+    return kept
+
+
+def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float, float]:
+    """What every row of a micro-batch needs, and what all of them need once: the gradient of lm_head."""
+    one, two = (MARGIN * activation_bytes(model, rows, precision) for rows in (1, 2))
+    return two - one, 2 * one - two
 
 
 def available_bytes(device: str) -> int:
@@ -89,11 +116,11 @@ def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContext
 
     `available` is in bytes, with parameters and optimizer already allocated.
     """
-    per_row = activation_bytes(model, 1, precision) * MARGIN
-    rows = int(available // per_row)
+    per_row, fixed = bytes_of_rows(model, precision)
+    rows = int((available - fixed) // per_row)
     if rows >= config.device_batch_size:
         return
-    needed = per_row * config.device_batch_size
+    needed = fixed + per_row * config.device_batch_size
     line = (
         f"{config.device_batch_size} rows of {config.seq_len} tokens need about {needed / 2**30:.1f} GiB and"
         f" {available / 2**30:.1f} GiB are free on {config.device}"
@@ -142,8 +169,8 @@ def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterat
     if config.device == "cuda":
         torch.cuda.empty_cache()
     try:
-        per_row = activation_bytes(step.model, 1, step.precision()) * MARGIN
-        rows = min(int(available_bytes(config.device) // per_row), config.device_batch_size - 1)
+        per_row, fixed = bytes_of_rows(step.model, step.precision())
+        rows = min(int((available_bytes(config.device) - fixed) // per_row), config.device_batch_size - 1)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

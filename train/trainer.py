@@ -179,7 +179,7 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
         kernels_compile = precompiler(config, data.vocab_size)
 
         torch.manual_seed(config.seed)
-        model = GPT(model_config, device=device)
+        model = GPT(model_config, device=device, **config.model_options)
         model.init_weights(config.seed)
         optimizer = Optimizer(model, config, forward_dtype)
         step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
