@@ -219,6 +219,7 @@ def test_a_datasheet_is_a_devices_own():
     assert ceilings.datasheet("NVIDIA H100 PCIe").bandwidth == 2.0e12
     assert ceilings.datasheet("NVIDIA L40S").bandwidth == 864e9
     assert ceilings.datasheet("NVIDIA A10") is None
+    assert ceilings.datasheet("NVIDIA GH200 480GB") is None  # not an H200: its bandwidth is not in the table
 
 
 def test_a_missing_peer_says_how_to_get_it(monkeypatch):
