@@ -23,6 +23,7 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
 __all__ = [
     "EPS",
     "gpu_arch",
+    "graph_is_kept",
     "layer_weight",
     "recomputed",
     "set_ops",
@@ -136,6 +137,12 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def graph_is_kept() -> bool:
+    """In a backward: whether there may be another through the same graph (`retain_graph`). If not, what was saved for
+    this one is an op's own, to write into; PyTorch's compiler asks the same before it donates a saved tensor."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @cache
