@@ -21,18 +21,9 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
 __all__ = [
-    "EPS",
-    "gpu_arch",
-    "graph_is_kept",
-    "layer_weight",
-    "recomputed",
-    "set_ops",
-    "tl",
-    "triton",
-    "upcast",
-    "use_kernels",
-    "weight_grad",
-]
+    "EPS", "compiles", "gpu_arch", "graph_is_kept", "layer_weight", "recomputed", "set_ops", "tl", "triton", "upcast",
+    "use_kernels", "weight_grad",
+]  # fmt: skip
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
@@ -42,10 +33,11 @@ _ops: str | None = None
 
 def set_ops(ops: str | None) -> None:
     """Chooses for every op at once: "triton" (the kernels, on any device: the interpreter and meta tensors reach them
-    too), "reference", or None for the default: kernels on a GPU, references on a CPU."""
+    too), "reference", "compile" (the references, for a caller who compiles what calls them), or None for the default:
+    kernels on a GPU, references on a CPU."""
     global _ops
-    if ops not in ("triton", "reference", None):
-        raise ValueError(f"ops {ops!r} must be 'triton', 'reference' or None")
+    if ops not in ("triton", "reference", "compile", None):
+        raise ValueError(f"ops {ops!r} must be 'triton', 'reference', 'compile' or None")
     _ops = ops
 
 
@@ -64,6 +56,11 @@ def gpu_arch() -> int:
         return triton.runtime.driver.active.get_current_target().arch
     except RuntimeError:
         return 0
+
+
+def compiles() -> bool:
+    """Whether the caller is to compile what calls the ops."""
+    return _ops == "compile"
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -114,22 +111,25 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
         return
     storage = tensor.untyped_storage()._cdata  # alive while the context is open, so that no other has this address
     made, waiting = None, 0
+    # PyTorch calls the innermost hooks alone: what they let pass goes on to those around them.
+    outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda kept: kept,) * 2
 
     def pack(kept):
         nonlocal waiting
         if kept.untyped_storage()._cdata != storage:
-            return kept
+            return None, outer_pack(kept)
         waiting += 1
-        return kept.size(), kept.stride(), kept.storage_offset()
+        return (kept.size(), kept.stride(), kept.storage_offset()), None
 
-    def unpack(kept):
+    def unpack(packed):
         nonlocal made, waiting
-        if isinstance(kept, Tensor):
-            return kept
+        view, kept = packed
+        if view is None:
+            return outer_unpack(kept)
         if made is None:
             with torch.no_grad():
                 made = again()
-        view = made.as_strided(*kept)
+        view = made.as_strided(*view)
         waiting -= 1
         if waiting == 0:
             made = None
