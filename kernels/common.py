@@ -21,18 +21,9 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
 __all__ = [
-    "EPS",
-    "compiles",
-    "gpu_arch",
-    "layer_weight",
-    "recomputed",
-    "set_ops",
-    "tl",
-    "triton",
-    "upcast",
-    "use_kernels",
-    "weight_grad",
-]
+    "EPS", "compiles", "gpu_arch", "graph_is_kept", "layer_weight", "recomputed", "set_ops", "tl", "triton", "upcast",
+    "use_kernels", "weight_grad",
+]  # fmt: skip
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
@@ -120,22 +111,25 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
         return
     storage = tensor.untyped_storage()._cdata  # alive while the context is open, so that no other has this address
     made, waiting = None, 0
+    # PyTorch calls the innermost hooks alone: what they let pass goes on to those around them.
+    outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda kept: kept,) * 2
 
     def pack(kept):
         nonlocal waiting
         if kept.untyped_storage()._cdata != storage:
-            return kept
+            return None, outer_pack(kept)
         waiting += 1
-        return kept.size(), kept.stride(), kept.storage_offset()
+        return (kept.size(), kept.stride(), kept.storage_offset()), None
 
-    def unpack(kept):
+    def unpack(packed):
         nonlocal made, waiting
-        if isinstance(kept, Tensor):
-            return kept
+        view, kept = packed
+        if view is None:
+            return outer_unpack(kept)
         if made is None:
             with torch.no_grad():
                 made = again()
-        view = made.as_strided(*kept)
+        view = made.as_strided(*view)
         waiting -= 1
         if waiting == 0:
             made = None
@@ -143,6 +137,12 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def graph_is_kept() -> bool:
+    """In a backward: whether there may be another through the same graph (`retain_graph`). If not, what was saved for
+    this one is an op's own, to write into; PyTorch's compiler asks the same before it donates a saved tensor."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @cache

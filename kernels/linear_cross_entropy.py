@@ -174,7 +174,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dweight, count = ctx.saved_tensors
         scale = dloss / count
         if dx is not None:
-            dx.mul_(scale)
+            dx = dx * scale
         if dweight is not None and ctx.main_grad is not None:
             ctx.main_grad.addcmul_(dweight, scale)
             dweight = None

@@ -6,7 +6,7 @@ x, residual, out: [..., D]; W_fc: [F, D]; W_proj: [D, F]. Backward, with post = 
 
 √post is relu(z), so z itself is neither kept nor written: relu² and its backward live in the epilogues of the products
 around them, and the residual in that of the second one. dz takes the memory of post once dW_proj has been taken from
-it: a second backward of one graph is refused. The plain products are the vendor's.
+it, unless the graph is kept for another backward. The plain products are the vendor's.
 
 `norm_relu2_mlp` has the norm inside: out = x + relu(norm(x)·W_fcᵀ)²·W_projᵀ. With rstd = 1/√(mean(x²) + eps) a row, the
 norm is a factor in the first product's epilogue, and neither it nor its gradient is ever written. Backward, with
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .common import EPS, tl, triton, upcast, use_kernels, weight_grad
+from .common import EPS, graph_is_kept, tl, triton, upcast, use_kernels, weight_grad
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
 
 
@@ -250,11 +250,14 @@ class _Relu2MLP(torch.autograd.Function):
         main_grad_fc, main_grad_proj = ctx.main_grads
         rows = dout.reshape(x.shape)
         dx = dw_fc = dw_proj = None
-        if post is None:
+        recomputed = post is None
+        if recomputed:
             post = _fc_fwd(x, w_fc, rstd)
         if needs_dw_proj:
             dw_proj = weight_grad(rows, post, main_grad_proj)
         if needs_dx or needs_dw_fc:
+            if not recomputed and graph_is_kept():
+                post = post.clone()
             dz, c = _proj_bwd_(rows, w_proj, post, rstd)
             if needs_dw_fc:
                 dw_fc = weight_grad(dz, x, main_grad_fc)

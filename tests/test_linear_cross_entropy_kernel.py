@@ -179,7 +179,7 @@ MUTANTS = {
     "no onehot": (("- tl.where(offs == target, 1.0, 0.0)", ""),),
     "ignored tokens have gradients": (("tl.where(counts, 1.0 / total, 0.0)", "1.0 / total"),),
     "ignored tokens are counted": (("return (targets != IGNORED).sum()", "return (targets != 10**6).sum()"),),
-    "dx is not scaled": (("dx.mul_(scale)", "dx.mul_(dloss)"),),
+    "dx is not scaled": (("dx = dx * scale", "dx = dx * dloss"),),
     "dW is not scaled": (("(dweight * scale)", "(dweight / count)"),),
     "only the last chunk's dW": (("weight_grad(chunk, x[part], dweight)",
                                   "weight_grad(chunk, x[part], dweight.zero_())"),),

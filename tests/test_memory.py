@@ -147,3 +147,21 @@ def test_an_overwritten_qkv_is_refused_by_whoever_kept_it():
     again = kernels.rotary_attention(qkv, cos, sin, 1, 4)
     assert torch.equal(out, again)
     assert torch.equal(qkv, before)
+
+
+def test_hooks_outside_see_what_is_kept_and_not_what_is_forgotten():
+    kernels.set_ops("triton")
+    x = torch.randn(6, 5, device=DEVICE, requires_grad=True)
+    y, other, seen = 2 * x, x.detach() + 1, []
+
+    def pack(tensor):
+        seen.append(tensor.data_ptr())
+        return [tensor]
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0])
+    with hooks, kernels.recomputed(y, lambda: 2 * x):
+        z = (y * y * other.requires_grad_()).sum()
+    assert other.data_ptr() in seen
+    assert y.data_ptr() not in seen
+    z.backward()
+    torch.testing.assert_close(x.grad, 8 * x.detach() * other.detach())

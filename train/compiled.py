@@ -51,23 +51,7 @@ def compiled_update(optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
 
 
 def partitioned(model: GPT) -> Callable[..., Tensor]:
-    """`model` divided into forward and backward as when it is compiled; then each half runs op by op."""
-    return _compile(model, backend="aot_eager_decomp_partition")
-
-
-def bytes_kept_by_compiled(model: GPT, tokens: Tensor) -> int:
-    """What the compiled forward of `tokens` [B, T] keeps for the backward: the division decides it, and nothing need be
-    compiled for a count."""
-    # A compiled model is given the gradients' buffers as well, to add to them in its backward.
-    state = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, getattr(p, "main_grad", p))}
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = partitioned(model)(tokens, tokens)
-    del loss  # alive until here, and with it what is kept: no address was used twice
-    return sum(nbytes for address, nbytes in kept.items() if address not in state)
+    """`model` as the ops in force call it, where only what autograd keeps is of interest. The compiled one decides that
+    when it is divided into forward and backward; then each half runs op by op, which spares compiling it for one row.
+    """
+    return _compile(model, backend="aot_eager_decomp_partition") if kernels.compiles() else model

@@ -7,6 +7,7 @@ through the real forward, and what autograd keeps of them is added up.
 import gc
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -15,12 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import InputError
 
-from .compiled import bytes_kept_by_compiled
+from .compiled import partitioned
 from .config import TrainConfig
 from .step import TrainStep
 
@@ -77,17 +77,37 @@ def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
     return 4 * (4 * adamw + 3 * muon) + copies + update
 
 
+class _Kept:
+    """Stands in the graph for a tensor that autograd keeps, and counts its storage once for as long as it lives."""
+
+    def __init__(self, tensor: torch.Tensor, users: Counter, peak: list[int]):
+        self.tensor, self.users = tensor, users
+        storage = tensor.untyped_storage()
+        self.key = (storage.data_ptr(), storage.nbytes())
+        users[self.key] += 1
+        if users[self.key] == 1:
+            peak[0] = max(peak[0], sum(nbytes for (_, nbytes), count in users.items() if count))
+
+    def __del__(self):
+        self.users[self.key] -= 1
+
+
 def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -> int:
-    """What the forward of `rows` rows leaves for the backward. `precision` is the context that the forward runs in."""
+    """The most that autograd keeps at once in the forward of `rows` rows, parameters and their gradients left out.
+    `precision` is the context that the forward runs in."""
+    users: Counter = Counter()
+    peak = [0]
+    # A compiled model is given the gradients' buffers as well, to add to them in its backward.
+    state = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, getattr(p, "main_grad", p))}
+
+    def keep(tensor):
+        return tensor if tensor.untyped_storage().data_ptr() in state else _Kept(tensor, users, peak)
+
+    forward = partitioned(model)
     tokens = torch.zeros(rows, model.config.seq_len, dtype=torch.int32, device=model.wte.device)
-    if kernels.compiles():
-        with precision:
-            return bytes_kept_by_compiled(model, tokens)
-    with LiveBytes() as memory, precision:
-        loss = model(tokens, tokens)
-        kept = memory.now
-        del loss  # alive until here, and with it the graph
-    return kept
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: getattr(kept, "tensor", kept)), precision:
+        forward(tokens, tokens)
+    return peak[0]
 
 
 def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float, float]:
