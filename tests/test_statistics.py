@@ -45,7 +45,7 @@ def test_equal_groups_are_rarely_told_apart():
     words = [verdict(a, b) for a, b in draws.tolist()]
     assert words.count("better") / len(words) <= 0.05
     assert words.count("worse") / len(words) <= 0.05
-    assert 0.01 < words.count("better") / len(words)  # and not because it never says anything
+    assert words.count("better") / len(words) > 0.01  # and not because it never says anything
 
 
 def test_unequal_noise_does_not_fool_it():

@@ -6,8 +6,8 @@ import sys
 from prepare import InputError
 
 from .config import parse
+from .experiment import experiment
 from .loop import TrainingError
-from .trainer import run
 
 
 class Terminated(BaseException):
@@ -22,7 +22,7 @@ def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 done; 1 FAIL; 2 bad arguments or bad input; 130, 143 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        run(parse(args))
+        return experiment(parse(args))
     except TrainingError as error:
         print(f"\nFAIL: {error}", flush=True)
         return 1
@@ -35,7 +35,6 @@ def main(args: list[str] | None = None) -> int:
     except Terminated:
         print("\nterminated", file=sys.stderr)
         return 143
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from prepare import InputError, Tokenizer
 
+from .tensorboard import EventWriter
+
 
 def write_json(path: Path, value: dict) -> None:
     """Writes beside, then renames: a reader sees the old file or the new one, whole."""
@@ -35,12 +37,16 @@ def source_commit() -> str | None:
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def default_run_dir(name: str) -> Path:
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
 class RunFolder:
     """A new folder for a run. Raises InputError where one is in the way."""
 
-    def __init__(self, path: str | None, name: str):
-        default = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-        self.path = Path(path) if path else default
+    def __init__(self, path: Path):
+        self.path = path
+        self.watchers: list[EventWriter] = []  # write each row of metrics too
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"the run folder {self.path} is not empty: choose another --run-dir")
         try:
@@ -62,6 +68,8 @@ class RunFolder:
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self._metrics.write(json.dumps(row) + "\n")
+        for watcher in self.watchers:
+            watcher.write(row)
 
     def write_model(self, weights: dict[str, torch.Tensor]) -> None:
         part = self.path / "model.safetensors.part"
@@ -74,6 +82,8 @@ class RunFolder:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+        for watcher in self.watchers:
+            watcher.close()
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:

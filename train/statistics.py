@@ -6,7 +6,7 @@ Biometrika 34 (1947); the degrees of freedom after Welch and Satterthwaite.
 
 import math
 from collections.abc import Sequence
-from statistics import mean, variance
+from statistics import mean, stdev, variance
 
 SIGNIFICANCE = 0.05  # two-sided: under equal means "better" comes out at most 2.5 % of the time, and so does "worse"
 FRACTION_TERMS = 40  # of the continued fraction: to the last digit up to 10,000 degrees of freedom
@@ -53,3 +53,11 @@ def verdict(a: Sequence[float], b: Sequence[float]) -> str:
     if p >= SIGNIFICANCE:
         return "within noise"
     return "better" if mean(a) < mean(b) else "worse"
+
+
+def spread(values: Sequence[float]) -> str:
+    """`mean ± standard deviation (n)`."""
+    if not values:
+        return "none"
+    deviation = f" ± {stdev(values):.6f}" if len(values) > 1 else ""
+    return f"{mean(values):.6f}{deviation} ({len(values)})"

@@ -20,18 +20,22 @@ from model.gpt import count_parameters
 from prepare import Dataset, InputError, Loader, default_folder, evaluate_bpb, prepare
 from prepare.evaluate import Evaluation
 
+from .audit import audit
 from .budget import Budget
 from .clock import clock_of
 from .config import TrainConfig, resolve
+from .curves import draw_curves
 from .loop import train
 from .memory import available_bytes, check_batch_fits, check_state_fits
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
 from .progress import Reporter, print_summary
+from .record import Record
 from .runs import RunFolder
 from .schedule import step_values
 from .step import TrainStep
+from .tensorboard import EventWriter, check_tensorboard
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
@@ -115,8 +119,10 @@ def seconds_since_start() -> float:
     return time.time() - psutil.Process(os.getpid()).create_time()
 
 
-def run(config: TrainConfig) -> dict[str, str]:
+def run(config: TrainConfig, record: Record) -> dict[str, str]:
     """Trains, evaluates, writes the run's folder and prints the summary. Raises InputError and TrainingError."""
+    if config.tensorboard:
+        check_tensorboard()
     device = pick_device(config.device)
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
     if config.autocast is None:
@@ -145,7 +151,7 @@ def run(config: TrainConfig) -> dict[str, str]:
         bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
     )  # fmt: skip
     with closing(loader):
-        folder = RunFolder(config.run_dir, config.name)
+        folder = RunFolder(record.folder)
         fingerprint = {
             "folder": str(Path(data.folder).resolve()),
             "source": data.source,
@@ -154,15 +160,19 @@ def run(config: TrainConfig) -> dict[str, str]:
         }
         resolved = dataclasses.asdict(config)
         folder.write_config(resolved, dataclasses.asdict(model_config), fingerprint, data.folder / "tokenizer.json")
+        record.begin(config, dataclasses.asdict(model_config), fingerprint)
+        if config.tensorboard:
+            folder.watchers.append(EventWriter(folder.path))
         announce(config, model_config, data, folder)
 
         budget = Budget(config.time_budget, config.steps, config.untimed_steps)
         report = Reporter(folder, model_config, model.wte.device, config.total_batch_size)
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
-        if config.graphs:
-            step.capture(*plan)
-        elif config.untimed_steps == 0:
-            step.rehearse(*plan)
+        with record.timed("compile"):
+            if config.graphs:
+                step.capture(*plan)
+            elif config.untimed_steps == 0:
+                step.rehearse(*plan)
         ready = seconds_since_start()
         try:
             train(config, step, loader, budget, clock_of(device), report)
@@ -171,11 +181,17 @@ def run(config: TrainConfig) -> dict[str, str]:
             folder.close()
     step.release()
     folder.write_model(optimizer.masters)
-    evaluation = evaluate_bpb(
-        step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
-        max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
-    )  # fmt: skip
+    with record.timed("evaluation"):
+        evaluation = evaluate_bpb(
+            step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
+            max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
+        )  # fmt: skip
+    with record.timed("audit"):
+        findings = audit(step.token_losses, model, data, config.ops, config.seq_len, config.packing)
+    record.trained(budget, ready)
     summary = summarise(config, model_config, budget, evaluation, ready, loader.cropped_share)
+    draw_curves(folder.path)
+    summary |= record.finish(summary, evaluation, findings)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
     print_summary({**summary, "run": str(folder.path)})
     return summary
