@@ -1,4 +1,4 @@
-"""`curves.png` of a run: loss, learning rate, tokens/s and MFU against seconds. `python -m train.curves RUN` draws it."""
+"""`python -m train.curves RUN`: draws `curves.png`, loss, learning rate, tokens/s and MFU against seconds."""
 
 import json
 import math
@@ -70,13 +70,14 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
     pace.set_title("tokens per second", **_TITLE)
     if all(math.isnan(value) for value in series("mfu")):
         mfu.text(0.5, 0.5, "n/a: no GPU", transform=mfu.transAxes, ha="center", va="center", color=GREY, fontsize=11)
-        mfu.set_yticks([])
+        mfu.set_axis_off()
     else:
         mfu.plot(seconds, series("mfu"), color=BLUE, linewidth=0.8)
         mfu.set_ylim(0, 1.15 * _high(series("mfu")[first_timed:]))
     mfu.set_title("MFU, percent of an H100's bf16 peak", **_TITLE)
     for panel in panels:
         tidy(panel)
+        panel.set_xlim(0, seconds[-1])
         if untimed is not None and first_timed:
             panel.axvspan(0, untimed, color=GREY, alpha=0.15, linewidth=0)
     for panel in panels[2:]:
@@ -93,7 +94,7 @@ _TITLE = {"fontsize": 10, "loc": "left", "color": INK}
 def _high(values: list[float]) -> float:
     """Nearly the largest: one freak step does not flatten all others."""
     finite = sorted(value for value in values if math.isfinite(value))
-    return finite[int(0.99 * (len(finite) - 1))] or 1.0 if finite else 1.0
+    return finite[math.ceil(0.99 * (len(finite) - 1))] or 1.0 if finite else 1.0
 
 
 def main(args: list[str] | None = None) -> int:

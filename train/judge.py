@@ -118,5 +118,5 @@ def judge(run: dict, earlier: Sequence[dict]) -> Judgement:
     word = verdict(ours, theirs)
     note = f"against {best['group']}"
     if word == "unknown":
-        note += f": no noise known from {len(ours)} and {len(theirs)} runs, --repeat 3 or --confirm both"
+        note += f": {len(ours)} and {len(theirs)} runs show no noise"
     return Judgement(status, word, note)

@@ -1,4 +1,4 @@
-"""The ledger: a row for every run in `results.tsv`, for eyes and scripts, and all that is known of it in `results.jsonl`.
+"""The ledger: a row for every run in `results.tsv`, for eyes and scripts, and all that is known in `results.jsonl`.
 
 Both stand beside the run folders. Lines are only ever appended, each by one write under a lock: several runs may end at
 once, and a writer that is killed costs its own line and no other. Programs read `results.jsonl` alone.
@@ -70,7 +70,7 @@ class Ledger:
 
 
 def tsv_line(entry: dict) -> str:
-    """The row of a run. Without a val_bpb it shows 0.000000 there, and 0.0 as its memory, as the published system does."""
+    """The row of a run. Where there is no val_bpb it says 0.000000, and 0.0 GB, as the published system does."""
     finished = entry["val_bpb"] is not None
     shown = {
         "val_bpb": f"{entry['val_bpb']:.6f}" if finished else "0.000000",

@@ -58,6 +58,6 @@ def verdict(a: Sequence[float], b: Sequence[float]) -> str:
 def spread(values: Sequence[float]) -> str:
     """`mean ± standard deviation (n)`."""
     if not values:
-        return "none"
+        return "-"
     deviation = f" ± {stdev(values):.6f}" if len(values) > 1 else ""
     return f"{mean(values):.6f}{deviation} ({len(values)})"
