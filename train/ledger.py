@@ -8,6 +8,8 @@ import fcntl
 import json
 import math
 import os
+import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +50,12 @@ class Ledger:
         if entry["kind"] == RUN:
             header = "\t".join(COLUMNS) + "\n"
             _append_line(self.folder / TSV, tsv_line(entry), header)
-        _append_line(self.folder / JSONL, json.dumps(entry) + "\n")
+        _append_line(self.folder / JSONL, json.dumps(entry | {"crc32": _checksum(entry)}) + "\n")
 
     def entries(self) -> tuple[list[dict], int]:
         """All entries, oldest first, and how many lines were damaged and are left out."""
         try:
-            lines = (self.folder / JSONL).read_bytes().splitlines()
+            lines = _BEGINNING.split((self.folder / JSONL).read_bytes())
         except FileNotFoundError:
             return [], 0
         entries = [_parse(line) for line in lines if line.strip()]
@@ -107,10 +109,21 @@ _NEEDED = {
 }  # fmt: skip
 
 
+# Where an entry begins, also where the end of the line before it is damaged: inside a string its quotes are escaped.
+_BEGINNING = re.compile(rb'\n|(?=\{"kind": "(?:run|holdout)")')
+
+
+def _checksum(entry: dict) -> int:
+    """Of the entry as it is written: a digit that has changed on the disk is no number to compare with."""
+    return zlib.crc32(json.dumps(entry).encode())
+
+
 def _parse(line: bytes) -> dict | None:
     try:
-        entry = json.loads(line)
+        entry, _ = json.JSONDecoder().raw_decode(line.decode("utf-8", errors="replace"))
         needed = _NEEDED[entry["kind"]]
+        if entry.pop("crc32") != _checksum(entry):
+            return None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if not all(isinstance(entry.get(key), kind) for key, kind in needed.items()):

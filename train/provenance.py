@@ -57,13 +57,13 @@ def evaluating_code_sha256() -> str:
 
 
 def machine(device: str) -> dict:
-    """What the run's speed depends on. `kind` is what two comparable runs have in common."""
+    """What the run's speed depends on. Runs on machines of one `name` are comparable."""
     found = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1)}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         gpu = {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 2**30, 1)}
-        return {"kind": properties.name, **gpu, **found}
-    return {"kind": f"{found['cpu']}, {torch.get_num_threads()} threads", **found}
+        return {"name": properties.name, **gpu, **found}
+    return {"name": f"{found['cpu']}, {torch.get_num_threads()} threads", **found}
 
 
 def cpu_name() -> str:

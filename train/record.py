@@ -68,11 +68,12 @@ class Record:
         }
 
     def finish(self, summary: dict[str, str], evaluation: Evaluation, audit: list[str]) -> dict[str, str]:
-        """Writes the row of a run that came to its end. Returns what the summary says of it."""
+        """Writes the row of a run that came to its end. Returns what the summary has to say besides."""
+        summary = {**summary, "total_seconds": f"{time.time() - self._started:.1f}"}
         comparable = {
             "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
             "budget": self._budget(),
-            "machine": self.machine["kind"],
+            "machine": self.machine["name"],
         }
         memory = summary["peak_vram_mb" if self.config.device == "cuda" else "peak_rss_mb"]
         bpb = evaluation.bpb if math.isfinite(evaluation.bpb) else None
@@ -88,6 +89,7 @@ class Record:
             }
         )
         return {
+            "total_seconds": summary["total_seconds"],
             "audit": "; ".join(audit) or "ok",
             "status": judgement.status,
             "verdict": judgement.verdict + (f" ({judgement.note})" if judgement.note else ""),

@@ -141,8 +141,9 @@ def run(config: TrainConfig, record: Record) -> dict[str, str]:
     model.init_weights(config.seed)
     optimizer = Optimizer(model, config, forward_dtype)
     step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
-    if kernels_compile:
-        kernels_compile.wait()
+    with record.timed("compile"):
+        if kernels_compile:
+            kernels_compile.wait()
     check_batch_fits(config, model, step.precision(), available_bytes(device))
 
     split = data.split("train")
@@ -186,13 +187,13 @@ def run(config: TrainConfig, record: Record) -> dict[str, str]:
             step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
             max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
         )  # fmt: skip
-    with record.timed("audit"):
-        findings = audit(step.token_losses, model, data, config.ops, config.seq_len, config.packing)
     record.trained(budget, ready)
     summary = summarise(config, model_config, budget, evaluation, ready, loader.cropped_share)
-    draw_curves(folder.path)
+    with record.timed("audit"):  # after the peak of memory was read
+        findings = audit(step.token_losses, model, data, config.ops, config.seq_len, config.packing)
     summary |= record.finish(summary, evaluation, findings)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
+    draw_curves(folder.path)
     print_summary({**summary, "run": str(folder.path)})
     return summary
 
