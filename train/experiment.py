@@ -5,9 +5,9 @@ More than one run are processes of their own, one after another: each starts as 
 
 import dataclasses
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import Popen
 
 from prepare import InputError
 
@@ -70,13 +70,15 @@ def one_of(config: TrainConfig, base: Path, what: str, *, seed: int, **fields) -
     folder = base.with_name(f"{base.name}-seed{seed}")
     config = dataclasses.replace(config, seed=seed, run_dir=str(folder), repeat=1, confirm=False, **fields)
     print(f"=== {what}: seed {seed}", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "train", *to_args(config)], process_group=0)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers]
+    process = Popen([sys.executable, "-m", "train", *to_args(config)], process_group=0)
+    before = {
+        number: signal.signal(number, lambda number, _: process.send_signal(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         code = process.wait()
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
