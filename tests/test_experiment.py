@@ -66,7 +66,7 @@ def test_a_run_that_fails_and_one_that_is_broken(corpus, tmp_path, monkeypatch):
     )  # fmt: skip
     assert failed["note"] == "step 00000: loss is nan (batches 0 to 0), after 0 steps"
     assert (broken["run"], broken["status"], broken["description"]) == ("bug", "crash", "bug")
-    assert broken["note"].startswith("ZeroDivisionError")
+    assert broken["note"] == "ZeroDivisionError: division by zero, before the first step"
 
 
 def test_bad_arguments_leave_no_row(corpus, tmp_path):
@@ -137,7 +137,7 @@ def test_a_signal_reaches_the_run_and_leaves_a_row(corpus, tmp_path, number, cod
     (row,) = rows(tmp_path)
     assert (row["status"], row["verdict"]) == ("crash", "interrupted")
     assert row["note"].startswith(word)
-    assert int(re.search(r"after (\d+) steps", row["note"])[1]) >= 4
+    assert int(re.search(r"after (\d+) steps", row["note"])[1]) >= 3
 
 
 def test_arguments_spell_the_configuration():

@@ -34,7 +34,7 @@ def experiment(config: TrainConfig) -> int:
         summary = run(config, record)
     except BaseException as error:
         record.fail(error)
-        if isinstance(error, Exception):  # who interrupts does not wait for a picture
+        if record.began and isinstance(error, Exception):  # who interrupts does not wait for a picture
             draw_curves(record.folder)
         raise
     if summary["audit"] != "ok":

@@ -105,7 +105,7 @@ class Record:
         self._write(
             {
                 "outcome": "failed" if isinstance(error, Exception) else "interrupted",
-                "error": f"{reason}, after {self._steps()} steps",
+                "error": f"{reason}, after {self._steps()} steps" if self.began else f"{reason}, before the first step",
                 "val_bpb": None,
                 "memory_gb": None,
                 "audit": None,
