@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 import train.__main__
 from model import GPT
 from prepare import Tokenizer
-from train.export import export
+from train.export import export, tokenizer_json
 from train.export import main as export_main
 from train.runs import load_run
 
@@ -88,6 +88,15 @@ def test_the_tokenizers_library_gives_the_same_ids(finished, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["bos"] == ours.bos
     assert config["special_tokens"]["<|bos|>"] == ours.bos
+
+
+def test_a_token_that_no_merge_reaches():
+    """Joining b and c first leaves a, bc, d; the encoder takes the whole piece all the same, since it is a token."""
+    ours = Tokenizer([b"bc", b"ab", b"cd", b"abcd"])
+    theirs = TokenizersTokenizer.from_str(json.dumps(tokenizer_json(ours)))
+    assert ours.encode("abcd") == [259]
+    for text in ("abcd", " abcd", "abcd abcd", "abcdabcd"):
+        assert theirs.encode(text).ids == ours.encode(text)
 
 
 def test_a_model_that_modeling_py_does_not_know_is_refused(finished, tmp_path, monkeypatch, capsys):

@@ -88,6 +88,10 @@ def test_outliers_do_not_squeeze_the_picture():
     low, high = limits([{"val_bpb": number} for number in numbers])
     assert 0.99 < low < 0.997
     assert 1.002 < high < 1.02
+    # Where nothing after the first was better, too.
+    low, high = limits([{"val_bpb": number} for number in sorted(numbers)])
+    assert 0.99 < low < 0.997
+    assert 1.002 < high < 5
 
 
 def metrics(folder: Path, **changed) -> Path:
