@@ -208,8 +208,8 @@ def limits(shown: Sequence[dict]) -> tuple[float, float]:
     if not values:
         return 0.0, 1.0
     first, best = shown[0]["val_bpb"], values[0]
-    usual = values[math.ceil(0.85 * (len(values) - 1))]
-    high = max(first, min(usual, first + 2 * (first - best)) if first > best else usual)
+    most, middle = values[math.ceil(0.85 * (len(values) - 1))], statistics.median(values)
+    high = max(first, min(most, best + 4 * (middle - best)))
     room = (high - best) or 0.01 * best
     return best - 0.2 * room, high + 0.12 * room
 
