@@ -4,16 +4,20 @@
 an op and direction: what binds it, its share, and the MFU that the sum would give. An op takes the longer of its two
 times, as if bytes and FLOPs overlapped wholly: no launch gaps, no tails, every fusion that `cost` counts on. It is a
 bound to measure against, not a prediction.
+
+`--measured FILE` sets beside it what bench/test_step.py measured: the gap of each op, where the next millisecond is.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from bench.ceilings import Ceilings
 from model import GPTConfig, flops_per_token
 from model.config import GATE_CHANNELS
 from model.flops import H100_PEAK
@@ -22,18 +26,10 @@ from prepare import InputError
 from prepare.arguments import Parser
 from train.config import TrainConfig, resolve
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Ceilings: FLOP/s of a large bf16 product of random data, bytes/s of a device-to-device copy."""
-
-    flops: float
-    bandwidth: float
-
-
 # H200: 790 TFLOP/s and 4.3 TB/s (of 4.8) have been measured by others on one. H100: the same rate, and the same nine
 # tenths of its datasheet's 3.35 TB/s: not measured.
-GPUS = {"h200": Gpu(790e12, 4.3e12), "h100": Gpu(790e12, 3.0e12)}
+GPUS = {"h200": Ceilings(790e12, 4.3e12), "h100": Ceilings(790e12, 3.0e12)}
+ITEMSIZES = {"cuda": 2, "cpu": 4}  # bytes of an activation
 
 
 @dataclass(frozen=True)
@@ -45,67 +41,100 @@ class Line:
     bytes: float
     flops: float
 
-    def milliseconds(self, gpu: Gpu) -> float:
-        return 1e3 * self.count * max(self.bytes / gpu.bandwidth, self.flops / gpu.flops)
+    def milliseconds(self, gpu: Ceilings) -> float:
+        return 1e3 * self.count * gpu.seconds(self.bytes, self.flops)
 
-    def bound(self, gpu: Gpu) -> str:
+    def bound(self, gpu: Ceilings) -> str:
         return "bytes" if self.bytes / gpu.bandwidth > self.flops / gpu.flops else "FLOPs"
 
 
-def op_cost(op: str):
-    # The door of `kernels` has the op under the module's name.
-    return import_module(f"kernels.{op}").cost
+@dataclass(frozen=True)
+class Op:
+    """An op of the model at its sizes, `count` times in a micro-step, or in a step where it belongs to the update."""
+
+    name: str
+    count: int
+    module: str  # of kernels/; its `cost` takes the sizes and flags
+    sizes: tuple
+    flags: tuple[tuple[str, bool], ...] = ()
+    shape: tuple[int, ...] = ()  # of Muon's matrices, of which `cost` wants the number of elements alone
+
+    def cost(self, backward: bool = False, itemsize: int = 2) -> tuple[float, float]:
+        """Bytes and FLOPs; `itemsize` is that of the activations, in bytes. Where they are fp32 the forward reads the
+        masters, and an update writes no copy. An update has no backward, and Polar Express its own dtype."""
+        more = {
+            "polar_express": {},
+            "adamw": {"copy_itemsize": itemsize % 4},
+            "muon": {"copy_itemsize": itemsize % 4},
+            "rotary_attention": {"element_size": itemsize, "backward": backward},
+        }.get(self.module, {"itemsize": itemsize, "backward": backward})
+        # Not by attribute: the door of `kernels` has the op under the module's name.
+        return import_module(f"kernels.{self.module}").cost(*self.sizes, **dict(self.flags), **more)
+
+    def line(self, direction: str, itemsize: int = 2) -> Line:
+        """`direction` is "forward", "backward" or "" for an update."""
+        return Line(f"{self.name} {direction}".strip(), self.count, *self.cost(direction == "backward", itemsize))
+
+
+def micro_step_ops(config: TrainConfig, model: GPTConfig) -> list[Op]:
+    """Every op of a forward and backward, in the order of the forward."""
+    rows, D = config.micro_batch_tokens, model.d_model
+    ve = len(model.ve_layers)
+    heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
+    attention = []
+    for window in sorted(set(model.windows)):
+        layers = [i for i, w in enumerate(model.windows) if w == window]
+        for has_ve in (False, True):
+            count = sum((i in model.ve_layers) == has_ve for i in layers)
+            name = f"attention, window {window}{', value embedding' if has_ve else ''}"
+            attention.append(Op(name, count, "rotary_attention", (*heads, window), (("has_ve", has_ve),)))
+    ops = [
+        Op("embedding", 1, "embedding", (rows, model.vocab_size, (D, *[model.kv_width] * ve))),
+        Op("norm", model.depth + 2, "rms_norm", (rows, D)),
+        Op("λ-mix and norm", model.depth, "rms_norm", (rows, D), (("has_x0", True),)),
+        Op("qkv", model.depth, "linear", (rows, D, D + 2 * model.kv_width)),
+        Op("value gate", ve, "linear", (rows, GATE_CHANNELS, model.kv_heads)),
+        *attention,
+        Op("attention output", model.depth, "linear", (rows, D, D), (("residual", True),)),
+        Op("relu² MLP", model.depth, "mlp", (rows, D, 4 * D)),
+        Op("head and loss", 1, "linear_cross_entropy", (rows, D, model.vocab_size)),
+    ]
+    return [op for op in ops if op.count]
 
 
 def micro_step(config: TrainConfig, model: GPTConfig) -> Iterator[Line]:
-    """Every op of one forward and backward."""
-    rows, D = config.micro_batch_tokens, model.d_model
-    ve = len(model.ve_layers)
-    widths = [D, *[model.kv_width] * ve]
-    for backward in (False, True):
-        direction = "backward" if backward else "forward"
-
-        def line(name, count, op, *sizes, _backward=backward, _direction=direction, **flags):
-            return Line(f"{name} {_direction}", count, *op_cost(op)(*sizes, **flags, backward=_backward))
-
-        yield line("embedding", 1, "embedding", rows, model.vocab_size, widths)
-        yield line("norm", model.depth + 2, "rms_norm", rows, D)
-        yield line("λ-mix and norm", model.depth, "rms_norm", rows, D, has_x0=True)
-        yield line("qkv", model.depth, "linear", rows, D, D + 2 * model.kv_width)
-        yield line("value gate", ve, "linear", rows, GATE_CHANNELS, model.kv_heads)
-        heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
-        for window in sorted(set(model.windows)):
-            layers = [i for i, w in enumerate(model.windows) if w == window]
-            for has_ve in (False, True):
-                count = sum((i in model.ve_layers) == has_ve for i in layers)
-                name = f"attention, window {window}{', value embedding' if has_ve else ''}"
-                yield line(name, count, "rotary_attention", *heads, window, has_ve)
-        yield line("attention output", model.depth, "linear", rows, D, D, residual=True)
-        yield line("relu² MLP", model.depth, "mlp", rows, D, 4 * D)
-        yield line("head and loss", 1, "linear_cross_entropy", rows, D, model.vocab_size)
+    """Every op in its forward, then every op in its backward."""
+    for direction in ("forward", "backward"):
+        for op in micro_step_ops(config, model):
+            yield op.line(direction)
 
 
-def update(model: GPTConfig) -> Iterator[Line]:
+def update_ops(model: GPTConfig) -> list[Op]:
     """Every op of the optimizer, once a step."""
+    ops = []
     for name, shape in parameter_shapes(model).items():
-        elements = 1
-        for size in shape:
-            elements *= size
         if name not in BLOCK_WEIGHTS:
-            yield Line(f"AdamW {name}", 1, *op_cost("adamw")(elements))
+            ops.append(Op(f"AdamW {name}", 1, "adamw", (math.prod(shape),)))
             continue
         L, rows, cols = shape
+        # q, k and v are three matrices to Muon: one batch where they are alike.
         sizes = [model.d_model, model.kv_width, model.kv_width] if name == "w_qkv" else [rows]
-        for size in sizes:
-            yield Line(f"Polar Express {name}", 1, *op_cost("polar_express")(L, size, cols))
-        yield Line(f"Muon {name}", 1, *op_cost("muon")(elements))
+        alike = len(set(sizes)) == 1
+        for matrices in [(L * len(sizes), sizes[0], cols)] if alike else [(L, size, cols) for size in sizes]:
+            ops.append(Op(f"Polar Express {name}", 1, "polar_express", matrices))
+            ops.append(Op(f"Muon {name}", 1, "muon", (math.prod(matrices),), shape=matrices))
+    return [op for op in ops if op.sizes[0]]
 
 
-def report(config: TrainConfig, model: GPTConfig, gpu: Gpu) -> tuple[float, float]:
+def update(model: GPTConfig, itemsize: int = 2) -> Iterator[Line]:
+    for op in update_ops(model):
+        yield op.line("", itemsize)
+
+
+def report(config: TrainConfig, model: GPTConfig, gpu: Ceilings) -> tuple[float, float]:
     """Prints the table. Returns the milliseconds of a micro-step, its share of the update included, and the MFU."""
     accumulated = config.grad_accum_steps
     parts = [(line, 1.0) for line in micro_step(config, model)] + [(line, 1 / accumulated) for line in update(model)]
-    parts = [(line, share) for line, share in parts if line.count]
     total = sum(line.milliseconds(gpu) * share for line, share in parts)
     width = max(len(line.name) for line, _ in parts)
     print(f"{'op':<{width}}  count  MB each  GFLOP each  bound  ms in all  share")
@@ -121,25 +150,100 @@ def report(config: TrainConfig, model: GPTConfig, gpu: Gpu) -> tuple[float, floa
     return total, mfu
 
 
+@dataclass(frozen=True)
+class Part:
+    """What an op takes in a micro-step, all its layers, in one direction: milliseconds allowed, and measured."""
+
+    name: str
+    bound: float
+    measured: float
+
+    @property
+    def gap(self) -> float:
+        return self.measured - self.bound
+
+
+def read_step(path: Path, vocab_size: int | None) -> dict:
+    """The record that bench/test_step.py left in pytest-benchmark's JSON. Raises InputError."""
+    try:
+        benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+        steps = [b["extra_info"]["step"] for b in benchmarks if "step" in b.get("extra_info", {})]
+    except OSError as error:
+        raise InputError(f"--measured {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"--measured {path} is no JSON that --benchmark-json wrote") from None
+    if not steps:
+        raise InputError(f"--measured {path} holds no step: pytest bench/test_step.py --benchmark-only measures one")
+    fitting = [step for step in steps if vocab_size in (None, step["model"]["vocab_size"])]
+    if not fitting:
+        there = ", ".join(str(step["model"]["vocab_size"]) for step in steps)
+        raise InputError(f"--measured {path} holds no step at --vocab-size {vocab_size}, only at {there}")
+    return fitting[0]
+
+
+def parts_of(step: dict, gpu: Ceilings) -> list[Part]:
+    """Every op forward and backward and the update, the largest gap first. A backward is what both directions take
+    over the forward alone: where a forward with gradients does more than one without, that is in it too."""
+    config, model = TrainConfig(**step["config"]), GPTConfig(**step["model"])
+    times = {part["op"]: part for part in step["parts"]}
+    parts, itemsize = [], ITEMSIZES[config.device]
+    for op in micro_step_ops(config, model):
+        if op.name not in times:
+            raise InputError(f"the measured step lacks {op.name!r}: measure it again with this version")
+        forward_ms, both_ms = times[op.name]["forward_ms"], times[op.name]["both_ms"]
+        for direction, measured in (("forward", forward_ms), ("backward", both_ms - forward_ms)):
+            line = op.line(direction, itemsize)
+            parts.append(Part(line.name, line.milliseconds(gpu), op.count * measured))
+    share = 1 / config.grad_accum_steps
+    bound = sum(line.milliseconds(gpu) for line in update(model, itemsize))
+    parts.append(Part("update, a micro-step's share", bound * share, step["update_ms"] * share))
+    return sorted(parts, key=lambda part: -part.gap)
+
+
+def report_measured(step: dict, gpu: Ceilings) -> list[Part]:
+    """Prints the gap of each op, and what of the step is none of them. Returns the parts as printed."""
+    config = TrainConfig(**step["config"])
+    parts = parts_of(step, gpu)
+    width = max(len(part.name) for part in parts)
+    print(f"{'op, all its layers':<{width}}  {'bound ms':>9}  {'measured':>9}  {'gap':>8}  of bound")
+    total = Part("sum", sum(part.bound for part in parts), sum(part.measured for part in parts))
+    for part in [*parts, total]:
+        print(
+            f"{part.name:<{width}}  {part.bound:>9.3f}  {part.measured:>9.3f}  {part.gap:>8.3f}"
+            f"  {part.bound / part.measured if part.measured > 0 else float('nan'):>8.0%}"
+        )
+    micro_step = step["step_ms"] / config.grad_accum_steps
+    mfu = "n/a" if step["mfu_percent"] is None else f"{step['mfu_percent']:.1f} %"
+    print(f"a micro-step of {config.micro_batch_tokens:,} tokens, measured: {micro_step:.2f} ms, MFU {mfu}")
+    print(f"in none of its ops: {micro_step - total.measured:.2f} ms")
+    print(f"the next millisecond: {parts[0].name}, {parts[0].gap:.2f} ms above its bound")
+    return parts
+
+
 def main(args: list[str] | None = None) -> int:
     parser = Parser(prog="python -m bench.roofline", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--gpu", choices=GPUS, default="h200")
+    parser.add_argument("--gpu", choices=GPUS, help="whose ceilings (default: h200; with --measured those measured)")
     parser.add_argument("--depth", type=int, help="layers (default: the default GPU configuration's)")
-    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--vocab-size", type=int, help="default: 8192; with --measured the first step's")
     parser.add_argument("--config", type=Path, help="config.json of a run, instead of --depth and --vocab-size")
+    parser.add_argument("--measured", type=Path, help="JSON of bench/test_step.py: the gap of each op, largest first")
     options = parser.parse_args(args)
     try:
+        if options.measured:
+            step = read_step(options.measured, options.vocab_size)
+            report_measured(step, GPUS[options.gpu] if options.gpu else Ceilings(**step["ceilings"]))
+            return 0
         if options.config:
             saved = json.loads(options.config.read_text(encoding="utf-8"))
             config, model = TrainConfig(**saved["config"]), GPTConfig(**saved["model"])
         else:
             config = resolve(TrainConfig(depth=options.depth), "cuda")
-            model = config.model_config(options.vocab_size)
+            model = config.model_config(options.vocab_size or 8192)
     except (OSError, ValueError, KeyError, TypeError, InputError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    report(config, model, GPUS[options.gpu])
+    report(config, model, GPUS[options.gpu or "h200"])
     return 0
 
 

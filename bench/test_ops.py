@@ -1,131 +1,121 @@
-"""Every op, forward and with its backward: `pytest bench/test_ops.py --benchmark-only`.
+"""Every op by every provider: `pytest bench/test_ops.py --benchmark-only [--providers triton,liger]`.
 
-Providers: the PyTorch reference anywhere, the Triton kernels on a GPU. Before a time is taken, the provider's outputs
-are compared with the reference in fp64. On a CPU the shapes are the CPU defaults', in fp32.
+What each computes is compared with the reference in fp64 before its time is taken; a wrong result has no time. On a GPU
+the ops are those of the default configuration, at V = 8,192 and 32,768, and some at other sizes, in bf16; on a CPU
+those of its own defaults, in fp32. Where a provider runs out of memory it gets half the rows, again and again: its row
+says so, and what is compared is the time of a token.
 """
+
+import dataclasses
 
 import pytest
 import torch
 
-import kernels
-from kernels.rotary_attention import rotary_tables
+from bench.ceilings import device_name
+from bench.conftest import DEVICE
+from bench.problems import build, directions, is_update, runner
+from bench.providers import COMPILE, assert_right, providers
+from bench.results import row
+from bench.roofline import Op, micro_step_ops, update_ops
+from bench.timing import device_time, replay, time_call
 from model import GPT
 from train.config import TrainConfig, resolve
 from train.optimizer import Optimizer
 from train.schedule import step_values
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = resolve(TrainConfig(), DEVICE)
-SHAPE = CONFIG.model_config(8192 if DEVICE == "cuda" else 1024)
+VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-TOLERANCE = 2e-2 if DEVICE == "cuda" else 1e-4  # of ‖out‖: bf16 operands, fp32 operands
-B, T, D, V = CONFIG.device_batch_size, CONFIG.seq_len, SHAPE.d_model, SHAPE.vocab_size
+HAS_VE, WITHOUT = (("has_ve", True),), (("has_ve", False),)
+# head_dim 64, fewer key-value heads, sizes that are no multiple of any tile.
+OTHER_SIZES = {
+    "cuda": (
+        Op("norm", 1, "rms_norm", (65536, 768)),
+        Op("norm, odd", 1, "rms_norm", (12345, 500)),
+        Op("attention, head_dim 64", 1, "rotary_attention", (128, 2048, 8, 8, 64, 1024), HAS_VE),
+        Op("attention, grouped", 1, "rotary_attention", (64, 2048, 8, 2, 128, 2048), WITHOUT),
+        Op("attention, odd", 1, "rotary_attention", (65, 1999, 4, 4, 128, 777), HAS_VE),
+        Op("relu² MLP, wider", 1, "mlp", (131072, 768, 3072)),
+        Op("head and loss, wider", 1, "linear_cross_entropy", (65536, 768, 50257)),
+    ),
+    "cpu": (Op("attention, grouped", 1, "rotary_attention", (3, 100, 4, 2, 32, 37), WITHOUT),),
+}
 
 
-def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=DTYPE) * scale
+def default_ops() -> list[Op]:
+    """The ops of the default configuration, each size once."""
+    found = {}
+    for vocab_size in VOCAB_SIZES:
+        shape = CONFIG.model_config(vocab_size)
+        for op in [*micro_step_ops(CONFIG, shape), *update_ops(shape)]:
+            found.setdefault((op.module, op.sizes, op.flags, op.shape), op)
+    return list(found.values())
 
 
-def rms_norm(rows):
-    lambdas = [torch.tensor(x, device=DEVICE) for x in (0.9, 0.2)]
-    return (lambda x, x0, r, o: kernels.rms_norm(x, x0=x0, lambda_r=r, lambda_0=o)), [
-        randn(rows, T, D),
-        randn(rows, T, D),
-        *lambdas,
+def cases() -> list:
+    """(op, direction, provider). The default configuration comes first, what has to compile for long comes last: where
+    time is short (`--bench-seconds`), that is what is left out."""
+    found, ops = providers(DEVICE), [*default_ops(), *OTHER_SIZES[DEVICE]]
+    runnable = [
+        (op, direction, provider)
+        for op in ops
+        for direction in directions(op)
+        for provider in found
+        if provider.missing is None and op.module in provider.functions
     ]
+    runnable.sort(key=lambda case: case[2].name == COMPILE.name)
+    params = [
+        pytest.param(op, direction, provider, id=f"{op.name}-{direction}-{provider.name}".replace(" ", "_"))
+        for op, direction, provider in runnable
+    ]
+    for provider in found:
+        if provider.missing:
+            mark = pytest.mark.skip(reason=f"{provider.name}: {provider.missing}")
+            params.append(pytest.param(None, None, provider, id=f"none-{provider.name}", marks=mark))
+    return params
 
 
-def rotary_attention(rows):
-    cos, sin = rotary_tables(T, SHAPE.head_dim, device=DEVICE)
-    inputs = [randn(rows, T, D + 2 * SHAPE.kv_width), randn(rows, T, SHAPE.kv_width), randn(rows, T, SHAPE.kv_heads)]
-    return (lambda qkv, ve, gate: kernels.rotary_attention(qkv, cos, sin, SHAPE.num_heads, T // 2, ve, gate)), inputs
+def timed(provider, op: Op, direction: str):
+    """The timing, and the op as it was run: with fewer rows where memory asked for that."""
+    while True:
+        try:
+            problem = build(op, DEVICE, DTYPE)
+            return time_call(runner(provider.function(op, DEVICE), problem, direction), DEVICE), op
+        except torch.OutOfMemoryError:
+            if is_update(op) or op.sizes[0] == 1:
+                raise
+            problem = None
+            torch.cuda.empty_cache()
+            half = (op.sizes[0] + 1) // 2
+            op = dataclasses.replace(op, sizes=(half, *op.sizes[1:]))
 
 
-def relu2_mlp(rows):
-    weights = [randn(4 * D, D, scale=D**-0.5), randn(D, 4 * D, scale=D**-0.5)]
-    return kernels.relu2_mlp, [randn(rows, T, D), *weights, randn(rows, T, D)]
+@pytest.mark.benchmark(timer=device_time)
+@pytest.mark.parametrize(("op", "direction", "provider"), cases())
+def test_op(request, benchmark, ceilings, commit, rows, op, direction, provider):
+    wanted = request.config.getoption("--providers")
+    if wanted and provider.name not in wanted.split(","):
+        pytest.skip(f"--providers {wanted}")
+    assert_right(provider, op, direction, DEVICE, DTYPE)
+    with provider.active():
+        timing, ran = timed(provider, op, direction)
+    figures = row(
+        op, ran, direction, provider.name, timing, DTYPE.itemsize, ceilings, device_name(DEVICE), commit
+    )
+    replay(benchmark, timing)
+    benchmark.extra_info |= figures
+    rows.append(figures)
 
 
-def linear_cross_entropy(rows):
-    targets = torch.randint(V, (rows * T,), device=DEVICE)
-    return (lambda x, w: kernels.linear_cross_entropy(x, w, targets)), [randn(rows * T, D), randn(V, D, scale=D**-0.5)]
-
-
-def embedding(rows):
-    tokens = torch.randint(V, (rows, T), device=DEVICE)
-    return (lambda *tables: kernels.embedding(tokens, tables)), [randn(V, D), randn(V, SHAPE.kv_width)]
-
-
-OPS = [rms_norm, rotary_attention, relu2_mlp, linear_cross_entropy, embedding]
-PROVIDERS = [
-    "reference",
-    pytest.param("triton", marks=pytest.mark.skipif(DEVICE == "cpu", reason="the kernels need a CUDA device")),
-]
-
-
-@pytest.fixture
-def provider(request):
-    kernels.set_ops(request.param)
-    yield request.param
-    kernels.set_ops(None)
-
-
-def outputs(op, inputs) -> list[torch.Tensor]:
-    out = op(*inputs)
-    return [out] if isinstance(out, torch.Tensor) else list(out)
-
-
-def assert_right(make) -> None:
-    """One row, against the reference in fp64."""
-    torch.manual_seed(0)
-    op, inputs = make(1)
-    got = outputs(op, inputs)
-    kernels.set_ops("reference")
-    for value, truth in zip(got, outputs(op, [x.double() for x in inputs]), strict=True):
-        error = (value.double() - truth).norm() / truth.norm()
-        assert error < TOLERANCE, f"{make.__name__}: error {error:.1e}, no time is reported for a wrong result"
-
-
-def synchronised(function):
-    def run():
-        function()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
-@pytest.mark.parametrize("direction", ["forward", "both"])
-@pytest.mark.parametrize("make", OPS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("provider", PROVIDERS, indirect=True)
-def test_op(benchmark, provider, make, direction):
-    assert_right(make)
-    kernels.set_ops(provider)
-    rows = B if provider == "triton" or DEVICE == "cpu" else B // 8
-    op, inputs = make(rows)
-    if direction == "both":
-        inputs = [x.requires_grad_() for x in inputs]
-        cotangents = [torch.randn_like(o) for o in outputs(op, inputs)]
-
-        def call():
-            torch.autograd.grad(outputs(op, inputs), inputs, cotangents)
-    else:
-
-        def call():
-            with torch.no_grad():
-                op(*inputs)
-
-    benchmark.pedantic(synchronised(call), rounds=10, warmup_rounds=2)
-    benchmark.extra_info["Mtok/s"] = round(rows * T / benchmark.stats.stats.median / 1e6, 3)
-
-
+@pytest.mark.benchmark(timer=device_time)
 def test_optimizer_step(benchmark):
+    """All groups at once, gate and finite check included."""
     torch.manual_seed(0)
-    model = GPT(SHAPE, device=DEVICE)
+    model = GPT(CONFIG.model_config(VOCAB_SIZES[0]), device=DEVICE)
     model.init_weights(0)
     optimizer = Optimizer(model, CONFIG, DTYPE)
     optimizer.grads.normal_()
     optimizer.set_hyper(step_values(CONFIG, 0, 0.0))
     loss = torch.ones((), device=DEVICE)
     assert optimizer.update(loss).item()
-    benchmark.pedantic(synchronised(lambda: optimizer.update(loss)), rounds=10, warmup_rounds=2)
+    replay(benchmark, time_call(lambda: optimizer.update(loss), DEVICE))

@@ -18,7 +18,7 @@ try:
 except ImportError:  # there is no Triton for macOS: there the kernels are defined, and never launched
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
-__all__ = ["EPS", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad"]
+__all__ = ["EPS", "gpu_arch", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad"]
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
@@ -36,8 +36,20 @@ def set_ops(ops: str | None) -> None:
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether an op on `x` runs its Triton kernels."""
-    return x.is_cuda if _ops is None else _ops == "triton"
+    """Whether an op on `x` runs its Triton kernels. Raises ValueError where Triton would launch them on another GPU."""
+    if not (x.is_cuda if _ops is None else _ops == "triton"):
+        return False
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        raise ValueError(f"a tensor is on {x.device}, and kernels run on the current one: torch.cuda.set_device first")
+    return True
+
+
+def gpu_arch() -> int:
+    """Ten times the compute capability that kernels are compiled for; 0 in the interpreter."""
+    try:
+        return triton.runtime.driver.active.get_current_target().arch
+    except RuntimeError:
+        return 0
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -80,14 +92,17 @@ def layer_weight(parameter: Tensor, layer: int | None = None) -> Tensor:
 
 @cache
 def _has_accumulating_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `addmm` takes 16-bit factors and adds their product to an fp32 matrix in place: tried once a device."""
-    out = torch.zeros(16, 16, device=device)
-    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    """Whether `addmm` takes 16-bit factors and adds their product to an fp32 matrix in place: tried once a device.
+
+    Seen in the sources of PyTorch 2.11 and later; earlier ones raise, since they want all three of one dtype.
+    """
+    out = torch.full((16, 16), 0.5, device=device)
+    factor = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        torch.addmm(out, factor, factor, out_dtype=torch.float32, out=out)
+        torch.addmm(out, factor.mT, factor, out_dtype=torch.float32, out=out)
     except (RuntimeError, TypeError):
         return False
-    return True
+    return bool((out == 16.5).all())
 
 
 def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import tl, triton, use_kernels
 
@@ -157,7 +158,8 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx, tokens, main_grads, *tables):
         _check(tokens, tables)
         ctx.set_materialize_grads(False)
-        flat = tokens.reshape(-1).to(torch.int32)
+        # A wider integer outside the vocabulary stays outside when it is narrowed.
+        flat = (tokens.clamp(-1, 2**31 - 1) if tokens.dtype == torch.int64 else tokens).reshape(-1).to(torch.int32)
         outs = []
         for table in tables:
             V, D = table.shape
@@ -175,12 +177,14 @@ class _Embedding(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *douts):
         (flat,) = ctx.saved_tensors
         segments = _segments(flat, ctx.tables[0][0][0])
         dtables = []
-        for (shape, dtype), main_grad, dout in zip(ctx.tables, ctx.main_grads, douts, strict=True):
-            if dout is None:
+        needed = ctx.needs_input_grad[2:]
+        for (shape, dtype), main_grad, dout, needs in zip(ctx.tables, ctx.main_grads, douts, needed, strict=True):
+            if dout is None or not needs:
                 dtables.append(None)
                 continue
             dtable = torch.zeros(shape, dtype=torch.float32, device=flat.device) if main_grad is None else main_grad

@@ -6,7 +6,7 @@ the same memory with its strides exchanged. Sums are fp32. Rows past M, N or K r
 
 import torch
 
-from .common import tl, triton
+from .common import gpu_arch, tl, triton
 
 __all__ = ["gemm_config", "gemm_grid", "gemm_tile", "tile_offsets"]
 
@@ -56,14 +56,6 @@ def gemm_tile(
     return acc
 
 
-def _arch() -> int:
-    """Ten times the compute capability that kernels are compiled for; 0 in the interpreter."""
-    try:
-        return triton.runtime.driver.active.get_current_target().arch
-    except RuntimeError:
-        return 0
-
-
 def gemm_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes, warps and stages, so that nothing spills and the stages fit: no speed has been measured yet.
 
@@ -74,7 +66,7 @@ def gemm_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
         return _tile(64, 64, 16, num_stages=2)
     if N % 16 or K % 16:  # such rows are not aligned: elements are loaded one by one, each with an address of its own
         return _tile(64, 64, 32, num_stages=2)
-    arch = _arch()
+    arch = gpu_arch()
     if arch == 90 and K > 1024:
         return _tile(128, 256, 64, num_stages=3)
     if arch in (90, 100, 103):

@@ -11,6 +11,7 @@ another 4N bytes: a property of that provider, so `cost` does not count it.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import use_kernels, weight_grad
 
@@ -47,6 +48,7 @@ class _Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], N)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_dresidual, _ = ctx.needs_input_grad

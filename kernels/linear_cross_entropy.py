@@ -17,6 +17,7 @@ Saved: dx and dW (fp32), before scaling. Bytes per token in 16 bits: 10V + 6D, a
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import tl, triton, upcast, use_kernels, weight_grad
 
@@ -168,6 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dx, dweight, count = ctx.saved_tensors
         scale = dloss / count
@@ -202,6 +204,7 @@ class _ChunkedMean(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dx, dweight = ctx.saved_tensors
         return dx * dloss, dweight * dloss, None, None
@@ -220,11 +223,14 @@ def linear_cross_entropy(
             is for evaluation: with gradients enabled the reference does it, and holds the logits of all rows.
 
     Returns:
-        a scalar or [N], in fp32 (fp64 where the inputs are).
+        a scalar or [N], in fp32 (fp64 where the inputs are). A mean over no token at all is NaN, as PyTorch's is: the
+        trainer then stops, and a batch without a single target does not pass for one that was learned from.
 
     Raises:
-        ValueError: shapes, dtypes or a softcap that the kernels do not take.
+        ValueError: another reduction; shapes, dtypes or a softcap that the kernels do not take.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction {reduction!r} must be 'mean' or 'none'")
     kernels = use_kernels(x)
     if kernels:
         _check(x, weight, targets, softcap)

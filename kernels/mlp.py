@@ -14,6 +14,7 @@ forward, 8DF backward. Source of relu²: So et al., Primer, arXiv 2109.08668.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import tl, triton, use_kernels, weight_grad
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
@@ -141,6 +142,7 @@ class _Relu2MLP(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         x, post, w_fc, w_proj = ctx.saved_tensors
         needs_dx, needs_dw_fc, needs_dw_proj, needs_dresidual, *_ = ctx.needs_input_grad

@@ -16,6 +16,7 @@ Bytes per token at width D in 16 bits, x alone: 4D forward, 8D backward; with xâ
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import EPS, tl, triton, upcast, use_kernels
 
@@ -183,20 +184,22 @@ class _RMSNorm(torch.autograd.Function):
             rows.stride(0), 0 if residual is None else rows_residual.stride(0), 0 if x0 is None else rows_x0.stride(0),
             M, D, EPS=EPS, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None, **config,
         )  # fmt: skip
-        if x0 is None:
-            rows, rows_residual = s.reshape(M, D), None
-        ctx.save_for_backward(rows, rows_residual, rows_x0, lambda_r, lambda_0, rstd)
+        # An output is saved as it is: a view of it would keep it, and with it this node, alive for ever.
+        kept = (s, None) if x0 is None else (rows, rows_residual)
+        ctx.save_for_backward(*kept, rows_x0, lambda_r, lambda_0, rstd)
         ctx.has_residual = residual is not None
         ctx.dlambda = dlambda_r, dlambda_0
         return s, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, ds, dy):
         x, residual, x0, lambda_r, lambda_0, rstd = ctx.saved_tensors
         if ds is None and dy is None:
             return None, None, None, None, None, None, None
         shape = (dy if ds is None else ds).shape
         ds, dy = (None if g is None else g.contiguous() for g in (ds, dy))
+        x = x.reshape(-1, shape[-1])
         M, D = x.shape
         config = _config(D)
         programs = triton.cdiv(M, config["BLOCK_M"] * STEPS)
@@ -212,16 +215,17 @@ class _RMSNorm(torch.autograd.Function):
         dresidual = dx if ctx.has_residual else None
         if x0 is None:
             return dx, dresidual, None, None, None, None, None
+        main_grads = [g if needed else None for g, needed in zip(ctx.dlambda, ctx.needs_input_grad[3:5], strict=True)]
         targets = [
             torch.empty(like.shape, dtype=torch.float32, device=x.device) if main_grad is None else main_grad
-            for like, main_grad in zip((lambda_r, lambda_0), ctx.dlambda, strict=True)
+            for like, main_grad in zip((lambda_r, lambda_0), main_grads, strict=True)
         ]
         _dlambda_kernel[(1,)](
             partial, *targets, programs,
-            ACCUMULATE_R=ctx.dlambda[0] is not None, ACCUMULATE_0=ctx.dlambda[1] is not None, BLOCK=1024, num_warps=8,
+            ACCUMULATE_R=main_grads[0] is not None, ACCUMULATE_0=main_grads[1] is not None, BLOCK=1024, num_warps=8,
         )  # fmt: skip
         dlambda_r, dlambda_0 = (
-            target if main_grad is None else None for target, main_grad in zip(targets, ctx.dlambda, strict=True)
+            target if main_grad is None else None for target, main_grad in zip(targets, main_grads, strict=True)
         )
         return dx, dresidual, dx0, dlambda_r, dlambda_0, None, None
 

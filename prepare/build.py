@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
 from .errors import InputError, bad_path_is_input_error, full_disk_is_input_error
+from .files import sealed
 from .home import DEFAULT_SOURCE, default_folder, downloads_folder
 from .shards import (
     FORMAT_VERSION,
     MANIFEST,
+    SPLITS,
     TOKEN_COUNTS,
     TOKENIZER,
     SplitWriter,
@@ -24,7 +26,7 @@ from .shards import (
     save_array,
     write_json,
 )
-from .sources import SPLITS, Skipped, Source, climbmix_source, folder_source, stdlib_source
+from .sources import Skipped, Source, climbmix_source, folder_source, stdlib_source
 from .tokenizer import MAX_TRAIN_CHARS, TRAIN_BYTES, Tokenizer, check_vocab_size
 
 DEFAULT_VOCAB_SIZE = 8192
@@ -75,7 +77,7 @@ def _build(text: Source, out: Path, vocab_size: int, seed: int) -> None:
             "versions": {name: version(name) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers")},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, sealed(manifest))
 
 
 def open_source(source: str, *, shards: int = DEFAULT_SHARDS, base_url: str = CLIMBMIX_URL) -> Source:

@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate
@@ -13,8 +12,22 @@ import numpy as np
 from tqdm import tqdm
 
 from .errors import InputError, gigabytes
-from .shards import FORMAT_VERSION, MANIFEST, TOKEN_COUNTS, TOKENIZER, VERIFIED, sha256_of, write_json
+from .files import SEAL, read_json, seal_of
+from .shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    OUR_FILES,
+    SPLITS,
+    TOKEN_COUNTS,
+    TOKENIZER,
+    VERIFIED,
+    sha256_of,
+    write_json,
+)
 from .tokenizer import Tokenizer
+
+# Train shards that are hashed at every start, in bytes: half a second. Of more, those whose size or mtime has changed.
+ALWAYS_HASHED = 250_000_000
 
 _MEND = "run `python -m prepare` again"
 
@@ -37,8 +50,16 @@ class Split:
         self._offsets = [_load_array(path, np.int64) for path in paths if path.stem.endswith("_offsets")]
         self._first_document = [0, *accumulate(len(offsets) - 1 for offsets in self._offsets)]
         self._first_token = [0, *accumulate(len(tokens) for tokens in self._tokens)]
-        if (self._first_document[-1], self._first_token[-1]) != (self.num_documents, self.num_tokens):
+        counts = (self._first_document[-1], self._first_token[-1])
+        if counts != (self.num_documents, self.num_tokens) or not self._offsets_fit():
             raise InputError(f"{folder}: the {name} shards do not hold what {MANIFEST} says; {_MEND}")
+
+    def _offsets_fit(self) -> bool:
+        """Whether each shard's offsets rise from 0 to its number of tokens: no document lies outside it."""
+        return len(self._offsets) == len(self._tokens) and all(
+            len(offsets) and offsets[0] == 0 and offsets[-1] == len(tokens) and (offsets[1:] >= offsets[:-1]).all()
+            for offsets, tokens in zip(self._offsets, self._tokens, strict=True)
+        )
 
     def document(self, i: int) -> np.ndarray:
         """uint16 view of document `i`."""
@@ -82,16 +103,19 @@ class Dataset:
     def open(cls, folder: str | Path, *, verify: bool = True) -> "Dataset":
         """Reads the manifest and checks the files against it.
 
-        Tokenizer and validation shards are hashed at every start; training shards where their size or mtime is not
-        the recorded one; holdout shards where they are read. Raises InputError where anything disagrees.
+        Tokenizer and validation shards are hashed at every start; training shards too up to `ALWAYS_HASHED`, beyond
+        it where their size or mtime is not the recorded one; holdout shards where they are read. Raises InputError
+        where anything disagrees.
         """
         folder = Path(folder).expanduser()
         manifest = _read_manifest(folder)
-        tokenizer = Tokenizer.load(folder / TOKENIZER)
-        if tokenizer.fingerprint != manifest["tokenizer_sha256"] or tokenizer.vocab_size != manifest["vocab_size"]:
-            raise InputError(
-                f"{folder / TOKENIZER} is not the tokenizer the shards were made with; put that one back, or {_MEND}"
-            )
+        path = folder / TOKENIZER
+        # Hashed before it is parsed: a pattern with a changed bit is no pattern to compile.
+        if path.is_file() and sha256_of(path) != manifest["tokenizer_sha256"]:
+            raise InputError(f"{path} is not the tokenizer the shards were made with; put that one back, or {_MEND}")
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.vocab_size != manifest["vocab_size"]:
+            raise InputError(f"{path} has {tokenizer.vocab_size} tokens, {MANIFEST} says otherwise; {_MEND}")
         dataset = cls(folder, manifest, tokenizer, verify=verify)
         if verify:
             _check_hashes(folder, [manifest["token_counts"], *manifest["splits"]["val"]["files"]])
@@ -120,28 +144,45 @@ class Dataset:
 
 def _read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): run `python -m prepare`") from None
-    except (ValueError, OSError) as e:
-        raise InputError(f"{path} cannot be read ({e}); {_MEND}") from e
-    needed = {"format", "source", "vocab_size", "tokenizer_sha256", "token_counts", "splits"}
-    if not isinstance(manifest, dict) or not needed <= manifest.keys():
-        raise InputError(f"{path} is not a manifest of prepared data; {_MEND}")
-    if manifest["format"] != FORMAT_VERSION:
+    if not path.exists():
+        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): run `python -m prepare`")
+    manifest = read_json(path, _MEND)
+    if manifest.get("format", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(f"{path} has format {manifest['format']!r}, this program reads {FORMAT_VERSION}; {_MEND}")
+    if not _well_formed(manifest):
+        raise InputError(f"{path} is not a manifest of prepared data; {_MEND}")
+    # The first manifests had no seal: what was prepared then is read still.
+    if manifest.get(SEAL, seal_of(manifest)) != seal_of(manifest):
+        raise InputError(f"{path} has changed since it was prepared (its {SEAL} disagrees); {_MEND}")
     return manifest
+
+
+def _well_formed(manifest: dict) -> bool:
+    """Whether all that is read of a manifest is there and of its kind; its files are such as `prepare` writes."""
+    try:
+        splits = [manifest["splits"][name] for name in SPLITS]
+        files = [manifest["token_counts"], *(record for split in splits for record in split["files"])]
+        counts = [manifest["vocab_size"], *(split[key] for split in splits for key in ("documents", "tokens", "bytes"))]
+        counts += [record["size"] for record in files]
+        texts = [manifest["source"], manifest["tokenizer_sha256"], *(record["sha256"] for record in files)]
+        return (
+            all(type(count) is int and count >= 0 for count in counts)
+            and all(type(text) is str for text in texts)
+            and all(OUR_FILES.fullmatch(record["name"]) and type(record["mtime_ns"]) is int for record in files)
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def _load_array(path: Path, dtype: type) -> np.ndarray:
     """Memory-mapped. A plain array over the map, since each slice of a np.memmap costs microseconds."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; {_MEND}")
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; {_MEND}") from None
-    except (ValueError, OSError, EOFError) as e:
-        raise InputError(f"{path} is not a token shard ({e}); {_MEND}") from e
+        # np.load would take zip archives and pickles too.
+        values = np.lib.format.open_memmap(path, mode="r")
+    except Exception as e:  # numpy's parser of a damaged header knows many kinds
+        raise InputError(f"{path} is not a token shard ({(str(e).splitlines() or [''])[0]}); {_MEND}") from e
     if values.dtype != dtype or values.ndim != 1:
         raise InputError(f"{path} holds {values.dtype} {values.shape}, not a row of {np.dtype(dtype)}; {_MEND}")
     return np.asarray(values)
@@ -157,7 +198,10 @@ def _check_hashes(folder: Path, records: list[dict]) -> None:
 
 
 def _check_changed(folder: Path, records: list[dict]) -> None:
-    """Hashes the files whose size or mtime is not that of the manifest, or of an earlier check of this folder."""
+    """Hashes all files up to `ALWAYS_HASHED`; beyond it those whose size or mtime is neither that of the manifest nor
+    that of an earlier check of this folder. There a bit that the disk itself has turned is not noticed."""
+    if sum(record["size"] for record in records) <= ALWAYS_HASHED:
+        return _check_hashes(folder, records)
     verified = _read_verified(folder)
     changed = [record for record in records if not _unchanged(folder, record, verified)]
     if not changed:
@@ -181,10 +225,9 @@ def _unchanged(folder: Path, record: dict, verified: dict) -> bool:
 
 def _read_verified(folder: Path) -> dict:
     try:
-        verified = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+        return read_json(folder / VERIFIED, _MEND)
+    except InputError:  # missing or damaged: everything is hashed again
         return {}
-    return verified if isinstance(verified, dict) else {}
 
 
 def _progress(records: list[dict]) -> Iterator[dict]:

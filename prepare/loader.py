@@ -62,6 +62,7 @@ class Loader:
                 f"{batch_size * seq_len:,}: use a smaller batch or a shorter sequence, or prepare more text"
             )
         self.batch_size = batch_size
+        self._split_name, self._bos = split.name, bos
         self._packer = Packer(split, seq_len, bos=bos, packing=packing, seed=seed)
         self._identity = {"split": split.sha256, "seq_len": seq_len, "bos": bos, "packing": packing, "seed": seed}
         self._copies = _CopiesToDevice(torch.device(device)) if _is_cuda(device) else None
@@ -165,6 +166,12 @@ class Loader:
         tokens = torch.empty(shape, dtype=torch.int32, pin_memory=self._pin_memory)
         for row in tokens.numpy():
             self._packer.fill(row)
+        # Of a large corpus a bit that the disk has turned is not noticed at the start (prepare/dataset.py).
+        if (largest := int(tokens.max())) > self._bos:
+            raise InputError(
+                f"the {self._split_name} shards hold token {largest:,} and the vocabulary ends at {self._bos:,}: one of"
+                " them is damaged; `touch` them, and the next start hashes them all and says which"
+            )
         copied = None
         if self._copies is not None:
             tokens, copied = self._copies.start(tokens)

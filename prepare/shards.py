@@ -25,10 +25,11 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 TOKEN_COUNTS = "token_counts.npy"
 VERIFIED = "verified.json"
+SPLITS = ("train", "val", "holdout")
 # Text behind one train shard: 60M tokens at 4.2 bytes each, and never more than 250M (0.5 GB) at one byte each.
 SHARD_TEXT_BYTES = 250_000_000
 
-_OUR_FILES = re.compile(rf"((train|val|holdout)_\d+(_offsets)?\.npy|{TOKENIZER}|{MANIFEST}|{TOKEN_COUNTS}|{VERIFIED})")
+OUR_FILES = re.compile(rf"(({'|'.join(SPLITS)})_\d+(_offsets)?\.npy|{TOKENIZER}|{MANIFEST}|{TOKEN_COUNTS}|{VERIFIED})")
 
 
 def sha256_of(path: Path) -> str:
@@ -126,7 +127,7 @@ def check_replaceable(out: Path) -> None:
     """Raises InputError where writing to `out` would destroy anything but data that `prepare` wrote."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: --out takes a folder")
-    foreign = sorted(p.name for p in out.iterdir() if not _OUR_FILES.fullmatch(p.name)) if out.exists() else []
+    foreign = sorted(p.name for p in out.iterdir() if not OUR_FILES.fullmatch(p.name)) if out.exists() else []
     if foreign:
         raise InputError(
             f"{out} holds files that are not prepared data ({', '.join(foreign[:3])}), and they would be lost: "

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from .errors import InputError
 
-SPLITS = ("train", "val", "holdout")
 VAL_SHARE = 0.02  # of all documents, where no file is named val*
 HOLDOUT_SHARE = 0.01  # of the documents that are not validation
 SMALL_CORPUS = 2_000  # documents; above it, the odds that a hash leaves a split empty are below one in 10⁸

@@ -17,6 +17,7 @@ import numpy as np
 import tiktoken
 
 from .errors import InputError
+from .files import read_json
 
 # How text is cut into pieces before any merge; a merge never crosses a piece. The possessive quantifiers mean the
 # same to `tokenizers` (training) and to `tiktoken` (encoding); tests/test_tokenizer.py compares the two.
@@ -91,16 +92,19 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Raises InputError where `path` is missing or no tokenizer of ours."""
         path = Path(path)
+        content = read_json(path, "run prepare again")
+        if content.get("version", FORMAT_VERSION) != FORMAT_VERSION:
+            raise InputError(f"{path} has format {content['version']!r}, not {FORMAT_VERSION}: run prepare again")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["version"] != FORMAT_VERSION:
-                raise InputError(f"{path} has format {content['version']!r}, not {FORMAT_VERSION}: run prepare again")
             merges = [base64.b64decode(token, validate=True) for token in content["merges"]]
-            if len(set(merges)) < len(merges):
-                raise ValueError("a merge appears twice")
-            return cls(merges, content["pattern"], content["special_tokens"])
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing: run prepare again") from None
+            names, pattern = content["special_tokens"], content["pattern"]
+            if len(merges) + NUM_BYTES + len(names) > MAX_VOCAB_SIZE:
+                raise ValueError("it has more tokens than 16 bits can tell apart")
+            if len({*merges, *names}) < len(merges) + len(names) or any(len(merge) < 2 for merge in merges):
+                raise ValueError("a token is empty or appears twice")
+            if not names or not all(type(text) is str for text in (pattern, *names)):
+                raise ValueError("pattern and special tokens are to be texts")
+            return cls(merges, pattern, names)
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path} is not a tokenizer ({type(e).__name__}: {e}): run prepare again") from e
 

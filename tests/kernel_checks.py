@@ -7,10 +7,22 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def real_and_small(names: str, real: Sequence, small: Sequence) -> pytest.MarkDecorator:
+    """Parametrizes `names`, "a" or "a, b", by real values, which need a GPU, and by small ones that the interpreter
+    takes too: they show that the body of a test that no GPU has run yet is itself sound."""
+    several = "," in names
+
+    def case(values, *marks):
+        return pytest.param(*(values if several else [values]), marks=marks)
+
+    return pytest.mark.parametrize(names, [case(v, pytest.mark.gpu) for v in real] + [case(v) for v in small])
 
 
 def worst_errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -19,14 +31,21 @@ def worst_errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
     return difference.max().item(), difference.square().mean().sqrt().item()
 
 
-def assert_as_good(name: str, value: Tensor, baseline: Tensor, truth: Tensor, factor: float = 2.0) -> None:
+def assert_as_good(
+    name: str, value: Tensor, baseline: Tensor, truth: Tensor, factor: float = 2.0, relative: bool = False
+) -> None:
     """Max and RMS error of `value` are at most `factor` times those of `baseline`, plus one rounding of the truth.
 
-    `baseline` is the reference in the dtype under test, `truth` the reference in fp64.
+    `baseline` is the reference in the dtype under test, `truth` the reference in fp64. `relative` is for numbers of
+    very different size, among which the largest alone would make the largest error: each is divided by its own size, or
+    by their RMS where that is larger.
     """
     assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(value).all(), f"{name}: not finite"
     eps = torch.finfo(baseline.dtype).eps
+    if relative:
+        size = truth.abs().clamp_min(truth.square().mean().sqrt() + 1e-30)
+        value, baseline, truth = (t.to(size.dtype) / size for t in (value, baseline, truth))
     rms = truth.double().square().mean().sqrt().item()
     for kind, got, allowed in zip(
         ("max", "rms"), worst_errors(value, truth), worst_errors(baseline, truth), strict=True
@@ -40,15 +59,19 @@ def outputs_and_gradients(
 ) -> list[Tensor]:
     """Outputs of `op` on the inputs in `dtype`, then the gradient of every floating input under a random cotangent.
 
-    Integer inputs and None pass through. The cotangent depends on seed and shape only: all dtypes see the same one.
+    Integer inputs and None pass through. The cotangent depends on seed and shape only, and bf16 holds it exactly: all
+    dtypes see the same one, and none is excused by having rounded it.
     """
     cast = [
         x.detach().to(dtype).requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs
     ]
     out = op(*cast)
     outs = [out] if isinstance(out, Tensor) else [o for o in out if o is not None]
-    generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in outs]
+    generator = torch.Generator(outs[0].device).manual_seed(seed)
+    cotangents = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float32, device=o.device).bfloat16().to(o.dtype)
+        for o in outs
+    ]
     leaves = [x for x in cast if x is not None and x.requires_grad]
     gradients = torch.autograd.grad(outs, leaves, cotangents)
     return [*(o.detach() for o in outs), *gradients]

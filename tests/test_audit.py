@@ -12,6 +12,7 @@ import kernels
 import train.__main__
 from model import GPT
 from prepare import Dataset, Tokenizer
+from prepare.files import sealed
 from prepare.shards import file_record
 from train import evaluate
 from train.audit import audit
@@ -168,12 +169,17 @@ def swap_validation(data, name: str = "val_00000.npy") -> None:
     np.save(data / name, tokens)
 
 
+def rewrite(path, change) -> None:
+    """Edits a sealed JSON file, by someone who knows about the seal."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(sealed(content)))
+
+
 def test_a_validation_file_swapped_after_preparing(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "copy")
     data, folder = tmp_path / "copy" / "data", str(tmp_path / "copy" / "run")
-    config = json.loads((tmp_path / "copy" / "run" / "config.json").read_text())
-    config["data"]["folder"] = str(data)
-    (tmp_path / "copy" / "run" / "config.json").write_text(json.dumps(config))
+    rewrite(tmp_path / "copy" / "run" / "config.json", lambda config: config["data"].update(folder=str(data)))
     swap_validation(data)
     assert evaluate.main([folder, "--audit", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
@@ -181,10 +187,11 @@ def test_a_validation_file_swapped_after_preparing(run, tmp_path, capsys):
     assert "val_00000.npy has changed since it was prepared" in out
 
     # And with a manifest that was brought to agree.
-    manifest = json.loads((data / "manifest.json").read_text())
-    files = manifest["splits"]["val"]["files"]
-    manifest["splits"]["val"]["files"] = [file_record(data / record["name"]) for record in files]
-    (data / "manifest.json").write_text(json.dumps(manifest))
+    def accept(manifest: dict) -> None:
+        for record in manifest["splits"]["val"]["files"]:
+            record.update(file_record(data / record["name"]))
+
+    rewrite(data / "manifest.json", accept)
     assert evaluate.main([folder, "--audit", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "data: split_sha256 is" in out

@@ -14,7 +14,7 @@ import torch
 import train.__main__
 import train.experiment
 from model import GPT
-from train.config import TrainConfig, parse, to_args
+from train.config import TrainConfig, parse_given, to_args
 from train.ledger import Ledger
 from train.provenance import evaluating_code_sha256, source_state
 
@@ -64,7 +64,8 @@ def test_a_run_that_fails_and_one_that_is_broken(corpus, tmp_path, monkeypatch):
     assert (failed["val_bpb"], failed["memory_gb"], failed["status"], failed["verdict"]) == (
         "0.000000", "0.0", "crash", "failed",
     )  # fmt: skip
-    assert failed["note"] == "step 00000: loss is nan (batches 0 to 0), after 0 steps"
+    assert failed["note"].startswith("step 00000: loss is nan")
+    assert failed["note"].endswith(", after 0 steps")
     assert (broken["run"], broken["status"], broken["description"]) == ("bug", "crash", "bug")
     assert broken["note"] == "ZeroDivisionError: division by zero, before the first step"
 
@@ -121,7 +122,7 @@ def test_the_first_run_that_fails_ends_the_repeats(corpus, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "KeyboardInterrupt"), (signal.SIGTERM, 143, "Terminated")]
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_reaches_the_run_and_leaves_a_row(corpus, tmp_path, number, code, word):
     args = [*TINY[:-1], "100000", "--data", str(corpus), "--run-dir", str(tmp_path / "run"), "--repeat", "2"]
@@ -142,7 +143,7 @@ def test_a_signal_reaches_the_run_and_leaves_a_row(corpus, tmp_path, number, cod
 
 def test_arguments_spell_the_configuration():
     config = TrainConfig(description="--odd = one", seed=7, autocast=False, time_budget=1e-7, tensorboard=True)
-    assert parse(to_args(config)) == config
+    assert TrainConfig(**parse_given(to_args(config))) == config
     assert to_args(TrainConfig()) == []
 
 

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 import train.__main__
 from model import GPT
 from prepare import Tokenizer
+from prepare.files import SEAL
 from train.export import export, tokenizer_json
 from train.export import main as export_main
 from train.runs import load_run
+from train.tensors import digest
 
 ELSEWHERE = """
 import sys
@@ -42,7 +44,7 @@ def finished(request, corpus, tmp_path_factory):
     weights = load_file(folder / "model.safetensors")
     for weight in weights.values():
         weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", {SEAL: digest(weights)})
     return folder
 
 

@@ -6,14 +6,13 @@ import torch
 import kernels
 from model import GPT, GPTConfig
 from prepare import Batch
-from tests.kernel_checks import DEVICE, exact_bfloat16
+from tests.kernel_checks import DEVICE, exact_bfloat16, real_and_small
 from train.config import TrainConfig, resolve
 from train.optimizer import Optimizer
 from train.schedule import StepValues
 from train.step import TrainStep
 
 VALUES = StepValues(step=3, lr_multiplier=0.7, momentum=0.9, weight_decay=0.15)
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +71,29 @@ def test_two_layers_on_kernels_are_two_layers_on_references(monkeypatch, kv_head
         assert error < 2e-2, f"update of {name}: {error:.2e}"
 
 
-@pytest.mark.gpu
-@gpu
-def test_default_configuration_on_a_gpu():
-    """bf16 against bf16, at the default shape but 4 rows: as near as the references are to themselves in fp32."""
-    shape = GPTConfig()
-    loss, gradients, _ = losses_gradients_parameters("triton", shape, 4, torch.bfloat16)
-    loss_ref, gradients_ref, _ = losses_gradients_parameters("reference", shape, 4, torch.bfloat16)
-    loss_truth, gradients_truth, _ = losses_gradients_parameters("reference", shape, 4)
+SMALL = GPTConfig(vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32)
+REAL = [(GPTConfig(), 4), (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768), 2)]
+
+
+@real_and_small("shape, rows", REAL, [(SMALL, 2)])
+def test_in_bfloat16_kernels_are_as_near_to_the_truth_as_references(shape, rows, monkeypatch):
+    """The truth here is the references in fp32, of the same rounded parameters only nearly: so near is near enough."""
+    exact_bfloat16(monkeypatch)
+    loss, gradients, _ = losses_gradients_parameters("triton", shape, rows, torch.bfloat16)
+    loss_ref, gradients_ref, _ = losses_gradients_parameters("reference", shape, rows, torch.bfloat16)
+    loss_truth, gradients_truth, _ = losses_gradients_parameters("reference", shape, rows)
     assert (loss - loss_truth).abs() <= 2 * (loss_ref - loss_truth).abs() + 1e-3
     for name, truth in gradients_truth.items():
         error = (gradients[name] - truth).norm() / truth.norm()
         allowed = (gradients_ref[name] - truth).norm() / truth.norm()
         assert error <= 2 * allowed + 2**-8, f"gradient of {name}: {error:.2e}, the references' own {allowed:.2e}"
+        assert error > 0, f"gradient of {name}: the very bits of the truth, so nothing was compared"
+
+
+@real_and_small("shape, rows", REAL[:1], [(GPTConfig(vocab_size=100, seq_len=9, depth=1, d_model=64, head_dim=32), 1)])
+def test_a_step_gives_the_same_bits_twice(shape, rows, monkeypatch):
+    exact_bfloat16(monkeypatch)
+    runs = [losses_gradients_parameters("triton", shape, rows, torch.bfloat16) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    for part, again in zip(runs[0][1:], runs[1][1:], strict=True):
+        assert all(torch.equal(part[name], again[name]) for name in part)

@@ -13,11 +13,11 @@ from tests.kernel_checks import (
     fill_empty_with_nan,
     mutant,
     outputs_and_gradients,
+    real_and_small,
 )
 from tests.weight_grads import accumulated_gradients
 
 op = importlib.import_module("kernels.linear_cross_entropy")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.float16]
 LOOP = {"ONE_BLOCK": False, "BLOCK_V": 128, "num_warps": 4}
 
@@ -25,6 +25,7 @@ LOOP = {"ONE_BLOCK": False, "BLOCK_V": 128, "num_warps": 4}
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch):
     fill_empty_with_nan(monkeypatch)
+    exact_bfloat16(monkeypatch)
     set_ops("triton")
     yield
     set_ops(None)
@@ -84,9 +85,25 @@ def test_loss_and_gradients(either_config, dtype):
     check(op, dtype, (16, 32, 256), draws=4)  # nothing left over
 
 
-def test_bfloat16(either_config, monkeypatch):
-    exact_bfloat16(monkeypatch)
+def test_bfloat16_either_way(either_config):
     check(op, torch.bfloat16, (21, 19, 300), draws=4)
+
+
+@pytest.mark.parametrize("V", [256, 257, 16384, 16385, 50257, 131_071])
+def test_every_vocabulary_in_its_own_tiles(V):
+    check_losses(op.linear_cross_entropy, make_inputs(3, 5, V, torch.float32, ignored=False))
+    check(op, torch.float32, (3, 5, V), draws=1 if V > 20_000 else 8, ignored=False)
+
+
+@pytest.mark.parametrize("ops", ["triton", "reference"])
+def test_a_mean_over_no_token_is_nan(ops):
+    set_ops(ops)
+    x, weight, targets = make_inputs(5, 8, 300, torch.float32)
+    loss = op.linear_cross_entropy(x.requires_grad_(), weight, torch.full_like(targets, op.IGNORED))
+    assert loss.isnan()
+    with torch.no_grad():
+        losses = op.linear_cross_entropy(x, weight, torch.full_like(targets, op.IGNORED), reduction="none")
+    assert not losses.any()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # infinite on purpose: tanh is then 1
@@ -210,38 +227,52 @@ def test_cost_counts_the_chunks():
     assert op.cost(10, 16, 300)[1] + op.cost(10, 16, 300, backward=True)[1] == 10 * 300 * (6 * 16 + 15)
 
 
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("V", [8192, 32768, 50257, 300])
-def test_bfloat16_at_the_models_shape(V, monkeypatch):
-    monkeypatch.setattr(op, "_chunk_rows", lambda vocab_size, device: 1024)
-    check(op, torch.bfloat16, (2560, 512, V), draws=2)
-    check_losses(op.linear_cross_entropy, make_inputs(2560, 512, V, torch.bfloat16))
-    check_losses(op.linear_cross_entropy, make_inputs(2560, 512, V, torch.bfloat16, scale=300.0))
+@real_and_small("N, D, V", [(2560, 512, V) for V in (8192, 32768, 50257, 300)], [(40, 24, 300), (40, 24, 257)])
+def test_bfloat16(N, D, V, monkeypatch):
+    monkeypatch.setattr(op, "_chunk_rows", lambda vocab_size, device: 1024 if N > 1024 else 16)
+    check(op, torch.bfloat16, (N, D, V), draws=2 if N > 1024 else 8)
+    check_losses(op.linear_cross_entropy, make_inputs(N, D, V, torch.bfloat16))
 
 
-@gpu
-@pytest.mark.gpu
-def test_bfloat16_main_grad():
-    check_accumulation(op.linear_cross_entropy, make_inputs(4096, 512, 8192, torch.bfloat16), torch.bfloat16)
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # infinite on purpose: tanh is then 1
+@real_and_small("N, D, V", [(2560, 512, 8192), (1, 512, 131_072)], [(40, 24, 300), (1, 8, 131_072)])
+def test_peaked_logits_and_heavy_tails_in_bfloat16(N, D, V):
+    check_losses(op.linear_cross_entropy, make_inputs(N, D, V, torch.bfloat16, scale=300.0, ignored=N > 1))
+    x, weight, targets = make_inputs(N, D, V, torch.bfloat16, scale=1.0, ignored=N > 1)
+    check_losses(op.linear_cross_entropy, [x.float().pow(5).bfloat16(), weight, targets])
 
 
-@gpu
-@pytest.mark.gpu
-def test_the_same_bits_twice():
-    inputs = make_inputs(16384, 512, 8192, torch.bfloat16)
+@real_and_small("N, D, V", [(2048, 512, 8192)], [(40, 24, 300)])
+def test_strided_inputs_in_bfloat16(N, D, V):
+    x, weight, targets = make_inputs(N, D + 8, V, torch.bfloat16)
+    inputs = [x[:, 3 : D + 3], weight[:, 8:], targets[:, None].expand(N, 2)[:, 0]]
+    runs = [outputs_and_gradients(f, inputs, dtype) for f, dtype in (
+        (op.linear_cross_entropy, torch.bfloat16), (op.linear_cross_entropy_ref, torch.bfloat16),
+        (op.linear_cross_entropy_ref, torch.float64),
+    )]  # fmt: skip
+    for name, *values in zip(("dx", "dweight"), *(run[1:] for run in runs), strict=True):
+        assert_as_good(name, *values)
+
+
+@real_and_small("N, D, V", [(4096, 512, 8192)], [(37, 19, 300)])
+def test_bfloat16_main_grad(N, D, V):
+    check_accumulation(op.linear_cross_entropy, make_inputs(N, D, V, torch.bfloat16), torch.bfloat16)
+
+
+@real_and_small("N, D, V", [(16384, 512, 8192)], [(40, 24, 300)])
+def test_the_same_bits_twice(N, D, V):
+    inputs = make_inputs(N, D, V, torch.bfloat16)
     runs = [outputs_and_gradients(op.linear_cross_entropy, inputs, torch.bfloat16) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
 
-@gpu
-@pytest.mark.gpu
-def test_past_two_to_the_31_elements():
-    """The last of 262,152 rows of 8,192 logits are what they are alone, bit by bit."""
-    logits = torch.randn(2**18 + 8, 8192, device=DEVICE, dtype=torch.bfloat16)
-    targets = torch.randint(0, 8192, (2**18 + 8,), device=DEVICE)
-    last, losses = logits[-8:].clone(), torch.empty(2**18 + 8, device=DEVICE)
+@real_and_small("rows, V", [(2**18 + 8, 8192), (2**14 + 8, 131_072)], [(40, 300)])
+def test_past_two_to_the_31_elements(rows, V):
+    """The last rows of more than 2³¹ logits are what they are alone, bit by bit."""
+    logits = torch.randn(rows, V, device=DEVICE, dtype=torch.bfloat16)
+    targets = torch.randint(0, V, (rows,), device=DEVICE)
+    last, losses = logits[-8:].clone(), torch.empty(rows, device=DEVICE)
     op._cross_entropy(logits, targets, losses, op.SOFTCAP, True)
     alone = torch.empty(8, device=DEVICE)
     op._cross_entropy(last, targets[-8:], alone, op.SOFTCAP, True)

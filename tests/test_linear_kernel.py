@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, fill_empty_with_nan, mutant, outputs_and_gradients
+from tests.kernel_checks import (
+    DEVICE,
+    assert_as_good,
+    fill_empty_with_nan,
+    mutant,
+    outputs_and_gradients,
+    real_and_small,
+)
 from tests.weight_grads import accumulated_gradients
 
 op = importlib.import_module("kernels.linear")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -109,16 +115,51 @@ def test_cost_counts_every_tensor_once():
     assert op.cost(10, 32, 64, backward=True) == (4 * 10 * 96 + 10 * 32 * 64, 4 * 10 * 32 * 64)
 
 
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize(("K", "N"), [(512, 1536), (512, 512), (32, 4)])
-def test_bfloat16_at_the_models_shape(K, N):
-    inputs = make_inputs((8, 2048), K, N, torch.bfloat16)
+REAL = [((8, 2048), 512, 1536), ((8, 2048), 512, 512), ((8, 2048), 32, 4), ((3, 333), 500, 100), ((1, 1), 512, 1536)]
+
+
+@real_and_small("rows, K, N", REAL, [((3, 17), 37, 53), ((1, 1), 32, 4)])
+def test_bfloat16(rows, K, N):
+    inputs = make_inputs(rows, K, N, torch.bfloat16)
     check(op.linear, inputs, torch.bfloat16)
     check_accumulation(op.linear, inputs, torch.bfloat16)
 
 
-@gpu
+@real_and_small("rows, width, K", [((8, 2048), 512, 32)], [((3, 17), 96, 32)])
+def test_strided_rows_in_bfloat16(rows, width, K):
+    wide, w = make_inputs(rows, width, 4, torch.bfloat16, residual=False)
+    check(op.linear, [wide[..., 8 : 8 + K], w[:, :K]], torch.bfloat16)
+
+
+@real_and_small("rows, K, N", [((8, 2048), 512, 1536)], [((3, 17), 37, 53)])
+def test_heavy_tails_in_bfloat16(rows, K, N):
+    x, w, r = make_inputs(rows, K, N, torch.bfloat16)
+    check(op.linear, [x.float().pow(5).bfloat16(), w, r], torch.bfloat16)
+
+
+@real_and_small("rows, K, N", [((8, 2048), 512, 512)], [((3, 17), 37, 53)])
+def test_the_same_bits_twice(rows, K, N):
+    inputs, dtype = make_inputs(rows, K, N, torch.bfloat16), torch.bfloat16
+    runs = [
+        outputs_and_gradients(op.linear, inputs, dtype) + accumulated_gradients(op.linear, inputs, [1], dtype)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@real_and_small("rows", [2**20 + 8], [40])
+def test_past_two_to_the_31_elements(rows):
+    x, w = make_inputs((rows,), 16, 2048 if rows > 2**20 else 24, torch.bfloat16, residual=False)
+    y = op.linear(x.requires_grad_(), w)
+    dy = torch.zeros_like(y)
+    dy[-8:] = torch.randn_like(dy[-8:])
+    (dx,) = torch.autograd.grad(y, x, dy)
+    truth, dx_truth = (f(t[-8:].double(), w.double()) for f, t in ((op.linear_ref, x), (lambda d, w: d @ w, dy)))
+    assert_as_good("y", y[-8:], truth.bfloat16(), truth)
+    assert_as_good("dx", dx[-8:], dx_truth.bfloat16(), dx_truth)
+    assert not dx[:-8].any()
+
+
 @pytest.mark.gpu
 def test_weight_gradients_are_added_by_the_gemm():
     common = importlib.import_module("kernels.common")

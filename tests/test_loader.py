@@ -297,7 +297,6 @@ def test_an_exception_in_the_thread_reaches_the_consumer_as_itself(tmp_path, mon
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_arrive_on_the_gpu(tmp_path):
     split = make_split(tmp_path, LENGTHS)
     with Loader(split, 4, 16, bos=BOS) as on_cpu, Loader(split, 4, 16, bos=BOS, device="cuda", prefetch=4) as on_gpu:

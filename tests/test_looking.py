@@ -85,13 +85,13 @@ def test_a_report_of_single_runs_and_of_none(tmp_path, capsys):
 
 def test_outliers_do_not_squeeze_the_picture():
     numbers = [1.000, 0.999, 0.998, 1.001, 1.002, 0.997, 1.0005, 3.5, 80.0]
-    low, high = limits([{"val_bpb": number} for number in numbers])
+    low, high = limits([{"val_bpb": number, "status": "discard"} for number in numbers])
     assert 0.99 < low < 0.997
     assert 1.002 < high < 1.02
-    # Where nothing after the first was better, too.
-    low, high = limits([{"val_bpb": number} for number in sorted(numbers)])
-    assert 0.99 < low < 0.997
-    assert 1.002 < high < 1.02
+    # But a keep and what fresh seeds gave are in it, whatever they are.
+    for kept in ({"status": "keep"}, {"status": "discard", "confirms": "x"}):
+        _, high = limits([{"val_bpb": 1.3, **kept}, *({"val_bpb": n, "status": "discard"} for n in numbers)])
+        assert 1.3 < high < 1.4
 
 
 def metrics(folder: Path, **changed) -> Path:

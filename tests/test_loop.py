@@ -16,13 +16,13 @@ from train.config import TrainConfig, resolve
 from train.loop import TrainingError, train
 from train.optimizer import Optimizer
 from train.schedule import StepValues, step_values
+from train.state import RunState
 from train.step import TrainStep
 
 SHAPE = (4, 33)
 CONFIG = resolve(
     TrainConfig(depth=2, d_model=64, head_dim=16, seq_len=32, device_batch_size=4, total_batch_size=256), "cpu"
 )
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def make_step(device="cpu", forward_dtype=torch.float32, config=CONFIG) -> TrainStep:
@@ -67,10 +67,27 @@ class Recorder:
         self.seconds.append(dt)
 
 
-def run(lag: int, step: TrainStep, **budget) -> tuple[Recorder, Budget]:
-    seen, budget = Recorder(), Budget(untimed_steps=0, **budget)
-    train(CONFIG, step, endless_batches(), budget, LaggingClock(lag), seen)
-    return seen, budget
+class Pauses:
+    """In the place of checkpoints: one, due once `after` steps are done, that takes a thousand seconds."""
+
+    def __init__(self, state: RunState, clock: LaggingClock, after: float):
+        self.state, self.clock, self.after = state, clock, after
+        self.taken = []
+
+    def due(self) -> bool:
+        return self.state.step >= self.after and not self.taken
+
+    def save(self) -> None:
+        self.taken.append(self.state.step)
+        self.clock.now += 1000.0
+
+
+def run(lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, **budget) -> tuple[Recorder, Budget]:
+    seen, clock = Recorder(), LaggingClock(lag)
+    state = RunState(step.optimizer, endless_batches(), Budget(untimed_steps=0, **budget))
+    seen.pauses = Pauses(state, clock, pause_after)
+    train(CONFIG, step, state, clock, seen, seen.pauses, stop)
+    return seen, state.budget
 
 
 def test_running_ahead_changes_no_bit():
@@ -89,6 +106,32 @@ def test_a_step_on_its_way_when_time_is_up_is_counted(lag, num_steps):
     assert seen.steps == [*range(num_steps)]
     assert budget.timed_seconds == num_steps
     assert budget.overshoot == num_steps - 3
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_checkpoint_is_taken_at_rest_and_costs_no_step(lag):
+    """Every step sent is finished first, and the thousand seconds are no step's."""
+    seen, budget = run(lag, make_step(), pause_after=2, seconds=1.0, steps=6)
+    assert seen.pauses.taken == [2 + lag]
+    assert seen.seconds == [1.0] * 6
+    assert budget.timed_seconds == 6
+    plain, _ = run(lag, make_step(), seconds=1.0, steps=6)
+    assert seen.losses == plain.losses
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_asked_to_stop_it_finishes_what_it_has_sent(lag):
+    step = make_step()
+    calls = 0
+
+    def stop():
+        nonlocal calls
+        calls += 1
+        return calls > 3
+
+    seen, budget = run(lag, step, stop, seconds=100.0)
+    assert seen.steps == [0, 1, 2]
+    assert budget.step == 3
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -175,7 +218,6 @@ def test_waiting_is_found(no_launches, monkeypatch, op):
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
     """Over steps of changing rate, momentum and decay; a rehearsal and a bad step in between change nothing."""
@@ -197,7 +239,6 @@ def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("graphs", [True, False])
 def test_the_loop_waits_for_nothing_but_its_clock(graphs):
     """CUDA's own word for it: in this mode PyTorch raises on every call that makes the host wait."""

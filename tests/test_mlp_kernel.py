@@ -13,12 +13,12 @@ from tests.kernel_checks import (
     fill_empty_with_nan,
     mutant,
     outputs_and_gradients,
+    real_and_small,
 )
 from tests.weight_grads import accumulated_gradients
 
 op = importlib.import_module("kernels.mlp")
 gemm = importlib.import_module("kernels.gemm")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.float16]
 SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
 
@@ -26,6 +26,7 @@ SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch):
     fill_empty_with_nan(monkeypatch)
+    exact_bfloat16(monkeypatch)
     set_ops("triton")
     yield
     set_ops(None)
@@ -73,8 +74,7 @@ def test_many_tiles(small_tiles, dtype):
     check(op.relu2_mlp, make_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
 
 
-def test_bfloat16(small_tiles, monkeypatch):
-    exact_bfloat16(monkeypatch)
+def test_bfloat16_in_many_tiles(small_tiles):
     check(op.relu2_mlp, make_inputs((2, 35), 37, 91, torch.bfloat16), torch.bfloat16)
 
 
@@ -151,29 +151,41 @@ def test_cost_counts_every_tensor_once_a_product():
     assert op.cost(10, 16, 64, backward=True) == (activations + 16 * 64 * (4 + 16), 8 * 10 * 16 * 64)
 
 
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize(("D", "hidden"), [(512, 2048), (1280, 5120), (264, 1000)])
-def test_bfloat16_at_the_models_shape(D, hidden):
-    inputs = make_inputs((4, 2048), D, hidden, torch.bfloat16)
+REAL = [((4, 2048), 512, 2048), ((4, 2048), 1280, 5120), ((4, 2048), 264, 1000), ((1, 1), 512, 2048)]
+
+
+@real_and_small("rows, D, hidden", REAL, [((2, 35), 37, 91), ((1, 1), 16, 64)])
+def test_bfloat16(rows, D, hidden):
+    inputs = make_inputs(rows, D, hidden, torch.bfloat16)
     check(op.relu2_mlp, inputs, torch.bfloat16)
     check_accumulation(op.relu2_mlp, inputs, torch.bfloat16)
 
 
-@gpu
-@pytest.mark.gpu
-def test_the_same_bits_twice():
-    inputs = make_inputs((8, 2048), 512, 2048, torch.bfloat16)
+@real_and_small("rows, D, hidden", [((2, 2048), 512, 2048)], [((2, 21), 40, 64)])
+def test_strided_rows_in_bfloat16(rows, D, hidden):
+    x, w_fc, w_proj, residual = make_inputs(rows, D + 8, hidden, torch.bfloat16)
+    inputs = [x[..., 3 : D + 3], w_proj[:D].T, w_fc[:, :D].T, residual[..., 8:]]
+    check(op.relu2_mlp, inputs, torch.bfloat16)
+
+
+@real_and_small("rows, D, hidden", [((2, 2048), 512, 2048)], [((2, 21), 40, 64)])
+def test_heavy_tails_in_bfloat16(rows, D, hidden):
+    x, *rest = make_inputs(rows, D, hidden, torch.bfloat16)
+    check(op.relu2_mlp, [x.float().pow(5).bfloat16(), *rest], torch.bfloat16)
+
+
+@real_and_small("rows, D, hidden", [((8, 2048), 512, 2048)], [((2, 35), 37, 91)])
+def test_the_same_bits_twice(rows, D, hidden):
+    inputs = make_inputs(rows, D, hidden, torch.bfloat16)
     runs = [outputs_and_gradients(op.relu2_mlp, inputs, torch.bfloat16) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
 
-@gpu
-@pytest.mark.gpu
-def test_past_two_to_the_31_elements():
-    """The hidden layer of 2²⁰ + 8 rows: the last rows are what they are alone, bit by bit."""
-    x, w_fc, w_proj, residual = make_inputs((2**20 + 8,), 64, 2048, torch.bfloat16)
+@real_and_small("rows, hidden", [(2**20 + 8, 2048)], [(136, 24)])
+def test_past_two_to_the_31_elements(rows, hidden):
+    """The last rows of a hidden layer of more than 2³¹ elements are what they are alone, bit by bit."""
+    x, w_fc, w_proj, residual = make_inputs((rows,), 64, hidden, torch.bfloat16)
     last = slice(-8, None)
     post = op._fc_fwd(x, w_fc)
     assert torch.equal(post[last], op._fc_fwd(x[last], w_fc))

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, fill_empty_with_nan, mutant
+from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, fill_empty_with_nan, mutant, real_and_small
 
 op = importlib.import_module("kernels.muon")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Of one matrix with one singular value the error is one draw, and luck: there are many of those.
 SHAPES = [(2, 4, 32), (2, 45, 45), (2, 70, 29), (3, 29, 70), (24, 7, 1)]
 
@@ -106,6 +105,8 @@ MUTANTS = {
     "no learning rate in the decay": ("decay = lr * tl.load", "decay = tl.load"),
     "means over the padded size": ("v = tl.sum(acc, axis=1) / N", "v = tl.sum(acc, axis=1) / BLOCK_N"),
     "rows for columns": ("strides = (cols, 1) if by_row", "strides = (1, rows) if by_row"),
+    "no learning rate": ("master = master - lr * g - tl", "master = master - g - tl"),
+    "the last column is left out": ("(offs_c < C)\n        lr =", "(offs_c < C - 1)\n        lr ="),
     "the master as if it were dense": ("master_ptr + batch * master_stride_b", "master_ptr + batch * R * C"),
 }
 
@@ -128,9 +129,24 @@ def test_errors_name_the_argument():
         op.muon_update(*group, rest[0].half(), rest[1])
 
 
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(24, 512, 512), (8, 2048, 512), (8, 512, 2048), (4, 4, 32)])
-def test_the_models_matrices(shape):
+REAL = [(24, 512, 512), (8, 2048, 512), (8, 512, 2048), (4, 4, 32), (8, 128, 512), (2, 1000, 777)]
+
+
+@real_and_small("shape", REAL, [(2, 45, 30)])
+def test_matrices_of_a_model(shape):
     check(op, shape, torch.bfloat16)
     check(op, shape, torch.bfloat16, strided=True)
+    group = make_group(shape)
+    runs = [two_steps(op._launch, group, torch.float32, torch.bfloat16) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_gradient_of_zero_changes_only_the_moments():
+    master, grad, momentum, second_moment, copy = make_group((2, 20, 33))
+    grad.zero_()
+    momentum.zero_()
+    before = master.clone()
+    hyper = torch.tensor([0.04, 0.9, 0.0], device=DEVICE)
+    op.muon_update(master, grad, momentum, second_moment, copy, hyper, torch.tensor(True, device=DEVICE))
+    assert torch.equal(master, before)
+    assert torch.equal(copy, master.bfloat16())

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, fill_empty_with_nan, mutant
+from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, fill_empty_with_nan, mutant, real_and_small
 
 op = importlib.import_module("kernels.polar_express")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPES = [(2, 4, 32), (1, 37, 37), (2, 70, 131), (2, 131, 70), (1, 150, 5), (3, 1, 1)]
 
 
@@ -98,12 +97,11 @@ def test_errors_name_the_argument():
         op.polar_express(g, torch.float64)
 
 
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "shape", [(24, 512, 512), (8, 2048, 512), (8, 512, 2048), (4, 4, 32), (2, 1000, 777), (1, 768, 768)]
-)
-def test_bfloat16_at_the_models_shapes(shape):
+REAL = [(24, 512, 512), (8, 2048, 512), (8, 512, 2048), (4, 4, 32), (2, 1000, 777), (1, 768, 768), (24, 1, 1)]
+
+
+@real_and_small("shape", REAL, [(2, 70, 45), (3, 1, 1)])
+def test_bfloat16_and_the_same_bits_twice(shape):
     check(op, shape, torch.bfloat16)
     g = make_gradient(shape)
     assert torch.equal(op.polar_express(g), op.polar_express(g))

@@ -150,8 +150,9 @@ def test_a_changed_shard_is_found_at_the_start(folder, name):
         Dataset.open(folder)
 
 
-def test_a_changed_validation_shard_is_found_though_size_and_mtime_are_the_old(folder):
-    path = folder / "val_00000.npy"
+@pytest.mark.parametrize("name", ["val_00000.npy", "train_00000.npy"])
+def test_a_changed_shard_is_found_though_size_and_mtime_are_the_old(folder, name):
+    path = folder / name
     stat = path.stat()
     flip_a_byte(path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -170,6 +171,7 @@ def test_the_holdout_is_read_and_checked_only_when_asked_for(folder):
 def test_train_shards_are_hashed_once_after_a_copy(folder, monkeypatch):
     hashed = []
     original = dataset.sha256_of
+    monkeypatch.setattr(dataset, "ALWAYS_HASHED", 0)  # a corpus of any size is a large one
     monkeypatch.setattr(dataset, "sha256_of", lambda path: hashed.append(path.name) or original(path))
 
     def opened():
@@ -196,7 +198,7 @@ def test_a_tokenizer_the_shards_were_not_made_with(folder, tmp_path):
         Dataset.open(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", "\x00\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "\x00\xff", "[" * 100_000, '{"a": 1, "a": 1}', "9" * 5000])
 def test_a_manifest_that_is_none(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(InputError, match=r"manifest\.json .*python -m prepare"):

@@ -21,10 +21,10 @@ def accumulated_gradients(
         inputs[i].main_grad = torch.full(
             inputs[i].shape, 0.5, dtype=torch.promote_types(dtype, torch.float32), device=inputs[i].device
         )
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(inputs[0].device).manual_seed(5)
     for _ in range(2):
         out = op(*(layer_weight(x) if i in weights else x for i, x in enumerate(inputs)))
-        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64) + 0.5
-        out.backward(cotangent.to(out.device, out.dtype))
+        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float32, device=out.device) + 0.5
+        out.backward(cotangent.bfloat16().to(out.dtype))  # what every dtype holds exactly
     assert all(inputs[i].grad is None for i in weights)
     return [inputs[i].main_grad for i in weights]

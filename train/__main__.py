@@ -1,40 +1,41 @@
 """`python -m train`: prepare if need be, train inside the budget, evaluate, summarise."""
 
-import signal
 import sys
 
 from prepare import InputError
 
-from .config import parse
-from .experiment import experiment
-from .loop import TrainingError
-
-
-class Terminated(BaseException):
-    """SIGTERM: unwinds like Ctrl-C, so that files are closed and the loader's thread ends."""
-
-
-def _terminate(signum, frame):
-    raise Terminated
+from .signals import Interrupted, Signals
 
 
 def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 done; 1 FAIL; 2 bad arguments or bad input; 130, 143 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
+    with Signals() as signals:
+        try:
+            return _train(args, signals)
+        except (InputError, OSError) as error:
+            print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
+            return 2
+        except Interrupted as interrupted:
+            print(f"\n{interrupted}", file=sys.stderr)
+            return interrupted.exit_code
+
+
+def _train(args: list[str] | None, signals: Signals) -> int:
+    # Imported here, since PyTorch takes seconds: Ctrl-C in the meantime is no traceback either.
+    from .experiment import experiment
+    from .loop import TrainingError
+    from .memory import is_out_of_memory
+    from .resume import parse
+
     try:
-        return experiment(parse(args))
+        return experiment(parse(args), signals)
     except TrainingError as error:
         print(f"\nFAIL: {error}", flush=True)
         return 1
-    except (InputError, OSError) as error:
-        print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except Terminated:
-        print("\nterminated", file=sys.stderr)
-        return 143
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError("out of memory before the first step: lower --depth or --seq-len") from None
 
 
 if __name__ == "__main__":

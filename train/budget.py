@@ -1,6 +1,6 @@
 """The budget: seconds of timed training (the product's way), or steps (every comparison that must be exact)."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass
@@ -30,6 +30,11 @@ class Budget:
             self.timed_seconds += seconds
             self.timed_steps += 1
         self.step += 1
+
+    def counters(self) -> dict[str, float]:
+        """What has been counted so far: with the three arguments, all there is."""
+        arguments = ("seconds", "steps", "untimed_steps")
+        return {name: value for name, value in asdict(self).items() if name not in arguments}
 
     def progress(self, step: int) -> float:
         """0 to 1, at the beginning of step `step`: what drives the schedules."""

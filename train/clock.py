@@ -1,8 +1,11 @@
 """Marks in time. On a GPU the host runs ahead of the device, so there a mark is an event among the work it sends."""
 
+import os
+import time
 from time import perf_counter
 from typing import Any, Protocol
 
+import psutil
 import torch
 
 
@@ -45,3 +48,8 @@ class DeviceClock:
 
 def clock_of(device: torch.device | str) -> Clock:
     return DeviceClock() if torch.device(device).type == "cuda" else HostClock()
+
+
+def seconds_since_start() -> float:
+    """Of the process: imports count."""
+    return time.time() - psutil.Process(os.getpid()).create_time()

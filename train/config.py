@@ -41,6 +41,7 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def option(default, text: str, **metadata):
+    """`free`: may differ where a run is resumed, since no result depends on it, or something else is compared."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -48,24 +49,30 @@ def option(default, text: str, **metadata):
 class TrainConfig:
     """Everything that a run depends on. `resolve` fills in what depends on the device, and checks the rest."""
 
-    data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)")
+    data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)", free=True)
     name: str = option("run", "name of the run, part of its folder's name")
-    description: str = option("", "what this run tries, for the ledger")
+    description: str = option("", "what this run tries, for the ledger", free=True)
     run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>); the ledger is beside it")
-    repeat: int = option(1, "runs on so many seeds, --seed and those after it: without, noise cannot be known")
-    confirm: bool = option(False, "where it is a new best, run it again on fresh seeds, three or as many as --repeat")
-    group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run alone)")
-    confirms: str | None = option(None, "group that this run confirms, on a fresh seed")
-    tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder")
+    repeat: int = option(1, "runs on so many seeds, --seed and those after it: without, noise is unknown", free=True)
+    confirm: bool = option(False, "run a new best again on fresh seeds, three or as many as --repeat", free=True)
+    group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True)
+    confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True)
+    tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"))
     ops: str | None = option(None, "triton kernels or PyTorch reference (default: triton on a GPU, else reference)",
                              choices=("triton", "reference"))  # fmt: skip
     graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
     seed: int = option(42, "seed of the initial weights")
 
+    resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/",
+                                free=True)  # fmt: skip
+    checkpoint_every: float = option(60.0, "seconds between checkpoints; 0: as often as one can be written", free=True)
+    keep_checkpoints: bool = option(False, "keep the last two, also after the evaluation", free=True)
+
     time_budget: float | None = option(None, "seconds of timed training")
     steps: int | None = option(None, "train this many steps instead, and let them drive the schedules")
     untimed_steps: int = option(10, "first steps that do not count; 0: warm up on dummy data, then time every step")
+    hang_timeout: float = option(600.0, "seconds without a step after which the run is ended; 0: never", free=True)
 
     depth: int | None = option(None, "layers")
     d_model: int | None = option(None, "model width (default: 64 x depth, rounded up to a multiple of head_dim)")
@@ -88,6 +95,23 @@ class TrainConfig:
     warmup_ratio: float = option(0.0, "share of the budget in which the learning rate rises")
     warmdown_ratio: float = option(0.5, "share of the budget in which it falls")
     final_lr_frac: float = option(0.0, "what it falls to, as a share of the full rate")
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "TrainConfig":
+        """What `asdict` made, read again. Raises InputError where a key or the type of a value is not one of ours."""
+        hints = get_type_hints(cls)
+        for key, value in saved.items():
+            if key not in hints:
+                raise InputError(f"the configuration has a key {key!r} that this program does not know")
+            kinds = get_args(hints[key]) or (hints[key],)
+            if type(value) not in kinds and not (float in kinds and type(value) is int):
+                raise InputError(f"the configuration has {value!r} for {key}")
+        return cls(**saved)
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run has to have the same."""
+        free = {f.name for f in dataclasses.fields(self) if f.metadata.get("free")}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -134,6 +158,7 @@ def _check(config: TrainConfig) -> None:
         "untimed_steps": 0, "eval_tokens": 0, "num_kv_heads": 0, "depth": 1, "head_dim": 2, "d_model": 32, "seq_len": 1,
         "device_batch_size": 1, "total_batch_size": 1, "lm_head_lr": 0, "embedding_lr": 0, "scalar_lr": 0,
         "matrix_lr": 0, "weight_decay": 0, "warmup_ratio": 0, "warmdown_ratio": 0, "final_lr_frac": 0,
+        "checkpoint_every": 0, "hang_timeout": 0,
     }  # fmt: skip
     for key, least in at_least.items():
         if not getattr(config, key) >= least:  # NaN fails too
@@ -142,6 +167,8 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"--steps {config.steps} must be at least 1")
     if not 0 < config.time_budget < float("inf"):
         raise InputError(f"--time-budget {config.time_budget:g} must be a positive number of seconds")
+    if not config.checkpoint_every < float("inf"):
+        raise InputError("--checkpoint-every inf: it is a number of seconds, if a large one")
     if config.warmup_ratio + config.warmdown_ratio > 1:
         raise InputError("--warmup-ratio and --warmdown-ratio add up to more than 1: lower one of them")
     if config.total_batch_size % config.micro_batch_tokens:
@@ -154,7 +181,7 @@ def _check(config: TrainConfig) -> None:
 
 
 def to_args(config: TrainConfig) -> list[str]:
-    """The command line that spells `config`: what `parse` takes."""
+    """The command line that spells `config`, for `parse_given`."""
     args = []
     for f in dataclasses.fields(config):
         value, flag = getattr(config, f.name), f.name.replace("_", "-")
@@ -164,8 +191,8 @@ def to_args(config: TrainConfig) -> list[str]:
     return args
 
 
-def parse(args: list[str] | None = None) -> TrainConfig:
-    """The configuration that a command line spells."""
+def parse_given(args: list[str] | None = None) -> dict[str, Any]:
+    """The options that a command line spells, and none that it leaves out."""
     description = "Trains a language model inside a time budget."
     parser = Parser(prog="python -m train", description=description, allow_abbrev=False)
     hints = get_type_hints(TrainConfig)
@@ -179,9 +206,9 @@ def parse(args: list[str] | None = None) -> TrainConfig:
             text += f" (default: {f.default})"
         flag = "--" + f.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             choices = f.metadata.get("choices")
-            parser.add_argument(flag, type=kind, default=f.default, choices=choices, help=text,
+            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=choices, help=text,
                                 metavar=None if choices else kind.__name__.upper())  # fmt: skip
-    return TrainConfig(**vars(parser.parse_args(args)))
+    return vars(parser.parse_args(args))

@@ -11,6 +11,7 @@ from prepare.arguments import Parser
 from .audit import audit
 from .config import TrainConfig
 from .ledger import HOLDOUT, Ledger
+from .memory import is_out_of_memory
 from .runs import load_run
 from .step import TrainStep
 from .trainer import pick_device, pick_ops
@@ -27,12 +28,18 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--audit", action="store_true", help="check that the number is what it says")
     parser.add_argument("--data", help="prepared folder (default: the one the run was trained on)")
     parser.add_argument("--eval-tokens", type=int, help="0: all (default: as the run)")
+    parser.add_argument("--device-batch-size", type=int, help="rows at a time (default: as the run)")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     options = parser.parse_args(args)
     try:
         return evaluate(options)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory: take fewer rows at a time with --device-batch-size", file=sys.stderr)
         return 2
 
 
@@ -52,9 +59,10 @@ def evaluate(options) -> int:
         raise InputError(f"{data.folder} has another tokenizer than the run: name the run's own folder with --data")
     score = TrainStep(model, None, bool(config.autocast and device == "cpu")).token_losses
     tokens = config.eval_tokens if options.eval_tokens is None else options.eval_tokens
+    rows = config.device_batch_size if options.device_batch_size is None else options.device_batch_size
     evaluation = evaluate_bpb(
-        score, data, split="holdout" if options.holdout else "val", seq_len=config.seq_len,
-        batch_size=config.device_batch_size, max_tokens=tokens or None, packing=config.packing, device=device,
+        score, data, split="holdout" if options.holdout else "val", seq_len=config.seq_len, batch_size=rows,
+        max_tokens=tokens or None, packing=config.packing, device=device,
     )  # fmt: skip
     print(f"{'holdout' if options.holdout else 'val'}_bpb: {evaluation.bpb:.6f}")
     for key, value in {"unigram_bpb": f"{evaluation.unigram_bpb:.6f}", **evaluation.fingerprint}.items():

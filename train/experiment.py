@@ -17,21 +17,22 @@ from .judge import KEEP, experiments, numbers
 from .ledger import Ledger
 from .record import Record
 from .runs import default_run_dir
+from .signals import Signals
 from .statistics import spread
 from .trainer import run
 
 CONFIRMATIONS = 3  # fresh seeds, where --repeat asks for no more
 
 
-def experiment(config: TrainConfig) -> int:
+def experiment(config: TrainConfig, signals: Signals) -> int:
     """Runs what is asked for. Returns the exit code; raises what a single run raises."""
     if config.repeat < 1:
         raise InputError(f"--repeat {config.repeat} must be at least 1")
-    if config.repeat > 1 or config.confirm:
+    if (config.repeat > 1 or config.confirm) and not config.resume:
         return several(config)
     record = Record(config)
     try:
-        summary = run(config, record)
+        summary = run(config, signals, record)
     except BaseException as error:
         record.fail(error)
         if record.began and isinstance(error, Exception):  # who interrupts does not wait for a picture
@@ -74,6 +75,7 @@ def one_of(config: TrainConfig, base: Path, what: str, *, seed: int, **fields) -
     before = {
         number: signal.signal(number, lambda number, _: process.send_signal(number))
         for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         code = process.wait()

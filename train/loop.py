@@ -2,7 +2,7 @@
 
 import gc
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from prepare import Batch
 
-from .budget import Budget
+from .checkpoint import Checkpointer
 from .clock import Clock
 from .config import TrainConfig
-from .metrics import DebiasedAverage
 from .optimizer import MAX_LOSS
 from .progress import Reporter
 from .schedule import StepValues, step_values
+from .state import RunState
 from .step import TrainStep
 
 COLLECT_EVERY = 5000  # steps between garbage collections; in between the collector is off, so that no step waits for it
@@ -25,6 +25,10 @@ COLLECT_EVERY = 5000  # steps between garbage collections; in between the collec
 
 class TrainingError(Exception):
     """The loss or a gradient is not finite, or the loss is above 100. The parameters are those of the step before."""
+
+    def __init__(self, line: str, sent: "Sent"):
+        super().__init__(line)
+        self.sent = sent
 
 
 @dataclass
@@ -39,45 +43,56 @@ class Sent:
 
 
 def train(
-    config: TrainConfig, step: TrainStep, batches: Iterator[Batch], budget: Budget, clock: Clock, report: Reporter
-) -> None:
-    """Trains until the budget is used up. Raises TrainingError.
+    config: TrainConfig, step: TrainStep, state: RunState, clock: Clock, report: Reporter, checkpoints: Checkpointer,
+    stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Trains until the budget is used up or `stop` says so; nothing is on its way then. Raises TrainingError.
 
     The host sends a step before it has read the loss of the one `clock.lag` steps earlier, so that the device never
     waits for it. A bad step is therefore noticed late; the optimizer takes neither it nor any step after it.
     """
-    average = DebiasedAverage()
     in_flight: deque[Sent] = deque()
-    number, last = budget.step, clock.mark()
+    first = number = state.budget.step
+    last = clock.mark()
     while True:
-        wanted = budget.wants(number)
+        more = state.budget.wants(number) and not stop()
+        wanted = more and not checkpoints.due()
         if wanted:
-            values = step_values(config, number, budget.progress(number))
-            micro_batches = list(islice(batches, config.grad_accum_steps))
+            values = step_values(config, number, state.budget.progress(number))
+            micro_batches = list(islice(state.loader, config.grad_accum_steps))
             # Sent to the host here and now: asked for later, they would arrive after the step that is sent next.
             loss, good = (result.to("cpu", non_blocking=True) for result in step(micro_batches, values))
             in_flight.append(Sent(values, micro_batches, loss, good, clock.mark()))
             number += 1
         elif not in_flight:
-            return
+            if not more:
+                return
+            checkpoints.save()
+            last = clock.mark()  # what a checkpoint takes is no step's time
+            continue
         if len(in_flight) > clock.lag or not wanted:
             sent = in_flight.popleft()
             seconds, last = clock.seconds(last, sent.end), sent.end
-            finish(sent, seconds, budget, average, report)
+            finish(sent, seconds, state, report)
+            collect_garbage(sent.values.step, first)
 
 
-def finish(sent: Sent, seconds: float, budget: Budget, average: DebiasedAverage, report: Reporter) -> None:
+def finish(sent: Sent, seconds: float, state: RunState, report: Reporter) -> None:
     """Reads a step's loss, counts its time, reports it. Raises TrainingError."""
     loss = sent.loss.item()
     if not sent.good.item():
         cause = f"loss is {loss:.4g}" if not loss <= MAX_LOSS else "a gradient is not finite"
         first, last = sent.batches[0].index, sent.batches[-1].index
-        raise TrainingError(f"step {sent.values.step:05d}: {cause} (batches {first} to {last})")
-    budget.add(seconds)
-    report.step(budget, sent.values, seconds, loss, average.update(loss), sent.batches[-1].epoch)
-    if sent.values.step == 0:
+        raise TrainingError(f"step {sent.values.step:05d}: {cause} (batches {first} to {last})", sent)
+    state.budget.add(seconds)
+    report.step(state.budget, sent.values, seconds, loss, state.average.update(loss), sent.batches[-1].epoch)
+
+
+def collect_garbage(step: int, first: int) -> None:
+    """After the first step of the process, what is there stays; from then on the collector runs seldom."""
+    if step == first:
         gc.collect()
         gc.freeze()
         gc.disable()
-    elif sent.values.step % COLLECT_EVERY == 0:
+    elif step % COLLECT_EVERY == 0:
         gc.collect()

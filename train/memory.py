@@ -1,11 +1,14 @@
-"""Whether a configuration fits, said before anything large is allocated.
+"""Whether a configuration fits, said before anything large is allocated; and what would fit, where it did not.
 
 Activations are not estimated by a formula that a change to the model would leave behind: one row goes through the
 real forward, and what autograd keeps of it is added up.
 """
 
+import gc
+import traceback
 from collections import Counter
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import torch
@@ -15,17 +18,19 @@ from model.gpt import count_parameters
 from prepare import InputError
 
 from .config import TrainConfig
+from .step import TrainStep
 
 # On top of what autograd keeps: a layer's temporaries in the backward, the allocator's slack.
 MARGIN = 1.2
 
 
 def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
-    """Masters, gradients, moments (two for AdamW, one for Muon) and, on a GPU, the copies that the forward reads."""
+    """Masters, gradients, moments (two for AdamW, one for Muon); on a GPU the copies that the forward reads, on a CPU
+    the checkpoint's snapshot of masters and moments."""
     counts = count_parameters(model)
     muon = counts["blocks"]
     adamw = counts["total"] - muon
-    copies = forward_bytes * counts["total"] if forward_bytes < 4 else 0
+    copies = forward_bytes * counts["total"] if forward_bytes < 4 else 4 * (3 * adamw + 2 * muon)
     update = 6 * 4 * model.depth * 4 * model.d_model**2  # temporaries of Muon's largest stack
     return 4 * (4 * adamw + 3 * muon) + copies + update
 
@@ -90,9 +95,55 @@ def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContext
         f"{config.device_batch_size} rows of {config.seq_len} tokens need about {needed / 2**30:.1f} GiB and"
         f" {available / 2**30:.1f} GiB are free on {config.device}"
     )
-    # The largest that fits and divides the step evenly, so that nothing but the number of micro-steps changes.
+    raise InputError(f"{line}{mend_by_batch(config, rows)}")
+
+
+def mend_by_batch(config: TrainConfig, rows: int) -> str:
+    """The end of a line that says what to do where `rows` rows fit: the largest micro-batch up to it that divides the
+    step evenly, so that nothing but the number of micro-steps changes."""
     step_rows = config.total_batch_size // config.seq_len
     fitting = [n for n in range(1, rows + 1) if step_rows % n == 0]
     if not fitting:
-        raise InputError(f"{line}, which is less than one row needs: lower --seq-len or --depth")
-    raise InputError(f"{line}: use --device-batch-size {fitting[-1]}")
+        return ", which is less than one row needs: lower --seq-len or --depth"
+    return f": use --device-batch-size {fitting[-1]}"
+
+
+# Parts of the messages of errors that have no class of their own: PyTorch's allocator on a CPU, CUDA, cuBLAS, Triton.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of PyTorch on a CPU, of Python."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterator[None]:
+    """Turns running out of memory into an InputError that names the --device-batch-size to take, at the same total.
+
+    The estimate of `check_batch_fits` was wrong then, or another process has taken memory since: it is made anew, and
+    what has failed is not advised again.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold what did fit of the step
+    step.release()
+    step.optimizer.zero_grad()
+    gc.collect()
+    if config.device == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        per_row = activation_bytes(step.model, 1, step.precision()) * MARGIN
+        rows = min(int(available_bytes(config.device) // per_row), config.device_batch_size - 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        rows = 0
+    line = f"out of memory on {config.device} with {config.device_batch_size} rows of {config.seq_len} tokens"
+    raise InputError(f"{line}{mend_by_batch(config, rows)}") from None

@@ -40,6 +40,10 @@ class AdamWGroup:
         t = values.step + 1
         return self.lr * values.lr_multiplier, 1 - beta1**t, 1 - beta2**t
 
+    def state(self) -> dict[str, Tensor]:
+        moments = {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
+        return {f"{kind}.{n}": t for kind, each in moments.items() for n, t in zip(self.names, each, strict=True)}
+
     def update(self, hyper: Tensor, apply: Tensor) -> None:
         kernels.adamw_update(
             self.masters, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies, hyper, apply, self.betas, ADAM_EPS
@@ -51,6 +55,7 @@ class MuonGroup:
     """A batch of matrices of one shape, updated in one go."""
 
     name: str
+    label: str  # the name, and which part of it where one stored tensor holds matrices of several shapes
     lr: float
     master: Tensor  # [batch, rows, cols]
     grad: Tensor
@@ -62,6 +67,9 @@ class MuonGroup:
 
     def hyper(self, values: StepValues) -> tuple[float, float, float]:
         return self.lr * values.lr_multiplier, values.momentum, values.weight_decay
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"momentum.{self.label}": self.momentum, f"second_moment.{self.label}": self.second_moment}
 
     def update(self, hyper: Tensor, apply: Tensor) -> None:
         kernels.muon_update(self.master, self.grad, self.momentum, self.second_moment, self.copy, hyper, apply)
@@ -127,10 +135,26 @@ class Optimizer:
             rows = [model.config.d_model, model.config.kv_width, model.config.kv_width]
             sizes = rows if name == "w_qkv" else [self.masters[name].shape[1]]
             tensors = (self.masters[name], self.parameters[name].main_grad, self._copy(name))
-            for master, grad, copy in zip(*(_split_rows(t, sizes) for t in tensors), strict=True):
+            batches = list(zip(*(_split_rows(t, sizes) for t in tensors), strict=True))
+            labels = [name] if len(batches) == 1 else [f"{name}.{part}" for part in "qkv"]
+            for label, (master, grad, copy) in zip(labels, batches, strict=True):
                 lr = config.matrix_lr * max(1.0, master.shape[-2] / master.shape[-1]) ** 0.5
-                groups.append(MuonGroup(name, lr, master, grad, copy))
+                groups.append(MuonGroup(name, label, lr, master, grad, copy))
         return groups
+
+    def state(self) -> dict[str, Tensor]:
+        """What later updates depend on, by name: masters and moments. The tensors themselves; all are fp32."""
+        state = {f"master.{name}": master for name, master in self.masters.items()}
+        for group in self.groups:
+            state |= group.state()
+        return state
+
+    def round_masters(self) -> None:
+        """After the masters were written from outside: every parameter is its master again, rounded."""
+        for name, master in self.masters.items():
+            copy = self._copy(name)
+            if copy is not None:
+                copy.copy_(master)
 
     def zero_grad(self) -> None:
         self.grads.zero_()

@@ -9,19 +9,20 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 import torch
 
 from prepare import InputError
 from prepare.evaluate import Evaluation
 
 from .budget import Budget
+from .clock import seconds_since_start
 from .config import TrainConfig
 from .judge import Judgement, judge
 from .ledger import RUN, Ledger
 from .loop import TrainingError
 from .provenance import evaluating_code_sha256, machine, source_state, versions
 from .runs import default_run_dir
+from .signals import Interrupted
 
 
 class Record:
@@ -29,7 +30,7 @@ class Record:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.folder = Path(config.run_dir or default_run_dir(config.name))
+        self.folder = Path(config.resume or config.run_dir or default_run_dir(config.name))
         self.began = False  # whether the run's folder is there
         self.written = False
         self.source = source_state()
@@ -38,7 +39,6 @@ class Record:
         self.model: dict = {}
         self.data: dict = {}
         self.seconds: dict[str, float] = {}
-        self._started = psutil.Process().create_time()
 
     def begin(self, config: TrainConfig, model: dict, data: dict) -> None:
         """The run's folder is there, and the configuration is resolved."""
@@ -69,7 +69,6 @@ class Record:
 
     def finish(self, summary: dict[str, str], evaluation: Evaluation, audit: list[str]) -> dict[str, str]:
         """Writes the row of a run that came to its end. Returns what the summary has to say besides."""
-        summary = {**summary, "total_seconds": f"{time.time() - self._started:.1f}"}
         comparable = {
             "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
             "budget": self._budget(),
@@ -89,7 +88,6 @@ class Record:
             }
         )
         return {
-            "total_seconds": summary["total_seconds"],
             "audit": "; ".join(audit) or "ok",
             "status": judgement.status,
             "verdict": judgement.verdict + (f" ({judgement.note})" if judgement.note else ""),
@@ -100,7 +98,7 @@ class Record:
         if self.written or (isinstance(error, InputError | OSError) and not self.began):
             return
         reason = " ".join(str(error).split())
-        if not isinstance(error, InputError | TrainingError):
+        if not isinstance(error, InputError | TrainingError | Interrupted):
             reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         self._write(
             {
@@ -130,6 +128,7 @@ class Record:
     def _write(self, facts: dict) -> Judgement:
         config = self.config
         commit = self.source["commit"]
+        total = float(facts["summary"]["total_seconds"]) if facts["summary"] else seconds_since_start()
         entry = {
             "kind": RUN,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,7 +147,7 @@ class Record:
             "machine": self.machine,
             "versions": versions(),
             "data": self.data,
-            "seconds": {**self.seconds, "total": time.time() - self._started},
+            "seconds": {**self.seconds, "total": total},
         }
         ledger = Ledger.beside(self.folder)
         self.written = True

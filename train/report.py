@@ -202,14 +202,15 @@ def draw(runs: Sequence[dict], path: Path) -> None:
 
 
 def limits(shown: Sequence[dict]) -> tuple[float, float]:
-    """The range of val_bpb that is worth seeing: from below the best to beyond the first number and most others. What
-    is worse than that would squeeze the differences that matter into a line."""
+    """The range of val_bpb that is worth seeing: from below the best to beyond every keep, what fresh seeds gave, and
+    most others. What is worse than that would squeeze the differences that matter into a line."""
     values = sorted(run["val_bpb"] for run in shown)
     if not values:
         return 0.0, 1.0
-    first, best = shown[0]["val_bpb"], values[0]
+    best = values[0]
+    wanted = max((run["val_bpb"] for run in shown if run["status"] == KEEP or run.get("confirms")), default=best)
     most, middle = values[math.ceil(0.85 * (len(values) - 1))], statistics.median(values)
-    high = max(first, min(most, best + 4 * (middle - best)))
+    high = max(wanted, min(most, best + 4 * (middle - best)))
     room = (high - best) or 0.01 * best
     return best - 0.2 * room, high + 0.12 * room
 

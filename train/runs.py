@@ -1,5 +1,6 @@
-"""The run's folder: config.json, metrics.jsonl, tokenizer.json, model.safetensors, summary.json."""
+"""The run's folder: config.json, metrics.jsonl, tokenizer.json, checkpoints/, model.safetensors, summary.json."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,20 +10,24 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
+from model.gpt import parameter_shapes
 from prepare import InputError, Tokenizer
+from prepare.files import SEAL, read_sealed, sealed
 
+from .config import TrainConfig
+from .files import replace_file, safetensors_header, sync
 from .tensorboard import EventWriter
+from .tensors import digest, load_tensors
+
+RUNS = Path("runs")  # where the folders of runs are by default
+_MEND = "train it again"
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes beside, then renames: a reader sees the old file or the new one, whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Sealed, for `read_sealed`."""
+    replace_file(path, (json.dumps(sealed(value), indent=2) + "\n").encode())
 
 
 def source_commit() -> str | None:
@@ -38,43 +43,96 @@ def source_commit() -> str | None:
 
 
 def default_run_dir(name: str) -> Path:
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
+def environment() -> dict:
+    """What the bits of a result depend on beside configuration and data."""
+    return {
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "threads": torch.get_num_threads(),
+        "commit": source_commit(),
+    }
 
 
 class RunFolder:
-    """A new folder for a run. Raises InputError where one is in the way."""
+    """A new folder for a run, or with `reopen` one that goes on. Locked: no other process writes to it.
+
+    Raises InputError where a folder is in the way.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.watchers: list[EventWriter] = []  # write each row of metrics too
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"the run folder {self.path} is not empty: choose another --run-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            sync(self.path.parent)
         except OSError as error:
             raise InputError(f"cannot make the run folder {self.path}: {error.strerror}") from None
-        self._metrics = None
+        self._open()
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> "RunFolder":
+        """Of an interrupted run. Raises InputError where it is finished, or in use."""
+        folder = cls.__new__(cls)
+        folder.path = Path(path)
+        if not (folder.path / "config.json").is_file():
+            raise InputError(f"{path} is not a run: it has no config.json")
+        if folder.finished:
+            raise InputError(f"{path} is finished: there is nothing to resume")
+        folder._open()
+        return folder
+
+    def _open(self) -> None:
+        self._metrics, self._torn = None, False
+        self.watchers: list[EventWriter] = []  # write each row of metrics too
+        self._lock = lock(self.path)
+        if self._lock is None:
+            raise InputError(f"{self.path} is in use by another process: wait for it, or stop it")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
 
     def write_config(self, config: dict, model: dict, data: dict, tokenizer_file: Path) -> None:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         write_json(
             self.path / "config.json",
-            {"config": config, "model": model, "data": data, "versions": versions, "commit": source_commit()},
+            {"config": config, "model": model, "data": data, **environment()},
         )
         shutil.copyfile(tokenizer_file, self.path / "tokenizer.json")
 
     def write_metrics(self, row: dict) -> None:
-        """Appends one step. Flushed a line at a time: what was printed is on disk."""
+        """Appends one step, with one call of the system: what was printed is in the file. A full disk may tear a line;
+        the next one is still its own."""
         if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._metrics.write(json.dumps(row) + "\n")
+            self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
+        line = b"\n" * self._torn + (json.dumps(row) + "\n").encode()
+        self._torn = self._metrics.write(line) < len(line)
         for watcher in self.watchers:
             watcher.write(row)
 
+    def cut_metrics(self, step: int) -> None:
+        """Leaves the rows before `step`, each once; those after it, and damaged ones, go."""
+        path = self.path / "metrics.jsonl"
+        kept = {}
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                kept[json.loads(line)["step"]] = line
+            except (ValueError, KeyError, TypeError):  # torn by a crash
+                continue
+        replace_file(path, b"".join(line for number, line in kept.items() if number < step))
+
     def write_model(self, weights: dict[str, torch.Tensor]) -> None:
-        part = self.path / "model.safetensors.part"
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, part)
-        os.replace(part, self.path / "model.safetensors")
+        """fp32 tensors, from any device."""
+        weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+        header = safetensors_header({name: tuple(w.shape) for name, w in weights.items()}, {SEAL: digest(weights)})
+        arrays = (w.view(-1).numpy() for w in weights.values())
+        replace_file(self.path / "model.safetensors", header, *(memoryview(a).cast("B") for a in arrays))
 
     def write_summary(self, summary: dict) -> None:
         write_json(self.path / "summary.json", summary)
@@ -84,6 +142,19 @@ class RunFolder:
             self._metrics.close()
         for watcher in self.watchers:
             watcher.close()
+        os.close(self._lock)
+
+
+def lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed, and until the process ends however it ends; None
+    where another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
@@ -95,13 +166,36 @@ def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, d
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a finished run: it has no {name}")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = GPT(GPTConfig(**config["model"]), device=device)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder} does not hold together as a run ({reason}): train it again") from None
+    saved, shape = read_config(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.fingerprint != saved["data"]["tokenizer_sha256"] or tokenizer.vocab_size != shape.vocab_size:
+        raise InputError(f"{folder / 'tokenizer.json'} is not the tokenizer of this run; {_MEND}")
+    weights = load_tensors(folder / "model.safetensors", _MEND)
+    model = build_model(shape, weights, device, folder)
     if device == "cuda":
         model.to_forward_dtype(torch.bfloat16)
-    return model.eval(), Tokenizer.load(folder / "tokenizer.json"), config
+    return model.eval(), tokenizer, saved
+
+
+def read_config(folder: Path) -> tuple[dict, GPTConfig]:
+    """config.json of a run, and the shape of its model. Raises InputError."""
+    path = folder / "config.json"
+    saved = read_sealed(path, _MEND)
+    try:
+        shape = GPTConfig(**saved["model"])
+        TrainConfig.from_json(saved["config"])
+        saved["data"]["tokenizer_sha256"], saved["data"]["folder"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not the configuration of a run ({error}); {_MEND}") from None
+    return saved, shape
+
+
+def build_model(shape: GPTConfig, weights: dict[str, torch.Tensor], device: str, folder: Path) -> GPT:
+    """A model with these weights, in fp32. Raises InputError where they have other shapes, before anything is
+    allocated."""
+    wanted = parameter_shapes(shape)
+    if {name: tuple(w.shape) for name, w in weights.items()} != wanted:
+        raise InputError(f"the weights in {folder} are not those of the model in its config.json; {_MEND}")
+    model = GPT(shape, device=device)
+    model.load_state_dict(weights)
+    return model

@@ -2,15 +2,15 @@
 
 import ctypes
 import dataclasses
-import os
 import platform
 import resource
+import shlex
+import shutil
 import sys
-import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 
 import kernels
@@ -22,20 +22,26 @@ from prepare.evaluate import Evaluation
 
 from .audit import audit
 from .budget import Budget
-from .clock import clock_of
+from .checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
+from .clock import clock_of, seconds_since_start
 from .config import TrainConfig, resolve
 from .curves import draw_curves
-from .loop import train
-from .memory import available_bytes, check_batch_fits, check_state_fits
+from .failure import explain
+from .loop import TrainingError, train
+from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
 from .progress import Reporter, print_summary
 from .record import Record
-from .runs import RunFolder
+from .resume import check_same
+from .runs import RunFolder, environment
 from .schedule import step_values
+from .signals import Interrupted, Signals
+from .state import RunState
 from .step import TrainStep
 from .tensorboard import EventWriter, check_tensorboard
+from .watchdog import Watchdog
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
@@ -114,88 +120,140 @@ def expected_epochs(config: TrainConfig, model: GPTConfig, tokens: int) -> float
     return config.time_budget * flops / flops_per_token(model) / tokens
 
 
-def seconds_since_start() -> float:
-    """Of the process: imports count."""
-    return time.time() - psutil.Process(os.getpid()).create_time()
-
-
-def run(config: TrainConfig, record: Record) -> dict[str, str]:
-    """Trains, evaluates, writes the run's folder and prints the summary. Raises InputError and TrainingError."""
-    if config.tensorboard:
-        check_tensorboard()
+def complete(config: TrainConfig) -> TrainConfig:
+    """With every field set that depends on the machine. Raises InputError."""
     device = pick_device(config.device)
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
     if config.autocast is None:
         config = dataclasses.replace(config, autocast=device == "cpu" and cpu_has_bf16())
-    config = dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
-    if device == "cpu":
-        keep_freed_memory()
-    forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    data = open_data(config.data, device)
-    model_config = config.model_config(data.vocab_size)
-    check_state_fits(config, model_config, forward_dtype)
-    kernels_compile = precompiler(config, data.vocab_size)
+    return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
 
-    torch.manual_seed(config.seed)
-    model = GPT(model_config, device=device)
-    model.init_weights(config.seed)
-    optimizer = Optimizer(model, config, forward_dtype)
-    step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
-    with record.timed("compile"):
-        if kernels_compile:
-            kernels_compile.wait()
-    check_batch_fits(config, model, step.precision(), available_bytes(device))
 
-    split = data.split("train")
-    loader = Loader(
-        split, config.device_batch_size, config.seq_len,
-        bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
-    )  # fmt: skip
-    with closing(loader):
-        folder = RunFolder(record.folder)
+def how_to_go_on(folder: RunFolder) -> str:
+    return f"python -m train --resume {shlex.quote(str(folder.path))}"
+
+
+@contextmanager
+def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+    """Where a signal or a full disk ends the run, prints the command that continues it."""
+    try:
+        yield
+    except (Interrupted, OSError):
+        checkpoints = checkpoint_folders(folder.checkpoints)
+        if checkpoints and not folder.finished:
+            print(f"to go on from step {step_of(checkpoints[0])}: {how_to_go_on(folder)}", flush=True)
+        raise
+
+
+def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]:
+    """Trains, evaluates, writes the run's folder and its row, and prints the summary.
+
+    Raises InputError, TrainingError and, after a signal, Interrupted.
+    """
+    folder = checkpoint = None
+    if config.tensorboard:
+        check_tensorboard()
+    with ExitStack() as stack:
+        if config.resume:
+            folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
+            stack.enter_context(saying_how_to_go_on(folder))
+            checkpoint = newest_checkpoint(folder.checkpoints)
+            check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
+        config = complete(config)
+        device = config.device
+        if device == "cpu":
+            keep_freed_memory()
+        forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        # The parts of a split sum are added in fp32 and rounded once, as everywhere else.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        data = open_data(config.data, device)
+        model_config = config.model_config(data.vocab_size)
         fingerprint = {
-            "folder": str(Path(data.folder).resolve()),
             "source": data.source,
             "tokenizer_sha256": data.tokenizer.fingerprint,
-            "train_sha256": split.sha256,
+            "train_sha256": data.split("train").sha256,
+            "val_sha256": data.split("val").sha256,
         }
-        resolved = dataclasses.asdict(config)
-        folder.write_config(resolved, dataclasses.asdict(model_config), fingerprint, data.folder / "tokenizer.json")
+        if checkpoint:
+            mend = "name the folder it was trained on with --data"
+            check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
+        check_state_fits(config, model_config, forward_dtype)
+        kernels_compile = precompiler(config, data.vocab_size)
+
+        torch.manual_seed(config.seed)
+        model = GPT(model_config, device=device)
+        model.init_weights(config.seed)
+        optimizer = Optimizer(model, config, forward_dtype)
+        step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
+        with record.timed("compile"):
+            if kernels_compile:
+                kernels_compile.wait()
+        check_batch_fits(config, model, step.precision(), available_bytes(device))
+        stack.enter_context(out_of_memory_is_input_error(config, step))
+        loader = stack.enter_context(closing(Loader(
+            data.split("train"), config.device_batch_size, config.seq_len,
+            bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
+        )))  # fmt: skip
+        if folder is None:
+            folder = stack.enter_context(closing(RunFolder(record.folder)))
+            stack.enter_context(saying_how_to_go_on(folder))
+            folder.write_config(
+                dataclasses.asdict(config), dataclasses.asdict(model_config),
+                {"folder": str(Path(data.folder).resolve()), **fingerprint}, data.folder / "tokenizer.json",
+            )  # fmt: skip
         record.begin(config, dataclasses.asdict(model_config), fingerprint)
         if config.tensorboard:
             folder.watchers.append(EventWriter(folder.path))
+        state = RunState(optimizer, loader, Budget(config.time_budget, config.steps, config.untimed_steps))
+        origin = {"config": config.fixed(), "data": fingerprint, "environment": environment()}
         announce(config, model_config, data, folder)
+        if checkpoint:
+            announce_resume(checkpoint, origin["environment"])
 
-        budget = Budget(config.time_budget, config.steps, config.untimed_steps)
-        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size)
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout, f"; to go on: {how_to_go_on(folder)}"))
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
         with record.timed("compile"):
             if config.graphs:
                 step.capture(*plan)
-            elif config.untimed_steps == 0:
+            elif config.untimed_steps == 0 or checkpoint:  # a resumed run's first step counts: it is like the others
                 step.rehearse(*plan)
+        if checkpoint:
+            state.restore(checkpoint.values, checkpoint.tensors())
+            folder.cut_metrics(state.step)
+        checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin)
+        stack.callback(checkpoints.wait)
+        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat)
         ready = seconds_since_start()
-        try:
-            train(config, step, loader, budget, clock_of(device), report)
-        finally:
-            report.end()
-            folder.close()
-    step.release()
-    folder.write_model(optimizer.masters)
-    with record.timed("evaluation"):
-        evaluation = evaluate_bpb(
-            step.token_losses, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
-            max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
-        )  # fmt: skip
-    record.trained(budget, ready)
-    summary = summarise(config, model_config, budget, evaluation, ready, loader.cropped_share)
-    with record.timed("audit"):  # after the peak of memory was read
-        findings = audit(step.token_losses, model, data, config.ops, config.seq_len, config.packing)
-    summary |= record.finish(summary, evaluation, findings)
-    folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
-    draw_curves(folder.path)
-    print_summary({**summary, "run": str(folder.path)})
-    return summary
+        with signals.deferred():
+            try:
+                train(config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None)
+                checkpoints.save()
+                checkpoints.wait()
+            except TrainingError as error:
+                raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
+            finally:
+                report.end()
+
+        step.release()
+        folder.write_model(optimizer.masters)
+        score = watchdog.watching(step.token_losses)
+        with record.timed("evaluation"):
+            evaluation = evaluate_bpb(
+                score, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
+                max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
+            )  # fmt: skip
+        record.trained(state.budget, ready)
+        summary = summarise(config, model_config, state, evaluation, ready)
+        with record.timed("audit"):  # after the peak of memory was read
+            findings = audit(score, model, data, config.ops, config.seq_len, config.packing)
+        summary["total_seconds"] = f"{state.seconds:.1f}"
+        summary |= record.finish(summary, evaluation, findings)
+        folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
+        draw_curves(folder.path)
+        if not config.keep_checkpoints:
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        print_summary({**summary, "run": str(folder.path)})
+        return summary
 
 
 def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder) -> None:
@@ -220,10 +278,22 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     sys.stdout.flush()
 
 
+def announce_resume(checkpoint: Checkpoint, environment: dict) -> None:
+    """From where the run goes on, and what may keep it from being the one it would have been."""
+    timed, then = checkpoint.values["budget"]["timed_seconds"], checkpoint.values["environment"]
+    print(f"resume: {checkpoint.step} steps are done, {timed:.1f} s of them timed")
+    changed = [f"{key} {then[key]}, now {value}" for key, value in environment.items() if then[key] != value]
+    if changed:
+        print(f"note:   started with {'; '.join(changed)}: the bits of its numbers may depend on it")
+    sys.stdout.flush()
+
+
 def summarise(
-    config: TrainConfig, model: GPTConfig, budget: Budget, evaluation: Evaluation, ready: float, cropped: float
+    config: TrainConfig, model: GPTConfig, state: RunState, evaluation: Evaluation, ready: float
 ) -> dict[str, str]:
-    """The summary block. The first nine keys keep their names and their order; more may follow."""
+    """The summary block. The first nine keys keep their names and their order; more may follow. Of a resumed run, what
+    the result rests on: every process up to the checkpoint that the next went on from."""
+    budget = state.budget
     device = torch.device(config.device)
     timed_tokens = budget.timed_steps * config.total_batch_size
     pace = timed_tokens / budget.timed_seconds if budget.timed_seconds else 0.0
@@ -233,7 +303,7 @@ def summarise(
     return {
         "val_bpb": f"{evaluation.bpb:.6f}",
         "training_seconds": f"{budget.timed_seconds:.1f}",
-        "total_seconds": f"{seconds_since_start():.1f}",
+        "total_seconds": f"{state.seconds:.1f}",
         "peak_vram_mb": f"{peak:.1f}",
         "mfu_percent": percent(used.mfu, 2),
         "total_tokens_M": f"{budget.step * config.total_batch_size / 1e6:.1f}",
@@ -247,13 +317,15 @@ def summarise(
         "untimed_seconds": f"{budget.untimed_seconds:.1f}",
         "untimed_steps": f"{budget.step - budget.timed_steps}",
         "overshoot_seconds": f"{budget.overshoot:.3f}",
+        "checkpoint_seconds": f"{state.blocked_seconds:.3f}",
+        "resumes": f"{state.resumes}",
         "seconds_to_first_step": f"{ready:.1f}",
         "peak_rss_mb": f"{rss:.1f}",
         "val_rows": f"{evaluation.rows}",
         "val_bytes": f"{evaluation.bytes_scored}",
         "val_cropped_percent": f"{100 * evaluation.cropped_share:.1f}",
         "packing": config.packing,
-        "train_cropped_percent": f"{100 * cropped:.1f}",
+        "train_cropped_percent": f"{100 * state.loader.cropped_share:.1f}",
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],
         "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
         "seed": f"{config.seed}",

@@ -20,6 +20,7 @@ and their gradient once for dq, once more for dk and dv), 10·H·head_dim·W as 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..common import use_kernels
 from .backward import attention_bwd
@@ -92,6 +93,7 @@ class _RotaryAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         packed, values, out, lse, rstd, cos, sin, ve, gate = ctx.saved_tensors
         q, k = _split(packed, *ctx.heads)

@@ -48,9 +48,10 @@ def _fwd_run(
             acc *= tl.exp2(peak - higher)[:, None]
             scores -= higher[:, None]
             peak = higher
-        p = tl.exp2(scores)
-        total += tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        # Weights are summed as they are multiplied, rounded: where one key is all there is, out is its very value.
+        p = tl.exp2(scores).to(v.dtype)
+        total += tl.sum(p.to(tl.float32), axis=1)
+        acc = tl.dot(p, v, acc, input_precision="ieee")
     return acc, total, peak
 
 

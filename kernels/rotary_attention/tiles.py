@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..common import tl, triton
+from ..common import gpu_arch, tl, triton
 
 
 class Tiles(NamedTuple):
@@ -29,12 +29,16 @@ class Config(NamedTuple):
 
 
 def config(head_dim: int, dtype: torch.dtype) -> Config:
-    """Tile sizes that fit into the shared memory of sm_80; chosen from registers and spills, not yet from times."""
+    """Tile sizes by registers, spills and shared memory (99 KiB on sm_89); not yet by times."""
     if dtype.itemsize > 2:  # fp32 has no tensor-core product that rounds like fp32: right, not fast
         small = Tiles(16, 16, 4, 1)
         return Config(8, small, small, small)
     # Two stages: with three, ptxas serialises the products on sm_90 (C7515). Four warps instead of eight spill.
-    return Config(16, Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+    forward = Tiles(128, 64, 8, 2)
+    if gpu_arch() in (90, 100, 103):
+        return Config(16, forward, Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+    # Without wgmma both factors of a product pass through registers: these are the largest tiles that do not spill.
+    return Config(16, forward, Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2))
 
 
 @triton.jit

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The first training runs on a GPU: 60 s on the kernels, 60 s compiled, 20 s on the references; whether the three agree
+# step by step; the ten largest kernels. Under 8 minutes, whatever happens.
+#
+#   bench/first_runs.sh DATA             a prepared folder, or TIMEBOX_DATA=folder; OUT=folder PY=python DEADLINE=seconds
+#   DEVICE=cpu bench/first_runs.sh DATA  the same parts on a CPU, tiny, all on the references: does this script work?
+set -uo pipefail
+cd "$(dirname "$0")/.."
+data=${1:-${TIMEBOX_DATA:-}}
+if [ -z "$data" ] || [ ! -f "$data/manifest.json" ]; then
+  echo "error: no prepared folder${data:+ at $data}: python -m prepare --source FOLDER --out DATA makes one" >&2
+  exit 2
+fi
+source bench/parts.sh
+
+ops=(triton compile reference)
+long=(--time-budget 60 --eval-tokens 5242880)
+short=(--time-budget 20 --eval-tokens 1048576 --device-batch-size 16)
+# The same micro-batches for all three: plain attention keeps some 13 GB a layer at the default ones.
+agree=(--steps 15 --device-batch-size 16 --total-batch-size 65536 --eval-tokens 262144)
+if [ "$DEVICE" = cpu ]; then
+  ops=(reference reference reference)
+  long=(--time-budget 2 --eval-tokens 4096)
+  short=(--time-budget 1 --eval-tokens 4096)
+  agree=(--steps 3 --eval-tokens 4096)
+fi
+run() { # NAME LIMIT OPS ARGUMENTS...
+  local name=$1 limit=$2 ops=$3
+  shift 3
+  rm -rf "${OUT:?}/$name"
+  part "$name" "$limit" "$PY" -m train --data "$data" --ops "$ops" --run-dir "$OUT/$name" "$@"
+}
+
+run run-triton 90 "${ops[0]}" "${long[@]}"
+run agree-triton 30 "${ops[0]}" "${agree[@]}"
+run agree-reference 40 "${ops[2]}" "${agree[@]}"
+part profile 40 "$PY" -m bench.profile --ops "${ops[0]}" --save "$OUT/trace.json"
+run run-reference 50 "${ops[2]}" "${short[@]}"
+run run-compile 140 "${ops[1]}" "${long[@]}"
+run agree-compile 70 "${ops[1]}" "${agree[@]}"
+part agreement 10 "$PY" -m bench.runs --agree -- "$OUT"/agree-*/
+part table 10 "$PY" -m bench.runs "$OUT"/run-*/
+
+echo
+cat "$OUT/profile.log" "$OUT/agreement.log" "$OUT/table.log"
+finish

@@ -1,0 +1,87 @@
+"""Finished runs side by side: `python -m bench.runs RUN RUN ... [--agree [NATS]]`.
+
+Prints what the summaries of the runs' folders hold. With `--agree` also their losses step by step, the first run's
+against each other's: exit code 1 where two differ by more than NATS at a step that both have. Runs to compare so are
+made with `--steps`, one seed and one data folder; what differs between them then is rounding, and it grows.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from prepare import InputError
+from prepare.arguments import Parser
+
+COLUMNS = {
+    "tokens_per_second": "tok/s",
+    "mfu_percent": "MFU %",
+    "peak_vram_mb": "peak MiB",
+    "val_bpb": "val_bpb",
+    "num_steps": "steps",
+    "training_seconds": "seconds",
+    "seconds_to_first_step": "first step",
+}
+NATS = 0.02  # chosen, not yet measured: a bf16 loss of 65,536 tokens rounds to a few thousandths in the first steps
+
+
+def read_run(folder: Path) -> tuple[dict, list[float]]:
+    """A run's summary (empty where it has not finished) and its losses by step. Raises InputError."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [json.loads(line)["loss"] for line in lines]
+        path = folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, losses
+    except OSError:
+        raise InputError(f"{folder} is no run's folder: it has no metrics.jsonl") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} does not hold together as a run: train it again") from None
+
+
+def summary_table(runs: dict[str, dict]) -> list[str]:
+    """Aligned lines, a header first."""
+    cells = [["run", *COLUMNS.values()]]
+    cells += [[name, *(str(summary.get(key, "-")) for key in COLUMNS)] for name, summary in runs.items()]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return ["  ".join(row) for row in aligned]
+
+
+def largest_difference(first: list[float], other: list[float]) -> tuple[float, int]:
+    """Between the losses at one step, and that step; NaN is larger than anything."""
+    differences = [abs(a - b) for a, b in zip(first, other, strict=False)]
+    return max((float("inf") if d != d else d, step) for step, d in enumerate(differences))
+
+
+def main(args: list[str] | None = None) -> int:
+    """Exit codes: 0 agreed, or not asked; 1 they do not; 2 bad input."""
+    parser = Parser(prog="python -m bench.runs", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--agree", type=float, nargs="?", const=NATS, metavar="NATS", help=f"default: {NATS}")
+    options = parser.parse_args(args)
+    try:
+        runs = {path.name: read_run(path) for path in options.runs}
+        if options.agree is not None and (len(runs) < 2 or not all(losses for _, losses in runs.values())):
+            raise InputError("--agree needs two runs or more, with a step each and names of their own")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(summary_table({name: summary for name, (summary, _) in runs.items()})))
+    if options.agree is None:
+        return 0
+    names, losses = list(runs), [losses for _, losses in runs.values()]
+    print("step  " + "  ".join(f"{name:>12}" for name in names))
+    for step, row in enumerate(zip(*losses, strict=False)):
+        print(f"{step:>4}  " + "  ".join(f"{loss:>12.6f}" for loss in row))
+    worst = 0.0
+    for name, other in zip(names[1:], losses[1:], strict=True):
+        difference, step = largest_difference(losses[0], other)
+        worst = max(worst, difference)
+        print(f"{names[0]} and {name} differ most at step {step}: {difference:.6f} nats")
+    print(f"{'agree' if worst <= options.agree else 'DISAGREE'} within {options.agree:g} nats")
+    return 0 if worst <= options.agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

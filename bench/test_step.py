@@ -1,0 +1,100 @@
+"""A whole training step, and op by op the time of its parts: `pytest bench/test_step.py --benchmark-only`.
+
+The step is the trainer's own: micro-steps, then the update, on random tokens. Its time is the host's, from one
+synchronisation to the next: gaps between kernels count. The ops are timed one by one at the shapes that they have in
+the step, as in test_ops.py. All of it is in the JSON that `--benchmark-json FILE` writes, and `python -m bench.roofline
+--measured FILE` prints the gap of each op.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import kernels
+from bench.ceilings import device_name
+from bench.conftest import DEVICE
+from bench.problems import build, directions, runner
+from bench.providers import EAGER, TRITON, assert_right
+from bench.roofline import micro_step_ops
+from bench.steps import make_step
+from bench.timing import device_time, replay, time_call, time_synchronised
+from model import GPTConfig
+from train.config import TrainConfig, resolve
+from train.metrics import utilisation
+from train.step import TrainStep
+
+PROVIDER = TRITON if DEVICE == "cuda" else EAGER
+CONFIG = resolve(TrainConfig(ops=PROVIDER.ops), DEVICE)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
+
+
+def assert_step_is_right(step: TrainStep, tokens: torch.Tensor) -> None:
+    """The losses of two rows, by the provider's ops and by the references."""
+    inputs, targets = tokens[:2, :-1], tokens[:2, 1:]
+    losses = step.token_losses(inputs, targets)
+    kernels.set_ops(EAGER.ops)
+    reference = step.token_losses(inputs, targets)
+    kernels.set_ops(PROVIDER.ops)
+    error = ((losses - reference).norm() / reference.norm()).item()
+    assert error < 2e-2, f"losses err by {error:.1e} of their norm: no time for a wrong step"
+
+
+def time_step(shape: GPTConfig) -> dict:
+    """The step, the update alone, and what they need."""
+    step, batches, values = make_step(CONFIG, shape, DTYPE)
+    assert_step_is_right(step, batches[0].tokens)
+    loss, good = step(batches, values)
+    assert good.item(), f"the step's loss is {loss.item()}"
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timing = time_synchronised(lambda: step(batches, values), DEVICE)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
+    update = time_synchronised((step.graphs or step).update, DEVICE)
+    pace = CONFIG.total_batch_size / timing.median
+    used = utilisation(shape, torch.device(DEVICE), pace)
+    return {
+        "timing": timing,
+        "step_ms": 1e3 * timing.median,
+        "update_ms": 1e3 * update.median,
+        "tokens_per_second": pace,
+        "mfu_percent": used.mfu,
+        "mfu_causal_percent": used.mfu_causal,
+        "peak_mib": peak,
+    }
+
+
+def time_ops(shape: GPTConfig) -> list[dict]:
+    """Each op of a micro-step alone: {op, count, forward_ms, both_ms}."""
+    measured = []
+    for op in micro_step_ops(CONFIG, shape):
+        line = {"op": op.name, "count": op.count}
+        for direction in directions(op):
+            assert_right(PROVIDER, op, direction, DEVICE, DTYPE)
+            with PROVIDER.active():
+                call = runner(PROVIDER.function(op, DEVICE), build(op, DEVICE, DTYPE), direction)
+                line[f"{direction}_ms"] = 1e3 * time_call(call, DEVICE).median
+        measured.append(line)
+    return measured
+
+
+@pytest.mark.benchmark(timer=device_time)
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_step(benchmark, ceilings, commit, vocab_size):
+    shape = CONFIG.model_config(vocab_size)
+    with PROVIDER.active():
+        whole = time_step(shape)
+    replay(benchmark, whole.pop("timing"))
+    benchmark.extra_info |= {
+        "device": device_name(DEVICE),
+        "commit": commit,
+        "step": {
+            **whole,
+            "ops": PROVIDER.ops,
+            "config": dataclasses.asdict(CONFIG),
+            "model": dataclasses.asdict(shape),
+            "ceilings": dataclasses.asdict(ceilings),
+            "parts": time_ops(shape),
+        },
+    }

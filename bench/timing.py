@@ -1,0 +1,139 @@
+"""How long a call takes on its device, and how pytest-benchmark is told.
+
+On a GPU the time is between two events on the stream, not on the host's clock. Before each call a buffer of several
+times the L2 is overwritten: no input is found in the cache, and while that runs the host gets ahead, so that launching
+is not timed. A call whose launches take the host longer than its kernels take the GPU is recorded as a graph and
+replayed. The median of many calls counts.
+
+pytest-benchmark times with the host's clock. It is given one that repeats the times already measured (`replay`), so
+that its statistics and its JSON hold the device's times and no others.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from statistics import median, quantiles
+
+import torch
+
+SECONDS = 0.25  # of calls to time, about
+ROUNDS = (10, 100)  # at least and at most
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of each call, in order, and how they were taken: "events", "graph" or "host clock"."""
+
+    seconds: list[float]
+    method: str
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The middle four fifths of the times, as a share of the median."""
+        deciles = quantiles(self.seconds, n=10)
+        return (deciles[-1] - deciles[0]) / self.median
+
+
+def time_call(call: Callable[[], object], device: str) -> Timing:
+    """Times `call` on "cuda" or "cpu", after warming it up."""
+    for _ in range(WARM_UP):
+        call()
+    return _time_on_gpu(call) if device == "cuda" else _time_on_host(call)
+
+
+def _rounds(seconds: float) -> int:
+    least, most = ROUNDS
+    return max(least, min(most, int(SECONDS / max(seconds, 1e-9))))
+
+
+def _time_on_host(call: Callable[[], object]) -> Timing:
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return Timing([once() for _ in range(_rounds(once()))], "host clock")
+
+
+def time_synchronised(call: Callable[[], object], device: str) -> Timing:
+    """Times a long `call` by the host's clock, the device idle before and after it: its launch gaps count."""
+
+    def once():
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(WARM_UP):
+        once()
+    return _time_on_host(once)
+
+
+@cache
+def _flush_buffer() -> torch.Tensor:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return torch.empty(4 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+
+
+def _event_times(call: Callable[[], object], rounds: int) -> list[float]:
+    flush = _flush_buffer()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in pairs:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+    """The call as a graph, None where it cannot be one (it waits for the device, say)."""
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # on a stream of its own first, as capture asks
+    torch.cuda.current_stream().wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def _time_on_gpu(call: Callable[[], object]) -> Timing:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    first = median(_event_times(call, 3))
+    if host > first and (graph := _captured(call)) is not None:
+        return Timing(_event_times(graph.replay, _rounds(first)), "graph")
+    return Timing(_event_times(call, _rounds(first)), "events, bound by launches" if host > first else "events")
+
+
+_now = 0.0
+
+
+def device_time() -> float:
+    """The clock that `replay` moves, for `@pytest.mark.benchmark(timer=device_time)`. Seconds."""
+    return _now
+
+
+def replay(benchmark, timing: Timing) -> None:
+    """Gives pytest-benchmark the times already measured. Its timer must be `device_time`."""
+    left = iter(timing.seconds)
+
+    def advance():
+        global _now
+        _now += next(left)
+
+    benchmark.pedantic(advance, rounds=len(timing.seconds))

@@ -1,0 +1,168 @@
+"""A run that fails says on what, and shows it again."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from damage import COUNT, fuzz
+from safetensors.torch import load_file
+from test_loop import CONFIG, endless_batches, make_step
+
+import train.__main__
+from prepare import Batch
+from train import failure, replay
+from train.failure import find, read_failure
+from train.schedule import step_values
+from train.tensors import digest, save_tensors
+
+TINY = [
+    "--device", "cpu", "--depth", "2", "--d-model", "64", "--head-dim", "16", "--seq-len", "32", "--no-autocast",
+    "--device-batch-size", "4", "--total-batch-size", "256", "--steps", "8", "--checkpoint-every", "1000",
+]  # fmt: skip
+# Rates at which a step of finite loss has gradients that are not, and a step has no loss.
+CAUSES = {
+    "gradient": (["--lm-head-lr", "1e25", "--matrix-lr", "1e8"], "the gradient of "),
+    "loss": (["--matrix-lr", "1e30"], "loss is nan in batch "),
+}
+
+
+def fail(corpus, folder, *args: str):
+    assert train.__main__.main([*TINY, "--data", str(corpus), "--run-dir", str(folder), *args]) == 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def failed(corpus, tmp_path_factory):
+    """The folder of a run whose second step has a loss and no gradient."""
+    return fail(corpus, tmp_path_factory.mktemp("failed") / "run", *CAUSES["gradient"][0])
+
+
+@pytest.mark.parametrize("kind", CAUSES)
+def test_a_run_that_fails_is_shown_again(corpus, tmp_path, capsys, kind):
+    args, said = CAUSES[kind]
+    folder = fail(corpus, tmp_path / "a run", *args)
+    out = capsys.readouterr().out
+    line = out.splitlines()[-1]
+    assert line.startswith(f"FAIL: step 00001: {said}")
+    assert "in batch 2 (micro-batch 1 of 2); kept for python -m train.replay '" in line
+    assert out.count("\nstep ") == 1  # the bad step is not reported
+    assert not (folder / "failure.part").exists()
+    assert replay.main([str(folder)]) == 1
+    again = capsys.readouterr().out
+    assert again.splitlines()[0] == line.partition("; kept")[0]
+    assert "in the run it was" not in again
+    # In the order of the forward and the backward, so that the first bad tensor is where it began.
+    activations, gradients = again.partition("activations of batch 2")[2].split("gradients after batch 2")
+    bad = [row.split()[0] for row in activations.splitlines()[1:] if row.split()[1] != "0"]
+    assert bool(bad) == (kind == "loss")
+    assert not bad or bad[0] == "linear[0]"
+    assert " 0 of " in gradients or kind == "loss"
+    parameters = again.partition("parameters")[2].partition("activations")[0]
+    assert all(" 0 of " in row for row in parameters.splitlines()[1:])
+
+
+def test_the_parameters_kept_are_those_before_the_step(corpus, failed, tmp_path):
+    """A run of one step alone has the same."""
+    args = [*TINY, *CAUSES["gradient"][0], "--steps", "1", "--warmdown-ratio", "0"]
+    assert train.__main__.main([*args, "--data", str(corpus), "--run-dir", str(tmp_path / "one")]) == 0
+    kept, model = read_failure(failed).parameters, load_file(tmp_path / "one" / "model.safetensors")
+    assert digest(kept) == digest(model)
+
+
+def test_a_failure_that_is_none_any_more(failed, tmp_path, capsys):
+    """As after a change of a kernel: with parameters of a usual size the step is good."""
+    run = shutil.copytree(failed, tmp_path / "run")
+    kept = read_failure(run)
+    save_tensors(run / "failure" / failure.PARAMETERS, {name: t.clamp(-1, 1) for name, t in kept.parameters.items()})
+    assert replay.main([str(run)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "step 00001: the loss and all gradients are good"
+    assert out[1] == f"in the run it was: {kept.line}"
+
+
+@pytest.mark.parametrize("name", ["failure.json", "parameters.safetensors", "batches.safetensors"])
+def test_a_damaged_failure_is_refused(failed, tmp_path, name):
+    run = shutil.copytree(failed, tmp_path / "run")
+
+    def read():
+        kept = read_failure(run)
+        batches = [batch.tokens.tolist() for batch in kept.batches]
+        return kept.step, kept.line, batches, digest(kept.parameters), digest(kept.generators)
+
+    assert fuzz(run / "failure" / name, read) >= 1.8 * COUNT
+
+
+def test_nothing_to_show(small_run, tmp_path, capsys):
+    for run in (small_run, tmp_path / "nowhere"):
+        assert replay.main([str(run)]) == 2
+        assert "has no step that failed" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_line(corpus, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(failure, "save_tensors", full)
+    folder = fail(corpus, tmp_path / "run", *CAUSES["loss"][0])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAIL: step 00001: loss is nan")
+    assert last.endswith("it could not be kept ([Errno 28] No space left on device)")
+    assert not list(folder.glob("failure*"))
+
+
+def test_no_memory_to_repeat_it_in(corpus, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(failure, "find", full)
+    fail(corpus, tmp_path / "run", *CAUSES["loss"][0])
+    assert "loss is nan (batches 2 to 3); there is no memory to repeat it in" in capsys.readouterr().out
+
+
+def test_the_bad_micro_batch_is_named():
+    """The token that is only in the third of four leads to the one row of a table that is not finite."""
+    step = make_step()
+    batches = [next(endless_batches()) for _ in range(4)]
+    tokens = [torch.full((4, 33), 7, dtype=torch.int32) for _ in batches]
+    tokens[2][1, 5] = 300
+    batches = [Batch(tokens=t, epoch=1, index=40 + i, state={}) for i, t in enumerate(tokens)]
+    assert find(step, batches) is None
+    with torch.no_grad():
+        step.model.wte[300] = math.inf
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    finding = find(step, batches)
+    assert finding.micro_batch == 2
+    assert finding.text == "loss is nan in batch 42 (micro-batch 3 of 4)"
+    for name, p in step.model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    _, good = step(batches, step_values(CONFIG, 0, 0.0), apply=False)
+    assert not good
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (math.nan, "the gradient of w_fc[1] is not finite in batch 0 (micro-batch 1 of 2)"),
+    (3e38, "the sum of all gradients overflows, up to 3e+38 in w_fc[1], in batch 0 (micro-batch 1 of 2)"),
+])  # fmt: skip
+def test_the_bad_gradient_is_named(monkeypatch, value, text):
+    step, backward = make_step(), torch.Tensor.backward
+
+    def poisoned(self):
+        backward(self)
+        step.optimizer.parameters["w_fc"].main_grad[1, :2, 3] = value
+
+    monkeypatch.setattr(torch.Tensor, "backward", poisoned)
+    source = endless_batches()
+    assert find(step, [next(source), next(source)]).text == text
+
+
+def test_watching_leaves_the_ops_as_they_were():
+    step = make_step()
+    before = {name: getattr(replay.kernels, name) for name in replay.OPS}
+    rows = replay.activations(step, next(endless_batches()).tokens)
+    assert before == {name: getattr(replay.kernels, name) for name in replay.OPS}
+    names = [name for name, _ in rows]
+    assert names[:2] == ["embedding", "embedding"]
+    assert names.count("relu2_mlp[0]") == names.count("relu2_mlp[1]") == names.count("rotary_attention[1]") == 1
+    assert names[-1] == "linear_cross_entropy"
+    assert all(torch.isfinite(tensor).all() for _, tensor in rows)

@@ -1,0 +1,466 @@
+"""A run that is stopped, killed or cut off goes on as if nothing had been: bit for bit, on the CPU, by steps.
+
+Kills are of real processes. `TIMEBOX_KILLS=50 pytest tests/test_resume.py -k kill` makes as many as it says.
+"""
+
+import errno
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import TINY, losses, rows, run_main, start
+
+import train.__main__
+import train.checkpoint
+import train.trainer
+from prepare import prepare
+from train.checkpoint import checkpoint_folders, read_checkpoint
+from train.progress import Reporter
+
+KILLS = int(os.environ.get("TIMEBOX_KILLS", "5"))
+STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints"]
+
+
+def main(*args: str) -> int:
+    """Errors of the command line are exits of argparse."""
+    try:
+        return train.__main__.main([*args])
+    except SystemExit as exit:
+        return exit.code
+
+
+def signal_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """From here on, runs in this process get a signal while they report `step`."""
+    report = Reporter.step
+
+    def reported(self, budget, values, *args, **kwargs):
+        report(self, budget, values, *args, **kwargs)
+        if values.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Reporter, "step", reported)
+
+
+def interrupt(corpus, folder, *args: str, step: int = 6, number: int = signal.SIGTERM) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, step, number)
+        assert run_main(corpus, folder, *(args or STEPS)) == 128 + number
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run of 16 steps that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_main(corpus, folder, *STEPS) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_once(corpus, tmp_path_factory):
+    return interrupt(corpus, tmp_path_factory.mktemp("runs") / "stopped")
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A run of 16 steps that a SIGTERM ended after 7; the test may do with it what it likes."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two finished runs, kept checkpoints included: every number of them that is not a time."""
+    assert losses(one) == losses(other)
+    assert [row["step"] for row in rows(one)] == [*range(len(rows(one)))]
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    for key in ("val_bpb", "num_steps", "total_tokens_M", "untimed_steps", "fingerprint", "train_cropped_percent"):
+        assert summaries[0][key] == summaries[1][key], key
+    ends = [read_checkpoint(checkpoint_folders(run / "checkpoints")[0]) for run in (one, other)]
+    tensors = [(end.path / "tensors.safetensors").read_bytes() for end in ends]
+    assert tensors[0] == tensors[1]
+    for key in ("step", "average", "loader"):
+        assert ends[0].values[key] == ends[1].values[key], key
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_stopped_by_a_signal_and_continued(corpus, tmp_path, whole, capfd, number, word):
+    folder = interrupt(corpus, tmp_path / "a run", number=number)
+    captured = capfd.readouterr()
+    assert captured.err.splitlines()[-1] == word
+    assert "Traceback" not in captured.err
+    assert losses(folder) == losses(whole)[:7]  # the step was finished, and no other begun
+    command = shlex.split(captured.out.splitlines()[-1].partition(": ")[2])
+    assert command[:3] == ["python", "-m", "train"]
+    assert train.__main__.main(command[3:]) == 0
+    assert_same(folder, whole)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["resumes"] == "1"
+    timed = [row["seconds"] for row in rows(folder)[3:]]
+    assert float(summary["training_seconds"]) == pytest.approx(sum(timed), abs=0.06)
+
+
+def test_stopped_at_every_step(corpus, tmp_path, whole):
+    """Untimed steps and timed ones, early and late, time after time."""
+    folder = interrupt(corpus, tmp_path / "run", step=0)
+    for step in range(1, 15, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            signal_after(patch, step)
+            assert main("--resume", str(folder)) == 143
+    assert main("--resume", str(folder)) == 0
+    assert_same(folder, whole)
+    assert json.loads((folder / "summary.json").read_text())["resumes"] == "8"
+
+
+@pytest.mark.parametrize("option", [["--packing", "published"], ["--untimed-steps", "0"], ["--num-kv-heads", "2"]])
+def test_other_runs_continue_too(corpus, tmp_path, option):
+    args = [*STEPS, "--steps", "6", *option]
+    assert run_main(corpus, tmp_path / "whole", *args) == 0
+    folder = interrupt(corpus, tmp_path / "run", *args, step=3)
+    assert main("--resume", str(folder)) == 0
+    assert_same(folder, tmp_path / "whole")
+
+
+def test_the_budget_clock_goes_on(corpus, tmp_path):
+    folder = interrupt(corpus, tmp_path / "run", "--time-budget", "0.6", "--untimed-steps", "2", step=9)
+    before = rows(folder)[-1]["timed_seconds"]
+    time.sleep(0.7)  # what passes between the two is nobody's
+    assert main("--resume", str(folder)) == 0
+    seconds = [row["seconds"] for row in rows(folder)]
+    timed = [row["timed_seconds"] for row in rows(folder)]
+    assert timed[9] == before
+    assert timed[10] == pytest.approx(before + seconds[10])
+    assert timed[-2] < 0.6 <= timed[-1]
+    assert timed[-1] == pytest.approx(sum(seconds[2:]))
+
+
+def test_after_the_evaluation_only_the_weights_remain(corpus, tmp_path):
+    assert run_main(corpus, tmp_path / "run", "--steps", "3") == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_last_two_are_kept(corpus, tmp_path):
+    folder = tmp_path / "run"
+    assert run_main(corpus, folder, *STEPS, "--checkpoint-every", "0") == 0
+    kept = checkpoint_folders(folder / "checkpoints")
+    assert sorted((folder / "checkpoints").iterdir(), reverse=True) == kept
+    assert len(kept) == 2
+    assert kept[0].name == "step-00000016"
+    assert all(read_checkpoint(path) for path in kept)
+
+
+def test_interrupted_while_it_evaluates(stopped, whole, monkeypatch, capfd):
+    evaluate = train.trainer.evaluate_bpb
+
+    def interrupting(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.trainer, "evaluate_bpb", interrupting)
+        assert main("--resume", str(stopped)) == 130
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err
+    assert f"to go on from step 16: python -m train --resume {stopped}" in captured.out
+    assert not (stopped / "summary.json").exists()
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "step", lambda self, budget, values, *_: steps.append(values.step))
+        assert main("--resume", str(stopped)) == 0
+    assert steps == []
+    assert_same(stopped, whole)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--depth", "3"], "depth was 2 and is 3"),
+        (["--steps", "17", "--seed", "7"], "steps was 16 and is 17, seed was 42 and is 7"),
+        (["--time-budget", "61"], "time_budget was 60.0 and is 61.0"),
+        (["--autocast"], "autocast was False and is True"),
+        (["--device-batch-size", "8"], "device_batch_size was 4 and is 8"),
+        (["--name", "other"], "name was 'run' and is 'other'"),
+    ],
+)
+def test_an_option_that_differs_is_refused(stopped, capsys, args, named):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    assert main("--resume", str(stopped), *args) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert err.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+
+
+def test_an_option_at_its_default_is_compared_as_well(corpus, tmp_path, capsys):
+    folder = interrupt(corpus, tmp_path / "run", "--steps", "16", "--seed", "7", step=2)
+    assert main("--resume", str(folder), "--seed", "42") == 2
+    assert "seed was 7 and is 42" in capsys.readouterr().err
+
+
+def test_what_does_not_differ_may_be_said_again(stopped, whole):
+    assert main("--resume", str(stopped), *TINY, *STEPS, "--checkpoint-every", "0") == 0
+    assert_same(stopped, whole)
+
+
+def test_an_edited_config_is_refused(stopped, capsys):
+    path = stopped / "config.json"
+    path.write_text(path.read_text().replace('"matrix_lr": 0.04', '"matrix_lr": 0.05'))
+    assert main("--resume", str(stopped)) == 2
+    assert "matrix_lr was 0.04 and is 0.05; config.json was changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "config.json cannot be read"),
+        ("[]", "config.json is no JSON object"),
+        ('{"config": {"depht": 2}}', "depht"),
+        ('{"config": {"depth": "2"}}', "'2' for depth"),
+    ],
+)
+def test_a_config_that_is_none(stopped, capsys, text, named):
+    (stopped / "config.json").write_text(text)
+    assert main("--resume", str(stopped)) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("vocab_size", "named"), [(512, "train_sha256"), (400, "tokenizer_sha256")])
+def test_other_data_is_refused(stopped, tmp_path, capsys, vocab_size, named):
+    text = tmp_path / "text"
+    text.mkdir()
+    rng = random.Random(1)
+    for i in range(100):
+        (text / f"{i}.txt").write_text(" ".join("".join(rng.choices("abcdefghijklmno", k=5)) for _ in range(100)))
+    other = prepare(str(text), out=tmp_path / "other", vocab_size=vocab_size)
+    assert main("--resume", str(stopped), "--data", str(other)) == 2
+    err = capsys.readouterr().err
+    assert f"the data in {other}" in err
+    assert f"{named} was" in err
+
+
+def test_data_may_have_moved(stopped, whole, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "moved")
+    assert main("--resume", str(stopped), "--data", str(tmp_path / "moved")) == 0
+    assert_same(stopped, whole)
+
+
+def test_runs_that_cannot_go_on(whole, stopped, tmp_path, capsys, monkeypatch):
+    def refused(*args) -> str:
+        assert main("--resume", *args) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    assert "is finished" in refused(str(whole))
+    assert "config.json is missing" in refused(str(tmp_path / "nowhere"))
+    in_use = train.runs.RunFolder.reopen(stopped)
+    assert "in use by another process" in refused(str(stopped))
+    in_use.close()
+    shutil.rmtree(stopped / "checkpoints")
+    assert "has no checkpoint" in refused(str(stopped))
+    monkeypatch.chdir(tmp_path)
+    assert "there is no interrupted run" in refused("auto")
+
+
+def test_auto_takes_the_newest_interrupted_run(stopped_once, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    now = time.time()
+    for name, source, age in [("older", stopped_once, 9), ("b", stopped_once, 5), ("a", stopped_once, 7),
+                              ("finished", whole, 2), ("running", stopped_once, 1)]:  # fmt: skip
+        shutil.copytree(source, tmp_path / "runs" / name)
+        os.utime(checkpoint_folders(tmp_path / "runs" / name / "checkpoints")[0], (now - age, now - age))
+    running = train.runs.RunFolder.reopen(tmp_path / "runs" / "running")
+    assert main("--resume", "auto") == 0
+    running.close()
+    assert "run:    runs/b\n" in capsys.readouterr().out
+    assert_same(tmp_path / "runs" / "b", whole)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, stopped, whole, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, 11)
+        assert main("--resume", str(stopped)) == 143
+    newer, older = checkpoint_folders(stopped / "checkpoints")
+    damaged = bytearray((newer / "tensors.safetensors").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (newer / "tensors.safetensors").write_bytes(damaged)
+    capsys.readouterr()
+    assert main("--resume", str(stopped)) == 0
+    captured = capsys.readouterr()
+    assert "tensors.safetensors has changed" in captured.err
+    assert f"resume: {int(older.name[5:])} steps are done" in captured.out
+    assert_same(stopped, whole)
+
+
+def test_where_every_checkpoint_is_damaged(stopped, capsys):
+    (path,) = checkpoint_folders(stopped / "checkpoints")
+    (path / "SHA256SUMS").write_text("")
+    assert main("--resume", str(stopped)) == 2
+    assert "has no whole checkpoint" in capsys.readouterr().err
+
+
+def test_metrics_are_cut_back(stopped, whole):
+    """Rows that are not covered by the checkpoint, a torn one, and one that a bit fell in."""
+    path = stopped / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace('"step"', '"stfp"')
+    path.write_text("".join(lines) + lines[-1].replace('"step": 6', '"step": 7') + lines[-1][:40])
+    assert main("--resume", str(stopped)) == 0
+    assert [row["step"] for row in rows(stopped)] == [0, 1, *range(3, 16)]
+    assert losses(stopped) == losses(whole)[:2] + losses(whole)[3:]
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(corpus, tmp_path, whole, monkeypatch, capsys):
+    write, calls = train.checkpoint.write_synced, 0
+
+    def full(path, *pieces):
+        nonlocal calls
+        calls += 1
+        if calls > 6:  # three files a checkpoint: the first two are written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, *pieces)
+
+    monkeypatch.setattr(train.checkpoint, "write_synced", full)
+    assert run_main(corpus, tmp_path / "run", *STEPS, "--checkpoint-every", "0") == 0
+    assert "note: no checkpoint of step 16, the run goes on: " in capsys.readouterr().err
+    assert losses(tmp_path / "run") == losses(whole)
+    left = checkpoint_folders(tmp_path / "run" / "checkpoints")
+    assert len(left) == len([*(tmp_path / "run" / "checkpoints").iterdir()]) == 2
+    assert all(read_checkpoint(path) for path in left)
+
+
+def test_a_full_disk_costs_rows_and_not_the_run(corpus, tmp_path, whole, monkeypatch, capsys):
+    write = train.runs.RunFolder.write_metrics
+
+    def full(self, row):
+        if 4 <= row["step"] < 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, row)
+
+    monkeypatch.setattr(train.runs.RunFolder, "write_metrics", full)
+    assert run_main(corpus, tmp_path / "run", *STEPS) == 0
+    assert capsys.readouterr().err.count("the disk is full") == 1
+    assert losses(tmp_path / "run") == losses(whole)[:4] + losses(whole)[8:]
+
+
+def test_weights_that_find_no_room_are_told_with_the_way_on(stopped, whole, monkeypatch, capsys):
+    def full(self, weights):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors.part")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.runs.RunFolder, "write_model", full)
+        assert main("--resume", str(stopped)) == 2
+    captured = capsys.readouterr()
+    assert "No space left on device: 'model.safetensors.part'" in captured.err
+    assert f"to go on from step 16: python -m train --resume {stopped}" in captured.out
+    assert main("--resume", str(stopped)) == 0
+    assert_same(stopped, whole)
+
+
+def wait_for_line(stream, beginning: str) -> None:
+    seen = []
+    for line in stream:
+        seen.append(line)
+        if line.startswith(beginning):
+            return
+    pytest.fail(f"no line {beginning!r} in {seen}")
+
+
+def test_a_second_signal_stops_at_once(corpus, tmp_path):
+    """In the middle of a step, which takes a second here; what was there before stays."""
+    folder = tmp_path / "run"
+    slow = ["--total-batch-size", str(4 * 32 * 256), "--checkpoint-every", "0"]
+    process = start(*TINY, "--data", str(corpus), "--run-dir", str(folder), *slow)
+    wait_for_line(process.stdout, "step 00001")
+    process.send_signal(signal.SIGINT)
+    wait_for_line(process.stderr, "interrupted: finishing the step")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT  # which a shell reports as 130
+    assert rows(folder)[-1]["step"] == 1
+    left = checkpoint_folders(folder / "checkpoints")
+    assert left
+    assert all(read_checkpoint(path) for path in left)
+
+
+def test_a_signal_while_it_sets_up(corpus, tmp_path):
+    """As soon as the handler is there, which is long before PyTorch is."""
+    process = start(*TINY, "--data", str(corpus), "--run-dir", str(tmp_path / "run"))
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        process.kill()
+        pytest.skip("needs /proc")
+    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert (out, err) == ("", "\nterminated\n")
+    assert not (tmp_path / "run").exists()
+
+
+def kill(process, rng: random.Random, folder: Path, how: str) -> int:
+    """Kills it at a random moment: at any time, of which most is setting up; after some steps; while a checkpoint is
+    being written. Returns its exit code."""
+    timer = threading.Timer(rng.uniform(0, 4), process.kill)
+    if how == "any time":
+        timer.start()
+    last = next_step(folder) + rng.randint(0, 9)
+    for line in process.stdout:
+        if line.startswith(f"step {last:05d}"):
+            break
+    timer.cancel()
+    time.sleep(rng.uniform(0, 0.02))
+    while how == "while it writes" and process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # so that what is seen is still so when it is killed
+        if parts(folder):
+            break
+        process.send_signal(signal.SIGCONT)
+        time.sleep(rng.uniform(0, 0.005))
+    process.kill()
+    process.communicate()
+    return process.returncode
+
+
+def parts(folder: Path) -> set[tuple[str, int]]:
+    """Checkpoints begun and not finished."""
+    return {(path.name, path.stat().st_ino) for path in (folder / "checkpoints").glob("*.part")}
+
+
+def next_step(folder: Path) -> int:
+    checkpoints = checkpoint_folders(folder / "checkpoints")
+    return read_checkpoint(checkpoints[0]).step if checkpoints else 0
+
+
+def test_killed_at_random_moments(corpus, tmp_path):
+    rng = random.Random(3)
+    args = [*TINY, "--data", str(corpus), "--steps", str(40 * KILLS), "--keep-checkpoints", "--checkpoint-every", "0"]
+    undisturbed = start(*args, "--run-dir", str(tmp_path / "whole"))
+    folder = tmp_path / "run"
+    torn = 0
+    for number in range(KILLS):
+        resumable = bool(checkpoint_folders(folder / "checkpoints"))
+        if not resumable:  # killed before its first checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+        before = parts(folder)
+        process = start("--resume", str(folder)) if resumable else start(*args, "--run-dir", str(folder))
+        how = ["while it writes", "after some steps", "any time"][number % 3]
+        assert kill(process, rng, folder, how) == -signal.SIGKILL
+        torn += bool(parts(folder) - before)
+    last = start("--resume", str(folder))
+    _, err = last.communicate(timeout=600)
+    assert last.returncode == 0, err
+    _, err = undisturbed.communicate(timeout=600)
+    assert undisturbed.returncode == 0, err
+    assert torn >= (KILLS + 2) // 3
+    assert_same(folder, tmp_path / "whole")
+    print(f"{KILLS} of {KILLS} kills survived, {torn} of them while a checkpoint was being written")

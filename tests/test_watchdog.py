@@ -1,0 +1,180 @@
+"""A run that hangs says where, and ends."""
+
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train.watchdog
+from train.watchdog import ALARM, FLOOR, Watchdog
+
+TINY = [
+    "--device", "cpu", "--depth", "1", "--d-model", "32", "--head-dim", "16", "--seq-len", "16", "--no-autocast",
+    "--device-batch-size", "2", "--total-batch-size", "32", "--checkpoint-every", "0",
+]  # fmt: skip
+
+# Each makes the step after the fourth hang, in a way of its own; all but the last let other threads run.
+HANGS = {
+    "the loader": "Loader._pack = after_4(Loader._pack, lambda: threading.Event().wait())",
+    "C code": "TrainStep.micro_step = after_4(TrainStep.micro_step, lambda: ctypes.CDLL(None).sleep(1000))",
+    "Python's lock": "TrainStep.micro_step = after_4(TrainStep.micro_step, lambda: ctypes.PyDLL(None).sleep(1000))",
+}
+PROGRAM = """
+import ctypes, sys, threading
+import train.watchdog
+from prepare import Loader
+from train.__main__ import main
+from train.step import TrainStep
+
+def after_4(function, hang):
+    calls = iter(range(10**9))
+    def called(*args):
+        if next(calls) == 4:
+            hang()
+        return function(*args)
+    return called
+
+"""
+
+
+def start(small_data, run, hang: str, timeout: str, grace: float) -> subprocess.Popen:
+    program = PROGRAM + f"train.watchdog.GRACE = {grace}\n{hang}\nsys.exit(main(sys.argv[1:]))"
+    folders = ["--data", str(small_data), "--run-dir", str(run)]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *TINY, *folders, "--hang-timeout", timeout, "--time-budget", "600"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("where", HANGS)
+def test_a_run_that_hangs_is_ended(small_data, tmp_path, where):
+    process = start(small_data, tmp_path / "run", HANGS[where], "2", grace=1)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    if where == "Python's lock":
+        assert "Timeout (0:00:0" in err  # faulthandler's own word: no thread of Python's could run
+        assert "in called" in err
+    else:
+        last = out.splitlines()[-1]
+        assert last.startswith(("FAIL: no step for 2 s; ", "FAIL: no step for 3 s; "))
+        assert f"python -m train --resume {tmp_path / 'run'}" in last
+        assert err.count("this is where every thread stands") == 1
+        assert "thread MainThread:" in err
+        stuck = "loader" if where == "the loader" else "MainThread"
+        stack = err.partition(f"thread {stuck}:")[2].partition("\nthread ")[0]
+        assert "in after_4.<locals>.called" in stack
+        assert "in <lambda>" in stack
+    # The files are whole, and the run goes on from the checkpoint that it has.
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(len(rows))]
+    assert len(rows) >= 1
+    checkpoints = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.suffix != ".part"]
+    assert checkpoints
+
+
+class Written(list):
+    """What the watchdog writes, and its wish to end the process, without either."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        monkeypatch.setattr(train.watchdog, "write", lambda fd, text: self.append((fd, text)))
+        monkeypatch.setattr(train.watchdog, "POLL", 0.01)
+        monkeypatch.setattr(os, "_exit", self.exit)
+        self.ended = None
+
+    def exit(self, code):
+        self.ended = code
+        raise SystemExit  # ends the watchdog's thread
+
+
+def test_one_hang_is_shown_once_and_goes_by(monkeypatch):
+    monkeypatch.setattr(train.watchdog, "FLOOR", 0.2)
+    written = Written(monkeypatch)
+    with Watchdog(60.0) as watchdog:
+        for _ in range(2):
+            for _ in range(5):
+                time.sleep(0.01)
+                watchdog.beat()
+            deadline = time.monotonic() + 20
+            shown = len(written)
+            while len(written) == shown and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(0.3)
+            assert len(written) == shown + 1
+    assert written.ended is None
+    assert all(fd == 2 and "test_one_hang_is_shown_once" in text for fd, text in written)
+
+
+def test_what_is_usual_sets_the_limits():
+    watchdog = Watchdog(600.0)
+    assert watchdog.limits() == (600.0, 600.0)  # before the first steps kernels compile
+    watchdog._recent.extend([0.1] * 20)
+    assert watchdog.limits() == (FLOOR, 600.0)
+    watchdog._recent.extend([20.0] * 40)
+    assert watchdog.limits() == (ALARM * 20.0, 600.0)
+    watchdog._recent.extend([100.0] * 40)
+    assert watchdog.limits() == (1000.0, 1000.0)  # no run ends for the steps it always makes
+    assert Watchdog(5.0).limits() == (5.0, 5.0)
+
+
+def test_the_first_step_does_not_count_as_usual():
+    watchdog = Watchdog(600.0)
+    time.sleep(0.05)
+    watchdog.beat()
+    assert not watchdog._recent
+    watchdog.beat()
+    assert len(watchdog._recent) == 1
+
+
+def test_a_stopped_process_does_not_hang(small_data, tmp_path):
+    """Stopped for longer than the time-out, as by Ctrl-Z, it goes on as if nothing had been."""
+    process = start(small_data, tmp_path / "run", "", "4", grace=60)
+    for line in process.stdout:
+        if line.startswith("step 00005"):
+            break
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    for line in process.stdout:
+        if line.startswith("step ") and int(line[5:10]) > 20:
+            break
+    else:
+        pytest.fail(process.stderr.read())
+    process.kill()
+    process.communicate()
+
+
+def test_off(monkeypatch):
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: pytest.fail("armed"))
+    with Watchdog(0.0) as watchdog:
+        watchdog.beat()
+        assert not watchdog._thread.is_alive()
+
+
+def test_a_beat_costs_nothing_measurable():
+    watchdog = Watchdog(600.0)
+    start = time.process_time()
+    for _ in range(100_000):
+        watchdog.beat()
+    assert (time.process_time() - start) / 100_000 < 20e-6  # a step takes milliseconds; here a beat takes 0.3 µs
+
+
+def test_nobody_reads(monkeypatch):
+    """A pipe that is full does not hold the end up."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    wait = train.watchdog.select.select
+    monkeypatch.setattr(train.watchdog.select, "select", lambda r, w, e, _: wait(r, w, e, 0.05))
+    train.watchdog.write(writer, "no step")
+    os.close(reader)
+    os.close(writer)

@@ -1,0 +1,76 @@
+"""Files that a crash leaves whole: written beside, on the disk before they are renamed, and so is the renaming."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+CHUNK = 2**23  # bytes hashed and written at a time: hashed while they are in the cache
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError names the file also where the system does not: a full disk is noticed by a write, or by a sync."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_synced(path: Path, *pieces: bytes | memoryview) -> str:
+    """Writes `pieces` one after the other. On the disk when it returns their SHA-256, in hex."""
+    digest = hashlib.sha256()
+    with naming(path), open(path, "wb") as file:
+        for piece in map(memoryview, pieces):
+            for start in range(0, len(piece), CHUNK):
+                chunk = piece[start : start + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Has a file's content, or a folder's names, on the disk when it returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_synced(part: Path, path: Path) -> None:
+    """`part`, itself on the disk already, becomes `path`: after a crash there is the one or the other."""
+    os.replace(part, path)
+    sync(path.parent)
+
+
+def replace_file(path: Path, *pieces: bytes | memoryview) -> None:
+    """A reader, and whoever comes after a crash, sees the old file or the new one, whole."""
+    part = path.with_name(path.name + ".part")
+    write_synced(part, *pieces)
+    rename_synced(part, path)
+
+
+def safetensors_header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> bytes:
+    """What precedes the bytes of fp32 tensors that lie one behind the other: length, names, shapes, offsets, and
+    `metadata` in the file's own place for it.
+
+    Written here, because the library's own writer reports a full disk as anything but an OSError.
+    https://github.com/huggingface/safetensors#format
+    """
+    entries, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header

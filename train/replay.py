@@ -1,0 +1,121 @@
+"""`python -m train.replay RUN`: the step that a run failed on, once more, and what its tensors hold."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kernels
+from prepare import InputError
+from prepare.arguments import Parser
+
+from .config import TrainConfig
+from .failure import find, layers, read_failure
+from .memory import is_out_of_memory
+from .optimizer import Optimizer
+from .runs import build_model, read_config
+from .step import TrainStep
+from .trainer import pick_device, pick_ops
+
+OPS = ("embedding", "rms_norm", "linear", "rotary_attention", "relu2_mlp", "linear_cross_entropy")
+
+
+@contextmanager
+def watching(see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Every tensor that an op of the forward returns is shown to `see`, with the name of the op."""
+    ops = {name: getattr(kernels, name) for name in OPS}
+
+    def watched(name, op):
+        def call(*args, **kwargs):
+            result = op(*args, **kwargs)
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, Tensor):
+                    see(name, tensor)
+            return result
+
+        return call
+
+    for name, op in ops.items():
+        setattr(kernels, name, watched(name, op))
+    try:
+        yield
+    finally:
+        for name, op in ops.items():
+            setattr(kernels, name, op)
+
+
+def activations(step: TrainStep, tokens: Tensor) -> list[tuple[str, Tensor]]:
+    """What each op of the forward of `tokens` [B, T + 1] returns, in its order, with the layer it belongs to."""
+    seen: list[tuple[str, Tensor]] = []
+    tokens, depth = tokens.to(step.device), step.model.config.depth
+
+    def see(op: str, tensor: Tensor) -> None:
+        layer = sum(name.startswith("relu2_mlp") for name, _ in seen)  # the last op of each
+        seen.append((f"{op}[{layer}]" if layer < depth and op != "embedding" else op, tensor))
+
+    with torch.no_grad(), step.precision(), watching(see):
+        step.model(tokens[:, :-1], tokens[:, 1:])
+    return seen
+
+
+def table(title: str, rows: list[tuple[str, Tensor]]) -> str:
+    """One line a tensor: how many of its elements are not finite, and between what the others lie."""
+    lines = [f"{title:<40} {'not finite':>21} {'min':>11} {'max':>11}"]
+    for name, tensor in rows:
+        finite = tensor[torch.isfinite(tensor)].float()
+        ends = [f"{end.item():.4g}" for end in finite.aminmax()] if finite.numel() else ["n/a"] * 2
+        bad = tensor.numel() - finite.numel()
+        lines.append(f"  {name:<38} {f'{bad:,} of {tensor.numel():,}':>21} {ends[0]:>11} {ends[1]:>11}")
+    return "\n".join(lines)
+
+
+def replay(run: Path, wanted_device: str | None) -> bool:
+    """Prints what the step does now. Returns whether it fails again. Raises InputError."""
+    failure = read_failure(run)
+    saved, shape = read_config(run)
+    config = TrainConfig(**saved["config"])
+    device = pick_device(wanted_device or config.device)
+    pick_ops(config.ops if device == config.device else None, device)
+    model = build_model(shape, failure.parameters, device, run)
+    optimizer = Optimizer(model, config, torch.bfloat16 if device == "cuda" else torch.float32)
+    step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
+    torch.set_rng_state(failure.generators["rng.cpu"])
+    if device == "cuda" and "rng.cuda" in failure.generators:
+        torch.cuda.set_rng_state(failure.generators["rng.cuda"])
+    finding = find(step, failure.batches)
+    now = f"step {failure.step:05d}: {finding.text if finding else 'the loss and all gradients are good'}"
+    print(f"FAIL: {now}" if finding else now)
+    if now != failure.line:
+        print(f"in the run it was: {failure.line}")
+    parts = [part for name, master in optimizer.masters.items() for part in layers(name, master)]
+    print(table("parameters", parts))
+    batch = failure.batches[finding.micro_batch if finding else -1]
+    print(table(f"activations of batch {batch.index}, in order", activations(step, batch.tokens)))
+    gradients = [part for name, p in optimizer.parameters.items() for part in layers(name, p.main_grad)]
+    print(table(f"gradients after batch {batch.index}", gradients))
+    return finding is not None
+
+
+def main(args: list[str] | None = None) -> int:
+    """Exit codes: 1 where the step fails again; 0 where it does not; 2 bad input."""
+    parser = Parser(prog="python -m train.replay", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="folder of a run that ended with FAIL")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: as the run)")
+    options = parser.parse_args(args)
+    try:
+        return int(replay(Path(options.run), options.device))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: the step does not fit into the memory of this machine", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Which run goes on, and whether it still is the same run."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from prepare import InputError
+from prepare.files import read_json
+
+from .checkpoint import checkpoint_folders
+from .config import TrainConfig, parse_given
+from .runs import RUNS, lock
+
+
+def parse(args: list[str] | None = None) -> TrainConfig:
+    """The configuration that a command line asks for; with --resume the run's own, whose folder `resume` then is.
+
+    Raises InputError where there is no such run, or where an option differs from what it was started with.
+    """
+    given = parse_given(args)
+    if "resume" not in given:
+        return TrainConfig(**given)
+    folder = newest_interrupted_run() if given["resume"] == "auto" else Path(given["resume"])
+    path = folder / "config.json"
+    # What differs in it from the checkpoint is named there; its seal could only say that something does.
+    saved = read_json(path, "name the folder of an interrupted run")
+    try:
+        config = TrainConfig.from_json(saved["config"])
+        data = str(saved["data"]["folder"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is not the configuration of a run") from None
+    fixed = config.fixed()
+    asked = {key: value for key, value in given.items() if key in fixed}
+    check_same(f"--resume {folder}", asked, fixed, "leave these options out, or start a new run")
+    free = {key: value for key, value in given.items() if key not in fixed}
+    return dataclasses.replace(config, **({"data": data} | free | {"resume": str(folder)}))
+
+
+def check_same(what: str, now: dict[str, Any], then: dict[str, Any], mend: str) -> None:
+    """Raises InputError, with every difference named, where a value of `now` is not that of `then`."""
+    different = [
+        f"{key} was {then.get(key)!r} and is {value!r}" for key, value in now.items() if then.get(key) != value
+    ]
+    if different:
+        raise InputError(f"{what}: {', '.join(different)}; {mend}")
+
+
+def newest_interrupted_run() -> Path:
+    """The one below runs/ that has written a checkpoint last, is not finished, and is in no process's hands."""
+    candidates = []
+    for run in RUNS.glob("*"):
+        checkpoints = checkpoint_folders(run / "checkpoints")
+        if checkpoints and not (run / "summary.json").exists() and is_free(run):
+            candidates.append((checkpoints[0].stat().st_mtime, run))
+    if not candidates:
+        raise InputError(f"--resume auto: there is no interrupted run with a checkpoint below {RUNS}/")
+    return max(candidates)[1]
+
+
+def is_free(run: Path) -> bool:
+    descriptor = lock(run)
+    if descriptor is None:
+        return False
+    os.close(descriptor)
+    return True

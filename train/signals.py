@@ -1,0 +1,57 @@
+"""SIGINT and SIGTERM: the first asks, the second ends the process at once."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Interrupted(BaseException):
+    """A signal came. Unwinds like KeyboardInterrupt, so that files are closed and threads end."""
+
+    def __init__(self, number: int):
+        super().__init__(WORDS[number])
+        self.exit_code = 128 + number
+
+
+class Signals:
+    """While it is entered, the first signal raises Interrupted, or is only noted inside `deferred`. The second is the
+    system's to handle: no code of ours runs any more, so none can do harm, and none can be waited for in vain."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._deferred = False
+        self._before = {}
+
+    def __enter__(self) -> "Signals":
+        for number in WORDS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        self.received = number
+        if not self._deferred:
+            raise Interrupted(number)
+        line = f"\n{WORDS[number]}: finishing the step and writing a checkpoint; a second signal stops at once\n"
+        os.write(2, line.encode())  # the handler may stand inside a print
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal sets `received` and nothing else; Interrupted is raised at the end, unless another exception
+        is on its way."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.received is not None:
+            raise Interrupted(self.received)

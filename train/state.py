@@ -1,0 +1,108 @@
+"""Everything that the rest of a run depends on: what a checkpoint holds."""
+
+import random
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prepare import InputError, Loader
+
+from .budget import Budget
+from .clock import seconds_since_start
+from .metrics import DebiasedAverage
+from .optimizer import Optimizer
+
+
+@dataclass
+class RunState:
+    """Consistent only while no step is on its way. The loader's part is its state after the batch handed out last:
+    what it has read ahead is not in it."""
+
+    optimizer: Optimizer
+    loader: Loader
+    budget: Budget
+    average: DebiasedAverage = field(default_factory=DebiasedAverage)
+    blocked_seconds: float = 0.0  # that training stood still for checkpoints
+    resumes: int = 0
+    earlier_seconds: float = 0.0  # of the processes before this one, each up to the checkpoint it left
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.budget.step
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, as far as its result rests on them."""
+        return self.earlier_seconds + seconds_since_start()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and moments by name, fp32: the tensors themselves, wherever they live."""
+        return self.optimizer.state()
+
+    def values(self) -> dict:
+        """All else, as JSON can hold it."""
+        return {
+            "step": self.step,
+            "budget": self.budget.counters(),
+            "average": asdict(self.average),
+            "loader": self.loader.state_dict(),
+            "rng": rng_states(),
+            "seconds": self.seconds,
+            "blocked_seconds": self.blocked_seconds,
+            "resumes": self.resumes,
+        }
+
+    def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
+        """Becomes what `values` and `tensors` were taken from. Raises InputError where they are of another model."""
+        ours = self.tensors()
+        for name in sorted(ours.keys() | tensors.keys()):
+            here, there = (describe(each.get(name)) for each in (ours, tensors))
+            if here != there:
+                raise InputError(f"the checkpoint is of another model: {name} is {there} there and {here} here")
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+        self.optimizer.round_masters()
+        self.budget = Budget(self.budget.seconds, self.budget.steps, self.budget.untimed_steps, **values["budget"])
+        self.average = DebiasedAverage(**values["average"])
+        self.loader.load_state_dict(values["loader"])
+        self.blocked_seconds = values["blocked_seconds"]
+        self.resumes = values["resumes"] + 1
+        self.earlier_seconds = values["seconds"]
+        set_rng_states(values["rng"])
+
+
+def describe(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def rng_states() -> dict:
+    """Of every generator that code in this process draws from without naming one. JSON can hold it."""
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"] = numpy["state"] | {"key": numpy["state"]["key"].tolist()}
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {
+        "torch": to_hex(torch.get_rng_state()),
+        "cuda": None if cuda is None else to_hex(cuda),
+        "numpy": numpy,
+        "python": random.getstate(),
+    }
+
+
+def set_rng_states(states: dict) -> None:
+    torch.set_rng_state(from_hex(states["torch"]))
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(from_hex(states["cuda"]))
+    np.random.set_state(states["numpy"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def to_hex(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def from_hex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
