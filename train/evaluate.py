@@ -10,7 +10,10 @@ from prepare.arguments import Parser
 
 from .audit import audit
 from .config import TrainConfig
+<<<<<<< HEAD
 from .ledger import HOLDOUT, Ledger
+=======
+>>>>>>> main
 from .memory import is_out_of_memory
 from .runs import load_run
 from .step import TrainStep
@@ -32,7 +35,23 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"))
     options = parser.parse_args(args)
     try:
+<<<<<<< HEAD
         return evaluate(options)
+=======
+        device = pick_device(options.device)
+        model, tokenizer, saved = load_run(options.run, device)
+        config = TrainConfig(**saved["config"])
+        data = Dataset.open(options.data or saved["data"]["folder"])
+        if data.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise InputError(f"{data.folder} has another tokenizer than the run: name the run's own folder with --data")
+        tokens = config.eval_tokens if options.eval_tokens is None else options.eval_tokens
+        rows = config.device_batch_size if options.device_batch_size is None else options.device_batch_size
+        evaluation = evaluate_bpb(
+            TrainStep(model, None, bool(config.autocast and device == "cpu")).token_losses,
+            data, split="holdout" if options.holdout else "val", seq_len=config.seq_len,
+            batch_size=rows, max_tokens=tokens or None, packing=config.packing, device=device,
+        )  # fmt: skip
+>>>>>>> main
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,6 +60,7 @@ def main(args: list[str] | None = None) -> int:
             raise
         print("error: out of memory: take fewer rows at a time with --device-batch-size", file=sys.stderr)
         return 2
+<<<<<<< HEAD
 
 
 def evaluate(options) -> int:
@@ -64,6 +84,8 @@ def evaluate(options) -> int:
         score, data, split="holdout" if options.holdout else "val", seq_len=config.seq_len, batch_size=rows,
         max_tokens=tokens or None, packing=config.packing, device=device,
     )  # fmt: skip
+=======
+>>>>>>> main
     print(f"{'holdout' if options.holdout else 'val'}_bpb: {evaluation.bpb:.6f}")
     for key, value in {"unigram_bpb": f"{evaluation.unigram_bpb:.6f}", **evaluation.fingerprint}.items():
         print(f"{key}: {value}")
