@@ -249,7 +249,9 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         record.trained(state.budget, ready)
         summary = summarise(config, model_config, state, evaluation, ready)
         with record.timed("audit"):  # after the peak of memory was read
-            findings = audit(score, model, data, config.ops, config.seq_len, config.packing)
+            findings = audit(
+                score, model, data, config.ops, config.seq_len, config.packing, batch_size=config.device_batch_size
+            )
         summary["total_seconds"] = f"{state.seconds:.1f}"
         summary |= record.finish(summary, evaluation, findings)
         folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
