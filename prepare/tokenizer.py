@@ -204,12 +204,12 @@ def _learn_merges(texts: Iterator[str], num_merges: int) -> list[bytes]:
         show_progress=False,
     )
     trainee.train_from_iterator(texts, trainer)
-    to_byte = _byte_of_char()
+    to_byte = byte_of_char()
     by_rank = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
     return [bytes(to_byte[char] for char in token) for token, _ in by_rank if len(token) > 1]
 
 
-def _byte_of_char() -> dict[str, int]:
+def byte_of_char() -> dict[str, int]:
     """The inverse of the printable alphabet that `ByteLevel` writes bytes in (the one GPT-2 introduced).
 
     Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on, in order.

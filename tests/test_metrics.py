@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
 def test_lines_are_whole_where_redirected_and_redrawn_on_a_terminal(tmp_path, monkeypatch, terminal):
     monkeypatch.setenv("COLUMNS", "60")
     out = Terminal() if terminal else io.StringIO()
-    folder = RunFolder(str(tmp_path / "run"), "x")
+    folder = RunFolder(tmp_path / "run")
     report = Reporter(folder, GPTConfig(), torch.device("cpu"), tokens_per_step=1000, out=out)
     budget = Budget(10.0)
     for step in range(2):

@@ -32,7 +32,7 @@ def finished(corpus, tmp_path_factory):
 
 def test_a_run_learns_and_writes_its_folder(finished, corpus):
     assert sorted(p.name for p in finished.iterdir()) == [
-        "config.json", "metrics.jsonl", "model.safetensors", "summary.json", "tokenizer.json",
+        "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "summary.json", "tokenizer.json",
     ]  # fmt: skip
     history = losses(finished)
     assert len(history) == 30

@@ -22,13 +22,13 @@ def main(args: list[str] | None = None) -> int:
 
 def _train(args: list[str] | None, signals: Signals) -> int:
     # Imported here, since PyTorch takes seconds: Ctrl-C in the meantime is no traceback either.
+    from .experiment import experiment
     from .loop import TrainingError
     from .memory import is_out_of_memory
     from .resume import parse
-    from .trainer import run
 
     try:
-        run(parse(args), signals)
+        return experiment(parse(args), signals)
     except TrainingError as error:
         print(f"\nFAIL: {error}", flush=True)
         return 1
@@ -36,7 +36,6 @@ def _train(args: list[str] | None, signals: Signals) -> int:
         if not is_out_of_memory(error):
             raise
         raise InputError("out of memory before the first step: lower --depth or --seq-len") from None
-    return 0
 
 
 if __name__ == "__main__":

@@ -51,7 +51,13 @@ class TrainConfig:
 
     data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)", free=True)
     name: str = option("run", "name of the run, part of its folder's name")
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>)")
+    description: str = option("", "what this run tries, for the ledger", free=True)
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>); the ledger is beside it")
+    repeat: int = option(1, "runs on so many seeds, --seed and those after it: without, noise is unknown", free=True)
+    confirm: bool = option(False, "run a new best again on fresh seeds, three or as many as --repeat", free=True)
+    group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True)
+    confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True)
+    tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"))
     ops: str | None = option(None, "triton kernels, PyTorch reference, or the reference under torch.compile"
                              " (default: triton on a GPU, else reference)",
@@ -181,6 +187,17 @@ def _check(config: TrainConfig) -> None:
             f" {config.device_batch_size} rows x {config.seq_len} tokens = {config.micro_batch_tokens}:"
             f" use {below or config.micro_batch_tokens}, or another --device-batch-size"
         )
+
+
+def to_args(config: TrainConfig) -> list[str]:
+    """The command line that spells `config`, for `parse_given`."""
+    args = []
+    for f in dataclasses.fields(config):
+        value, flag = getattr(config, f.name), f.name.replace("_", "-")
+        if value == f.default:
+            continue
+        args += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
+    return args
 
 
 def parse_given(args: list[str] | None = None) -> dict[str, Any]:

@@ -1,40 +1,38 @@
 """`python -m train.evaluate RUN`: val_bpb of a finished run, or with --holdout of text that nothing else ever reads."""
 
+import json
 import sys
+from datetime import UTC, datetime
+from pathlib import Path
 
 from prepare import Dataset, InputError, evaluate_bpb
 from prepare.arguments import Parser
 
+from .audit import audit
 from .config import TrainConfig
+from .ledger import HOLDOUT, Ledger
 from .memory import is_out_of_memory
 from .runs import load_run
 from .step import TrainStep
-from .trainer import pick_device
+from .trainer import pick_device, pick_ops
+
+AUDITED_ROWS = 8
 
 
 def main(args: list[str] | None = None) -> int:
+    """Exit codes: 0 done; 1 the audit found something; 2 bad arguments or bad input."""
     parser = Parser(prog="python -m train.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--holdout", action="store_true", help="score the holdout split instead of validation")
+    parser.add_argument("--holdout", action="store_true",
+                        help="score the holdout split instead of validation; the ledger counts every look")  # fmt: skip
+    parser.add_argument("--audit", action="store_true", help="check that the number is what it says")
     parser.add_argument("--data", help="prepared folder (default: the one the run was trained on)")
     parser.add_argument("--eval-tokens", type=int, help="0: all (default: as the run)")
     parser.add_argument("--device-batch-size", type=int, help="rows at a time (default: as the run)")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     options = parser.parse_args(args)
     try:
-        device = pick_device(options.device)
-        model, tokenizer, saved = load_run(options.run, device)
-        config = TrainConfig(**saved["config"])
-        data = Dataset.open(options.data or saved["data"]["folder"])
-        if data.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise InputError(f"{data.folder} has another tokenizer than the run: name the run's own folder with --data")
-        tokens = config.eval_tokens if options.eval_tokens is None else options.eval_tokens
-        rows = config.device_batch_size if options.device_batch_size is None else options.device_batch_size
-        evaluation = evaluate_bpb(
-            TrainStep(model, None, bool(config.autocast and device == "cpu")).token_losses,
-            data, split="holdout" if options.holdout else "val", seq_len=config.seq_len,
-            batch_size=rows, max_tokens=tokens or None, packing=config.packing, device=device,
-        )  # fmt: skip
+        return evaluate(options)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,10 +41,68 @@ def main(args: list[str] | None = None) -> int:
             raise
         print("error: out of memory: take fewer rows at a time with --device-batch-size", file=sys.stderr)
         return 2
+
+
+def evaluate(options) -> int:
+    device = pick_device(options.device)
+    ops = pick_ops(None, device)
+    model, tokenizer, saved = load_run(options.run, device)
+    config = TrainConfig(**saved["config"])
+    try:
+        data = Dataset.open(options.data or saved["data"]["folder"])
+    except InputError as error:
+        if not options.audit:
+            raise
+        print(f"audit: FAIL\n  data: {error}")
+        return 1
+    if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise InputError(f"{data.folder} has another tokenizer than the run: name the run's own folder with --data")
+    score = TrainStep(model, None, bool(config.autocast and device == "cpu")).token_losses
+    tokens = config.eval_tokens if options.eval_tokens is None else options.eval_tokens
+    rows = config.device_batch_size if options.device_batch_size is None else options.device_batch_size
+    evaluation = evaluate_bpb(
+        score, data, split="holdout" if options.holdout else "val", seq_len=config.seq_len, batch_size=rows,
+        max_tokens=tokens or None, packing=config.packing, device=device,
+    )  # fmt: skip
     print(f"{'holdout' if options.holdout else 'val'}_bpb: {evaluation.bpb:.6f}")
     for key, value in {"unigram_bpb": f"{evaluation.unigram_bpb:.6f}", **evaluation.fingerprint}.items():
         print(f"{key}: {value}")
-    return 0
+    if options.holdout:
+        print(f"holdout_uses: {count_holdout_use(Path(options.run), evaluation.bpb, evaluation.fingerprint)}")
+    if not options.audit:
+        return 0
+    found = audit(
+        score, model, data, ops, config.seq_len, config.packing,
+        rows=AUDITED_ROWS, recorded=None if options.data else recorded_fingerprint(Path(options.run)),
+    )  # fmt: skip
+    print("\n  ".join(["audit: FAIL", *found]) if found else "audit: ok")
+    return 1 if found else 0
+
+
+def count_holdout_use(run: Path, bpb: float, fingerprint: dict) -> int:
+    """Notes in the ledger that the holdout was looked at, and returns how often that was: each look spends it a little,
+    since what is decided on it is no longer independent of it."""
+    ledger = Ledger.beside(run)
+    with ledger.locked():
+        ledger.append(
+            {
+                "kind": HOLDOUT,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "run": run.resolve().name,
+                "holdout_bpb": bpb,
+                "fingerprint": fingerprint,
+            }
+        )
+        return ledger.holdout_uses()
+
+
+def recorded_fingerprint(run: Path) -> dict | None:
+    """What the run's own evaluation was measured on; None where there is no readable summary."""
+    try:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))["fingerprint"]
+        return found if {"split_sha256", "tokenizer_sha256"} <= found.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 if __name__ == "__main__":

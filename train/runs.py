@@ -18,6 +18,7 @@ from prepare.files import SEAL, read_sealed, sealed
 
 from .config import TrainConfig
 from .files import replace_file, safetensors_header, sync
+from .tensorboard import EventWriter
 from .tensors import digest, load_tensors
 
 RUNS = Path("runs")  # where the folders of runs are by default
@@ -41,6 +42,10 @@ def source_commit() -> str | None:
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def default_run_dir(name: str) -> Path:
+    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
 def environment() -> dict:
     """What the bits of a result depend on beside configuration and data."""
     return {
@@ -56,9 +61,8 @@ class RunFolder:
     Raises InputError where a folder is in the way.
     """
 
-    def __init__(self, path: str | None, name: str):
-        default = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-        self.path = Path(path) if path else default
+    def __init__(self, path: Path):
+        self.path = path
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"the run folder {self.path} is not empty: choose another --run-dir")
         try:
@@ -82,6 +86,7 @@ class RunFolder:
 
     def _open(self) -> None:
         self._metrics, self._torn = None, False
+        self.watchers: list[EventWriter] = []  # write each row of metrics too
         self._lock = lock(self.path)
         if self._lock is None:
             raise InputError(f"{self.path} is in use by another process: wait for it, or stop it")
@@ -108,6 +113,8 @@ class RunFolder:
             self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
         line = b"\n" * self._torn + (json.dumps(row) + "\n").encode()
         self._torn = self._metrics.write(line) < len(line)
+        for watcher in self.watchers:
+            watcher.write(row)
 
     def cut_metrics(self, step: int) -> None:
         """Leaves the rows before `step`; those after it, and damaged ones, go. Each line that is left ends as one."""
@@ -128,6 +135,8 @@ class RunFolder:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
+        for watcher in self.watchers:
+            watcher.close()
         os.close(self._lock)
 
 

@@ -20,11 +20,13 @@ from model.gpt import count_parameters
 from prepare import Dataset, InputError, Loader, default_folder, evaluate_bpb, prepare
 from prepare.evaluate import Evaluation
 
+from .audit import audit
 from .budget import Budget
 from .checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .clock import clock_of, seconds_since_start
 from .compiled import check_compiler
 from .config import TrainConfig, resolve
+from .curves import draw_curves
 from .failure import explain
 from .loop import TrainingError, train
 from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
@@ -32,12 +34,14 @@ from .metrics import percent, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
 from .progress import Reporter, print_summary
+from .record import Record
 from .resume import check_same
 from .runs import RunFolder, environment
 from .schedule import step_values
 from .signals import Interrupted, Signals
 from .state import RunState
 from .step import TrainStep
+from .tensorboard import EventWriter, check_tensorboard
 from .watchdog import Watchdog
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
@@ -145,12 +149,14 @@ def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
-    """Trains, evaluates, writes the run's folder and prints the summary.
+def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]:
+    """Trains, evaluates, writes the run's folder and its row, and prints the summary.
 
     Raises InputError, TrainingError and, after a signal, Interrupted.
     """
     folder = checkpoint = None
+    if config.tensorboard:
+        check_tensorboard()
     with ExitStack() as stack:
         if config.resume:
             folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
@@ -183,8 +189,9 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
         model.init_weights(config.seed)
         optimizer = Optimizer(model, config, forward_dtype)
         step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
-        if kernels_compile:
-            kernels_compile.wait()
+        with record.timed("compile"):
+            if kernels_compile:
+                kernels_compile.wait()
         check_batch_fits(config, model, step.precision(), available_bytes(device))
         stack.enter_context(out_of_memory_is_input_error(config, step))
         loader = stack.enter_context(closing(Loader(
@@ -192,12 +199,15 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
             bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
         )))  # fmt: skip
         if folder is None:
-            folder = stack.enter_context(closing(RunFolder(config.run_dir, config.name)))
+            folder = stack.enter_context(closing(RunFolder(record.folder)))
             stack.enter_context(saying_how_to_go_on(folder))
             folder.write_config(
                 dataclasses.asdict(config), dataclasses.asdict(model_config),
                 {"folder": str(Path(data.folder).resolve()), **fingerprint}, data.folder / "tokenizer.json",
             )  # fmt: skip
+        record.begin(config, dataclasses.asdict(model_config), fingerprint)
+        if config.tensorboard:
+            folder.watchers.append(EventWriter(folder.path))
         state = RunState(optimizer, loader, Budget(config.time_budget, config.steps, config.untimed_steps))
         origin = {"config": config.fixed(), "data": fingerprint, "environment": environment()}
         announce(config, model_config, data, folder)
@@ -206,10 +216,11 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
 
         watchdog = stack.enter_context(Watchdog(config.hang_timeout, f"; to go on: {how_to_go_on(folder)}"))
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
-        if config.graphs:
-            step.capture(*plan)
-        elif config.untimed_steps == 0 or checkpoint:  # a resumed run's first step counts: it should be like the others
-            step.rehearse(*plan)
+        with record.timed("compile"):
+            if config.graphs:
+                step.capture(*plan)
+            elif config.untimed_steps == 0 or checkpoint:  # a resumed run's first step counts: it is like the others
+                step.rehearse(*plan)
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
             folder.cut_metrics(state.step)
@@ -229,12 +240,20 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
 
         step.release()
         folder.write_model(optimizer.masters)
-        evaluation = evaluate_bpb(
-            watchdog.watching(step.token_losses), data, seq_len=config.seq_len, batch_size=config.device_batch_size,
-            max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
-        )  # fmt: skip
+        score = watchdog.watching(step.token_losses)
+        with record.timed("evaluation"):
+            evaluation = evaluate_bpb(
+                score, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
+                max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
+            )  # fmt: skip
+        record.trained(state.budget, ready)
         summary = summarise(config, model_config, state, evaluation, ready)
+        with record.timed("audit"):  # after the peak of memory was read
+            findings = audit(score, model, data, config.ops, config.seq_len, config.packing)
+        summary["total_seconds"] = f"{state.seconds:.1f}"
+        summary |= record.finish(summary, evaluation, findings)
         folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
+        draw_curves(folder.path)
         if not config.keep_checkpoints:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         print_summary({**summary, "run": str(folder.path)})

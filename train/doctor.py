@@ -1,0 +1,235 @@
+"""`python -m train.doctor`: what this machine has, what it lacks, and what to do about it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+
+from model import GPT
+from prepare import Dataset, InputError, default_folder
+from prepare.arguments import Parser
+from prepare.home import home
+
+from .config import TrainConfig, resolve
+from .memory import MARGIN, activation_bytes, available_bytes, state_bytes
+from .provenance import ROOT, cpu_name, source_state
+from .runs import default_run_dir
+from .trainer import VOCAB_SIZE, cpu_has_bf16
+
+PYTHONS = ((3, 11), (3, 12))
+OK, NOTE, WRONG = "ok", "note", "wrong"
+NEEDED_DISK = 2 * 2**30  # a run's checkpoints and weights with room to spare
+
+# A Triton kernel, launched through an op of ours: on a GPU as it runs there, elsewhere in Triton's interpreter.
+KERNEL_TRIAL = """
+import sys, torch, kernels
+device = sys.argv[1]
+x = torch.randn(5, 64, device=device)
+kernels.set_ops("triton")
+_, y = kernels.rms_norm(x)
+truth = x.double() * (x.double().square().mean(-1, keepdim=True) + 2.0**-23).rsqrt()
+worst = float((y.double() - truth).abs().max())
+assert worst < 1e-5, f"rms_norm is off by {worst}"
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and where it is wrong what to do."""
+
+    what: str
+    state: str
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.state:<6}{self.what:<9} {self.found}"
+        return f"{line}\n{'':16}-> {self.remedy}" if self.remedy else line
+
+
+def main(args: list[str] | None = None) -> int:
+    """Exit codes: 0 nothing is wrong; 1 something is; 2 bad arguments."""
+    parser = Parser(prog="python -m train.doctor", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--data", metavar="FOLDER", help="prepared folder (default: the one that train would take)")
+    options = parser.parse_args(args)
+    wrong = 0
+    for finding in examine(options.data):
+        print(finding, flush=True)
+        wrong += finding.state == WRONG
+    print(f"{wrong} thing{'s are' if wrong != 1 else ' is'} wrong" if wrong else "all is well")
+    return 1 if wrong else 0
+
+
+def examine(data: str | None) -> Iterator[Finding]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield python()
+    yield from packages()
+    yield code()
+    yield gpu()
+    yield memory(device)
+    yield disk()
+    yield kernel(device)
+    found, vocab_size = dataset(data, device)
+    yield found
+    yield batch(device, vocab_size)
+
+
+def python() -> Finding:
+    found = f"{sys.version.split()[0]} at {sys.executable}"
+    if sys.version_info[:2] in PYTHONS:
+        return Finding("python", OK, found)
+    return Finding("python", WRONG, found, "timebox needs 3.11 or 3.12: make train PYTHON=python3.12")
+
+
+def packages() -> Iterator[Finding]:
+    """Those that pyproject.toml pins, each beside what is installed."""
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    off = []
+    for pin in pins:
+        name, wanted = re.match(r"([\w-]+)==([\w.]+)", pin).groups()
+        if "sys_platform" in pin and sys.platform != "linux":
+            continue
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            installed = "missing"
+        if installed == "missing":
+            yield Finding("packages", WRONG, f"{name} is missing", f"pip install {name}=={wanted}")
+        elif installed.partition("+")[0] != wanted:
+            off.append(f"{name} {installed} (tested with {wanted})")
+    triton = f"triton {version('triton')}" if find_spec("triton") else "no triton, so no kernels"
+    found = f"torch {torch.__version__}, {triton}, CUDA {torch.version.cuda or 'none'}"
+    yield Finding("packages", NOTE if off else OK, "; ".join([found, *off]), "pip install -e ." if off else "")
+
+
+def code() -> Finding:
+    state = source_state()
+    if state["commit"] is None:
+        return Finding("code", NOTE, f"{ROOT} is no git repository: the ledger cannot name a commit", "git init")
+    dirty = "with changes that are not committed" if state["dirty"] else "clean"
+    return Finding("code", OK, f"commit {state['commit'][:7]}, {dirty}")
+
+
+def gpu() -> Finding:
+    driver = _driver()
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        name = f"{properties.name}, compute {properties.major}.{properties.minor}, driver {driver or 'unknown'}"
+        if properties.major < 8:
+            return Finding("gpu", WRONG, f"{name}: no bf16", "use a GPU of compute 8.0 or later, or --device cpu")
+        return Finding("gpu", OK, name)
+    if driver:
+        why = "is built without CUDA" if torch.version.cuda is None else f"wants CUDA {torch.version.cuda}"
+        return Finding("gpu", WRONG, f"driver {driver}, and PyTorch {torch.__version__} {why}: it sees no GPU",
+                       "install the torch of pyproject.toml built for this driver, or update the driver")  # fmt: skip
+    return Finding("gpu", NOTE, "none: train takes the CPU defaults, whose val_bpb is comparable with itself alone")
+
+
+def _driver() -> str | None:
+    """The version of the NVIDIA driver, None where there is none that answers."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def memory(device: str) -> Finding:
+    main_memory = psutil.virtual_memory()
+    found = f"{main_memory.available / 2**30:.1f} of {main_memory.total / 2**30:.1f} GiB free, {cpu_name()}"
+    found += f", {os.cpu_count()} cores{', bf16 instructions' if cpu_has_bf16() else ''}"
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        found += f"; on the GPU {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        if free < 0.9 * total:
+            return Finding("memory", WRONG, found, "another process holds the GPU (nvidia-smi names it): end it")
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    if device == "cpu" and busy > 0.5:
+        return Finding("memory", NOTE, f"{found}; other work keeps {100 * busy:.0f}% of the cores busy",
+                       "a timed run wants its cores for itself: wait, or end the other work")  # fmt: skip
+    return Finding("memory", OK, found)
+
+
+def disk() -> Finding:
+    places = []
+    for folder in (default_run_dir("run").parent.resolve(), home()):
+        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        places.append(f"{free / 2**30:.1f} GiB free for {folder}")
+        if not os.access(existing, os.W_OK):
+            return Finding("disk", WRONG, f"{existing} cannot be written to", "change its owner, or set TIMEBOX_HOME")
+        if free < NEEDED_DISK:
+            return Finding("disk", WRONG, places[-1], "make room, or point --run-dir and TIMEBOX_HOME at another disk")
+    return Finding("disk", OK, "; ".join(places))
+
+
+def kernel(device: str) -> Finding:
+    """In a process of its own: a kernel that breaks the device breaks no other check."""
+    where = "on the GPU" if device == "cuda" else "in Triton's interpreter"
+    environment = os.environ | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-c", KERNEL_TRIAL, device]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+        reason = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        reason = "no answer in 300 s"
+    if not reason:
+        return Finding("kernel", OK, f"rms_norm runs {where}, and is right")
+    if device == "cpu":
+        return Finding("kernel", NOTE, f"rms_norm does not run {where} ({reason}): training on a CPU does without")
+    return Finding("kernel", WRONG, f"rms_norm does not run {where}: {reason}",
+                   "Triton needs a C compiler and this driver's CUDA: install gcc, and the torch and triton of"
+                   " pyproject.toml; --ops reference trains without kernels")  # fmt: skip
+
+
+def dataset(folder: str | None, device: str) -> tuple[Finding, int]:
+    """What was found, and the vocabulary it has."""
+    default = default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
+    path = Path(folder or default)
+    if folder is None and not path.exists():
+        return Finding("data", NOTE, f"none at {path} yet: train prepares it by itself"), VOCAB_SIZE[device]
+    try:
+        data = Dataset.open(path)
+        data.split("holdout")
+    except InputError as error:
+        remedy = f"python -m prepare --out {path} --vocab-size {VOCAB_SIZE[device]}, with the --source it had"
+        return Finding("data", WRONG, str(error), remedy), VOCAB_SIZE[device]
+    tokens = data.split("train").num_tokens
+    found = f"{path}: {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}, every hash agrees"
+    return Finding("data", OK, found), data.vocab_size
+
+
+def batch(device: str, vocab_size: int) -> Finding:
+    """The largest micro-batch of the default model that should fit."""
+    config = resolve(TrainConfig(), device)
+    shape = config.model_config(vocab_size)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    free = available_bytes(device) - MARGIN * state_bytes(shape, dtype.itemsize)
+    if free <= 0:
+        return Finding("batch", WRONG, "the default model does not fit", "free memory, or train with a lower --depth")
+    model = GPT(shape, device=device)
+    model.init_weights(0)
+    model.to_forward_dtype(dtype)
+    rows = int(free // (MARGIN * activation_bytes(model, 1, nullcontext())))
+    found = f"up to {rows} rows of {config.seq_len} tokens should fit, the default is {config.device_batch_size}"
+    if rows >= config.device_batch_size:
+        return Finding("batch", OK, found)
+    fits = max((n for n in range(1, rows + 1) if config.total_batch_size // config.seq_len % n == 0), default=0)
+    remedy = f"train with --device-batch-size {fits}" if fits else "free memory, or train with a lower --depth"
+    return Finding("batch", WRONG, found, remedy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The ledger: a row for every run in `results.tsv`, for eyes and scripts, and all that is known in `results.jsonl`.
+
+Both stand beside the run folders. Lines are only ever appended, each by one write under a lock: several runs may end at
+once, and a writer that is killed costs its own line and no other. Programs read `results.jsonl` alone.
+"""
+
+import fcntl
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TSV, JSONL, LOCK = "results.tsv", "results.jsonl", "results.lock"
+# The first five are those of the published system, whose scripts cut them by position.
+COLUMNS = (
+    "commit", "val_bpb", "memory_gb", "status", "description",
+    "verdict", "note", "run", "group", "seed", "budget", "total_seconds", "time",
+)  # fmt: skip
+RUN, HOLDOUT = "run", "holdout"  # kinds of object in results.jsonl
+
+
+class Ledger:
+    """The two files in one folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    @classmethod
+    def beside(cls, run: str | Path) -> "Ledger":
+        """The ledger that a run's folder belongs to."""
+        return cls(Path(run).resolve().parent)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Between reading and appending: what is decided on the rows read still holds when the new one is written.
+
+        The lock is a file of its own, which no editor replaces.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield  # closing the file gives the lock back
+
+    def append(self, entry: dict) -> None:
+        """Adds an entry, a run's also to `results.tsv`. Under `locked`."""
+        if entry["kind"] == RUN:
+            header = "\t".join(COLUMNS) + "\n"
+            _append_line(self.folder / TSV, tsv_line(entry), header)
+        _append_line(self.folder / JSONL, json.dumps(entry | {"crc32": _checksum(entry)}) + "\n")
+
+    def entries(self) -> tuple[list[dict], int]:
+        """All entries, oldest first, and how many lines were damaged and are left out."""
+        try:
+            lines = _BEGINNING.split((self.folder / JSONL).read_bytes())
+        except FileNotFoundError:
+            return [], 0
+        entries = [_parse(line) for line in lines if line.strip()]
+        return [entry for entry in entries if entry is not None], entries.count(None)
+
+    def runs(self) -> list[dict]:
+        """The runs, oldest first; one that was interrupted and resumed appears as what it ended as."""
+        runs = [entry for entry in self.entries()[0] if entry["kind"] == RUN]
+        last = {entry["run"]: i for i, entry in enumerate(runs)}
+        return [entry for i, entry in enumerate(runs) if entry["outcome"] != "interrupted" or last[entry["run"]] == i]
+
+    def holdout_uses(self) -> int:
+        return sum(entry["kind"] == HOLDOUT for entry in self.entries()[0])
+
+
+def tsv_line(entry: dict) -> str:
+    """The row of a run. Where there is no val_bpb it says 0.000000, and 0.0 GB, as the published system does."""
+    finished = entry["val_bpb"] is not None
+    shown = {
+        "val_bpb": f"{entry['val_bpb']:.6f}" if finished else "0.000000",
+        "memory_gb": f"{entry['memory_gb']:.1f}" if finished else "0.0",
+        "total_seconds": f"{entry['seconds']['total']:.1f}",
+    }
+    cells = [shown[column] if column in shown else entry[column] for column in COLUMNS]
+    return "\t".join(" ".join(str(cell).split()) or "-" for cell in cells) + "\n"
+
+
+def _append_line(path: Path, line: str, header: str = "") -> None:
+    """One write. A line that a killed writer left unfinished is ended first, so that it takes no other with it."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        if size == 0:
+            line = header + line
+        elif os.pread(fd, 1, size - 1) != b"\n":
+            line = "\n" + line
+        data = line.encode("utf-8", errors="replace")
+        if (written := os.write(fd, data)) < len(data):
+            raise OSError(f"{path}: only {written} of {len(data)} bytes could be written")
+    finally:
+        os.close(fd)
+
+
+# What the readers of the ledger rely on; anything more may be missing.
+_NEEDED = {
+    RUN: {
+        "run": str, "group": str, "outcome": str, "status": str, "verdict": str, "note": str, "description": str,
+        "commit": str, "budget": str, "time": str, "comparable": dict, "seconds": dict,
+    },
+    HOLDOUT: {"run": str},
+}  # fmt: skip
+
+
+# Where an entry begins, also where the end of the line before it is damaged: inside a string its quotes are escaped.
+_BEGINNING = re.compile(rb'\n|(?=\{"kind": "(?:run|holdout)")')
+
+
+def _checksum(entry: dict) -> int:
+    """Of the entry as it is written: a digit that has changed on the disk is no number to compare with."""
+    return zlib.crc32(json.dumps(entry).encode())
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        entry, _ = json.JSONDecoder().raw_decode(line.decode("utf-8", errors="replace"))
+        needed = _NEEDED[entry["kind"]]
+        if entry.pop("crc32") != _checksum(entry):
+            return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not all(isinstance(entry.get(key), kind) for key, kind in needed.items()):
+        return None
+    if entry["kind"] == RUN:
+        bpb = entry.get("val_bpb")
+        if not (bpb is None or (isinstance(bpb, float) and math.isfinite(bpb))):
+            return None
+        if (bpb is None) != (entry["outcome"] != "finished"):
+            return None
+    return entry

@@ -1,0 +1,84 @@
+"""Where a number comes from: the commit and what differs from it, the machine, the versions, the code that evaluates.
+
+Read when a run begins: the files may be edited while it goes.
+"""
+
+import hashlib
+import inspect
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from .step import TrainStep
+
+ROOT = Path(__file__).parent.parent
+# With `prepare/` and `TrainStep.token_losses`: the code that evaluates, and the one that checks it.
+EVALUATING_FILES = ("kernels/linear_cross_entropy.py", "train/audit.py")
+PACKAGES = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch", "triton")
+
+
+def source_state() -> dict:
+    """`commit` in full, whether the tree was `dirty`, and then the `diff_sha256` of what differs from the commit:
+    changes, and Python files that git does not know. All None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD").decode().strip()
+        diff = _git("diff", "HEAD", "--binary")
+        unknown = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "*.py").split(b"\0")[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None, "diff_sha256": None}
+    for name in unknown:
+        diff += name + b"\0" + (ROOT / os.fsdecode(name)).read_bytes()
+    return {
+        "commit": commit,
+        "dirty": bool(diff),
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
+    }
+
+
+def _git(*args: str) -> bytes:
+    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, check=True).stdout
+
+
+def evaluating_code_sha256() -> str:
+    """One hash over what turns a model into a val_bpb: all of `prepare/`, the loss, `token_losses`, and the audit."""
+    digest = hashlib.sha256()
+    files = sorted((ROOT / "prepare").rglob("*.py")) + [ROOT / name for name in EVALUATING_FILES]
+    for path in files:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(inspect.getsource(TrainStep.token_losses).encode())
+    return digest.hexdigest()
+
+
+def machine(device: str) -> dict:
+    """What the run's speed depends on. Runs on machines of one `name` are comparable."""
+    found = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1)}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 2**30, 1)}
+        return {"name": properties.name, **gpu, **found}
+    return {"name": f"{found['cpu']}, threads: {torch.get_num_threads()}", **found}
+
+
+def cpu_name() -> str:
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict:
+    found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # there is no Triton for macOS
+            found[name] = None
+    return found

@@ -1,0 +1,162 @@
+"""What becomes of a run, from its first moment to its row in the ledger."""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from prepare import InputError
+from prepare.evaluate import Evaluation
+
+from .budget import Budget
+from .clock import seconds_since_start
+from .config import TrainConfig
+from .judge import Judgement, judge
+from .ledger import RUN, Ledger
+from .loop import TrainingError
+from .provenance import evaluating_code_sha256, machine, source_state, versions
+from .runs import default_run_dir
+from .signals import Interrupted
+
+
+class Record:
+    """Collects what the ledger says of a run, and writes it once: at the end, however that comes."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.folder = Path(config.resume or config.run_dir or default_run_dir(config.name))
+        self.began = False  # whether the run's folder is there
+        self.written = False
+        self.source = source_state()
+        self.code_sha256 = evaluating_code_sha256()
+        self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.model: dict = {}
+        self.data: dict = {}
+        self.seconds: dict[str, float] = {}
+
+    def begin(self, config: TrainConfig, model: dict, data: dict) -> None:
+        """The run's folder is there, and the configuration is resolved."""
+        self.config, self.model, self.data, self.began = config, model, data, True
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Counts the seconds of a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def trained(self, budget: Budget, ready: float) -> None:
+        """`ready`: seconds from the process's start to the first step. What the untimed steps took beyond the usual
+        pace is compiling and warming up too."""
+        captured = self.seconds["compile"]
+        usual = budget.timed_seconds / budget.timed_steps if budget.timed_steps else 0.0
+        extra = max(budget.untimed_seconds - usual * (budget.step - budget.timed_steps), 0.0) if usual else 0.0
+        self.seconds |= {
+            "setup": ready - captured,
+            "compile": captured + extra,
+            "training": budget.timed_seconds,
+            "untimed": budget.untimed_seconds,
+            "overshoot": budget.overshoot,
+        }
+
+    def finish(self, summary: dict[str, str], evaluation: Evaluation, audit: list[str]) -> dict[str, str]:
+        """Writes the row of a run that came to its end. Returns what the summary has to say besides."""
+        comparable = {
+            "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
+            "budget": self._budget(),
+            "machine": self.machine["name"],
+        }
+        memory = summary["peak_vram_mb" if self.config.device == "cuda" else "peak_rss_mb"]
+        bpb = evaluation.bpb if math.isfinite(evaluation.bpb) else None
+        judgement = self._write(
+            {
+                "outcome": "finished" if bpb is not None else "failed",
+                "error": "" if bpb is not None else f"val_bpb is {evaluation.bpb}",
+                "val_bpb": bpb,
+                "memory_gb": float(memory) / 1024,
+                "audit": "; ".join(audit) or "ok",
+                "comparable": comparable,
+                "summary": summary,
+            }
+        )
+        return {
+            "audit": "; ".join(audit) or "ok",
+            "status": judgement.status,
+            "verdict": judgement.verdict + (f" ({judgement.note})" if judgement.note else ""),
+        }
+
+    def fail(self, error: BaseException) -> None:
+        """Writes the row of a run that ended otherwise. Bad arguments, before there is a run, leave none."""
+        if self.written or (isinstance(error, InputError | OSError) and not self.began):
+            return
+        reason = " ".join(str(error).split())
+        if not isinstance(error, InputError | TrainingError | Interrupted):
+            reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        self._write(
+            {
+                "outcome": "failed" if isinstance(error, Exception) else "interrupted",
+                "error": f"{reason}, after {self._steps()} steps" if self.began else f"{reason}, before the first step",
+                "val_bpb": None,
+                "memory_gb": None,
+                "audit": None,
+                "comparable": {},
+                "summary": None,
+            }
+        )
+
+    def _steps(self) -> int:
+        try:
+            return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+    def _budget(self) -> str:
+        """What was given for training: two runs with different budgets are not compared."""
+        config = self.config
+        if config.steps is not None:
+            return f"{config.steps} steps"
+        return f"{config.time_budget:g} s after {config.untimed_steps} steps" if config.time_budget else "default"
+
+    def _write(self, facts: dict) -> Judgement:
+        config = self.config
+        commit = self.source["commit"]
+        total = float(facts["summary"]["total_seconds"]) if facts["summary"] else seconds_since_start()
+        entry = {
+            "kind": RUN,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run": self.folder.resolve().name,
+            "group": config.confirms or config.group or self.folder.resolve().name,
+            "confirms": config.confirms,
+            "description": config.description,
+            "seed": config.seed,
+            "budget": self._budget(),
+            **facts,
+            **self.source,
+            "commit": commit[:7] + "+" * self.source["dirty"] if commit else "none",
+            "commit_sha": commit,
+            "config": dataclasses.asdict(config),
+            "model": self.model,
+            "machine": self.machine,
+            "versions": versions(),
+            "data": self.data,
+            "seconds": {**self.seconds, "total": total},
+        }
+        ledger = Ledger.beside(self.folder)
+        self.written = True
+        try:
+            with ledger.locked():
+                judgement = judge(entry, ledger.runs())
+                entry |= dataclasses.asdict(judgement)
+                ledger.append(entry)
+        except OSError as error:  # a full disk, or a folder that cannot be written to: the run itself is whole
+            print(f"note: no row in the ledger {ledger.folder}: {error}", file=sys.stderr)
+            judgement = Judgement("unknown", "unknown", "the ledger could not be written")
+        return judgement

@@ -1,0 +1,246 @@
+"""`python -m train.report [RUNS…]`: a night of experiments as one picture and one table."""
+
+import math
+import statistics
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from prepare import InputError
+from prepare.arguments import Parser
+
+from .judge import CRASH, DISCARD, KEEP, Experiment, believable, differences, experiments, numbers
+from .ledger import Ledger
+from .plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, tidy
+from .statistics import spread
+
+LABEL_CHARS = 34
+FONT_SIZE = 8.5  # of the labels, in points
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m train.report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUNS", nargs="*", type=Path, default=[Path("runs")],
+                        help="folders with a ledger, or single runs (default: runs)")  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="for report.png, report.md (default: the ledger's)")
+    options = parser.parse_args(args)
+    try:
+        runs, ledgers = gather(options.runs)
+        out = options.out or ledgers[0].folder
+        out.mkdir(parents=True, exist_ok=True)
+        text = table(runs, ledgers)
+        (out / "report.md").write_text(text, encoding="utf-8")
+        draw(runs, out / "report.png")
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text.partition("\n\n| ")[0])
+    print(f"\n{out / 'report.md'}\n{out / 'report.png'}")
+    return 0
+
+
+def gather(paths: Sequence[Path]) -> tuple[list[dict], list[Ledger]]:
+    """The runs that `paths` name, oldest first, and the ledgers they are in. Raises InputError."""
+    found: list[dict] = []
+    ledgers: dict[Path, Ledger] = {}
+    for path in paths:
+        if (path / "results.jsonl").is_file():
+            ledger, wanted = Ledger(path), None
+        else:
+            ledger, wanted = Ledger.beside(path), path.resolve().name
+        ledgers.setdefault(ledger.folder.resolve(), ledger)
+        runs = [run for run in ledger.runs() if wanted in (None, run["run"], run["group"])]
+        if not runs:
+            raise InputError(f"{path} has no run in a ledger (results.jsonl): name a folder of runs, or a run")
+        found += [run for run in runs if run not in found]
+    return sorted(found, key=lambda run: run["time"]), list(ledgers.values())
+
+
+def comparable_sets(runs: Sequence[dict]) -> list[list[dict]]:
+    """Finished runs by what they may be compared with, the largest set first."""
+    sets: list[list[dict]] = []
+    for run in filter(believable, runs):
+        home = next((s for s in sets if not differences(s[0], run)), None)
+        sets.append([run]) if home is None else home.append(run)
+    return sorted(sets, key=len, reverse=True)
+
+
+def status_of(group: Experiment) -> str:
+    """Of its runs as tried: keep where one is, else discard where one is."""
+    found = {run["status"] for run in group.runs or group.confirmations}
+    return next(status for status in (KEEP, DISCARD, CRASH) if status in found)
+
+
+def headline(groups: dict[str, Experiment]) -> str:
+    counts = Counter(map(status_of, groups.values()))
+    return f"{len(groups)} experiments: " + ", ".join(f"{counts[s]} {s}" for s in (KEEP, DISCARD, CRASH))
+
+
+def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
+    """The report in Markdown: what was found, then a row for every experiment, in order."""
+    groups = experiments(runs)
+    lines = [f"# {headline(groups)}", "", *findings(runs, groups)]
+    damaged = sum(ledger.entries()[1] for ledger in ledgers)
+    looks = sum(ledger.holdout_uses() for ledger in ledgers)
+    if looks:
+        lines.append(f"- looks at the holdout split: {looks}")
+    if damaged:
+        lines.append(f"- damaged lines of the ledger, left out: {damaged}")
+    head = ("", "experiment", "commit", "val_bpb", "fresh seeds", "GB", "status", "verdict", "description")
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for i, group in enumerate(groups.values(), 1):
+        tried = group.runs or group.confirmations
+        memory = max(run["memory_gb"] or 0.0 for run in tried)
+        cells = (
+            str(i), group.name, tried[0]["commit"], spread(numbers(group.runs)), spread(numbers(group.confirmations)),
+            f"{memory:.1f}", status_of(group), _verdict((group.confirmations or group.runs)[-1]),
+            tried[0]["description"],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def findings(runs: Sequence[dict], groups: dict[str, Experiment]) -> list[str]:
+    """The best of each set of comparable runs, and what fresh seeds said of it."""
+    lines = []
+    sets = comparable_sets(runs)
+    for members in sets:
+        where, first = members[0]["comparable"], members[0]["val_bpb"]
+        best = min((run for run in members if not run.get("confirms")), key=lambda run: run["val_bpb"], default=None)
+        if best is None:
+            continue
+        lines.append(f"- {where['budget']} on {where['machine']}, {len(members)} runs: first {first:.6f},"
+                     f" best {best['val_bpb']:.6f} ({best['group']}: {_cell(best['description'])})")  # fmt: skip
+        if fresh := groups[best["group"]].confirmations:
+            lines.append(f"  - on fresh seeds: {spread(numbers(fresh))}; {_verdict(fresh[-1])}")
+        else:
+            lines.append("  - not confirmed: the best of many tries is flattered by luck (`--confirm`)")
+    for members in sets[1:]:
+        reasons = "; ".join(differences(members[0], sets[0][0]))
+        lines.append(f"- {len(members)} runs, from {members[0]['run']} on, are not compared with the others: {reasons}")
+    return lines
+
+
+def _verdict(run: dict) -> str:
+    return run["verdict"] + (f" ({run['note']})" if run["note"] else "")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or "-"
+
+
+def draw(runs: Sequence[dict], path: Path) -> None:
+    """val_bpb over experiments: keeps, discards, crashes, the running best, and what fresh seeds said of it.
+
+    Only runs that may be compared share an axis: the largest such set is drawn, with all crashes.
+    """
+    sets = comparable_sets(runs)
+    shown = {run["run"] for run in sets[0]} if sets else set()
+    groups = experiments([run for run in runs if run["run"] in shown or run["status"] == CRASH])
+    figure = new_figure(12, 6.5)
+    axes = figure.subplots()
+    tidy(axes)
+    low, high = limits(sets[0] if sets else [])
+    axes.set_ylim(low, high)
+    axes.set_xlim(0, len(groups) + 1)
+    big, small = (8, 5) if len(groups) <= 60 else (5.5, 3.5)
+    styles = {
+        "keep": {"marker": "o", "color": GREEN, "ms": big, "zorder": 5},
+        "discard": {"marker": "s", "color": "none", "mec": GREY, "ms": small, "mew": 1.2, "zorder": 3},
+        "discard, above the picture": {"marker": "^", "color": GREY, "ms": small + 1, "zorder": 3},
+        "crash": {"marker": "x", "color": VERMILION, "ms": big, "mew": 2, "zorder": 4},
+        "mean ± sd on fresh seeds": {"marker": "D", "color": ORANGE, "mec": INK, "ms": big - 1, "zorder": 6},
+        "best so far": {"color": BLUE, "lw": 1.8, "zorder": 2},
+    }
+    used = set()
+
+    def put(kind: str, x: float, y: float, **more) -> None:
+        axes.plot(x, y, ls="", **styles[kind], **more)
+        used.add(kind)
+
+    best, line, keeps = math.inf, [], []
+    edge = axes.get_xaxis_transform()  # x in data, y as a share of the picture
+    for x, group in enumerate(groups.values(), 1):
+        for run in group.runs:
+            if run["status"] == CRASH:
+                put("crash", x, 0.02, transform=edge)
+            elif run["val_bpb"] > high:
+                put("discard, above the picture", x, 0.985, transform=edge)
+            else:
+                put(run["status"], x, run["val_bpb"])
+            if run["status"] == KEEP and run["val_bpb"] < best:
+                keeps.append((x, run["val_bpb"], best - run["val_bpb"], run["description"] or group.name))
+                best = run["val_bpb"]
+        if fresh := numbers(group.confirmations):
+            mean = statistics.fmean(fresh)
+            axes.plot([x, x + 0.25], [min(numbers(group.runs), default=mean), mean], color=ORANGE, lw=1, zorder=5)
+            if len(fresh) > 1:
+                axes.errorbar(x + 0.25, mean, statistics.stdev(fresh), color=ORANGE, capsize=4, zorder=5)
+            put("mean ± sd on fresh seeds", x + 0.25, mean)
+        line.append(best if best < math.inf else math.nan)
+    if keeps:
+        axes.step(range(1, len(line) + 2), [*line, line[-1]], where="post", **styles["best so far"])
+        used.add("best so far")
+    for kind, style in styles.items():
+        if kind in used:
+            axes.plot([], [], label=kind, ls="-" if kind == "best so far" else "", **style)
+    figure.legend(loc="outside lower center", ncols=len(styles), frameon=False, fontsize=9)
+    axes.set_xlabel("experiment", fontsize=10, color=INK)
+    axes.set_ylabel("val_bpb (less is better)", fontsize=10, color=INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    title = headline(experiments(runs))
+    if sets:
+        title += f"; {sets[0][0]['comparable']['budget']} on {sets[0][0]['comparable']['machine']}"
+    if others := sum(map(len, sets[1:])):
+        title += f"\n{others} runs with another evaluation, budget or machine stand in the table alone"
+    axes.set_title(title, fontsize=11, loc="left", color=INK)
+    figure.draw_without_rendering()  # only now is it known where a point lies
+    label(axes, keeps)
+    figure.savefig(path, format="png")
+
+
+def limits(shown: Sequence[dict]) -> tuple[float, float]:
+    """The range of val_bpb that is worth seeing: from below the best to beyond every keep, what fresh seeds gave, and
+    most others. What is worse than that would squeeze the differences that matter into a line."""
+    values = sorted(run["val_bpb"] for run in shown)
+    if not values:
+        return 0.0, 1.0
+    best = values[0]
+    wanted = max((run["val_bpb"] for run in shown if run["status"] == KEEP or run.get("confirms")), default=best)
+    most, middle = values[math.ceil(0.85 * (len(values) - 1))], statistics.median(values)
+    high = max(wanted, min(most, best + 4 * (middle - best)))
+    room = (high - best) or 0.01 * best
+    return best - 0.2 * room, high + 0.12 * room
+
+
+def label(axes, keeps: Sequence[tuple[float, float, float, str]]) -> None:
+    """Says what a new best was, beside its point, for (x, y, gain, text) in order of x: the largest gains first, and
+    none where it would lie on another or on the line. To the left and below a new best there is nothing else."""
+    pixels = axes.transData.transform
+    taken: list[tuple[float, float, float, float]] = []
+    width, height = 0.62 * FONT_SIZE * DPI / 72, 1.5 * FONT_SIZE * DPI / 72  # of a character
+    for i, (x, y, _, text) in sorted(enumerate(keeps), key=lambda item: -item[1][2]):
+        text = textwrap.shorten(" ".join(text.split()), LABEL_CHARS, placeholder="…")
+        px, py = pixels((x, y))
+        next_px = pixels((keeps[i + 1][0], y))[0] if i + 1 < len(keeps) else math.inf
+        if px - 8 - width * len(text) > pixels((0, y))[0]:
+            place = {"xytext": (-8, -6), "ha": "right", "va": "top"}
+            box = (px - 8 - width * len(text), px - 8, py - 6 - height, py - 6)
+        elif px + width * len(text) < next_px:  # no room at the left, and a long enough stretch of the line to go below
+            place = {"xytext": (0, -6), "ha": "left", "va": "top"}
+            box = (px, px + width * len(text), py - 6 - height, py - 6)
+        elif i == 0:
+            place = {"xytext": (4, 6), "ha": "left", "va": "bottom"}
+            box = (px + 4, px + 4 + width * len(text), py + 6, py + 6 + height)
+        else:
+            continue
+        if any(box[0] < b[1] and b[0] < box[1] and box[2] < b[3] and b[2] < box[3] for b in taken):
+            continue
+        taken.append(box)
+        axes.annotate(text, (x, y), textcoords="offset pixels", fontsize=FONT_SIZE, color=INK, zorder=7, **place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
