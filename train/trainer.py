@@ -202,7 +202,7 @@ def run(config: TrainConfig, signals: Signals) -> dict[str, str]:
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
         if config.graphs:
             step.capture(*plan)
-        elif config.untimed_steps == 0 or checkpoint:  # a resumed run's first step counts: it should be like the others
+        elif config.untimed_steps == 0 or (checkpoint and device == "cuda"):  # whose first step counts, and compiles
             step.rehearse(*plan)
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
