@@ -62,7 +62,8 @@ def test_a_scaled_loss(model, corpus, monkeypatch, scale):
 def test_a_loss_that_is_scaled_as_scored_and_not_in_fp32(model, corpus):
     """What a wrong kernel would be: the reference beside it is right."""
     honest = TrainStep(model, None).token_losses
-    found = audit(lambda x, y: 0.99 * honest(x, y), model, Dataset.open(corpus), "reference", T, "lossless", batch_size=8)
+    data = Dataset.open(corpus)
+    found = audit(lambda x, y: 0.99 * honest(x, y), model, data, "reference", T, "lossless", batch_size=8)
     assert any(line.startswith("losses: their mean is") for line in found)
     assert any(line.startswith("bpb: ") for line in found)
     assert any("as scored" in line for line in found)

@@ -219,7 +219,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         with record.timed("compile"):
             if config.graphs:
                 step.capture(*plan)
-            elif config.untimed_steps == 0 or checkpoint:  # a resumed run's first step counts: it is like the others
+            elif config.untimed_steps == 0 or (checkpoint and device == "cuda"):  # whose first step counts, and compiles
                 step.rehearse(*plan)
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
