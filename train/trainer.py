@@ -219,8 +219,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         with record.timed("compile"):
             if config.graphs:
                 step.capture(*plan)
-            elif config.untimed_steps == 0 or (checkpoint and device == "cuda"):  # whose first step counts, and compiles
-                step.rehearse(*plan)
+            elif config.untimed_steps == 0 or (checkpoint and device == "cuda"):
+                step.rehearse(*plan)  # the first step counts, and would compile
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
             folder.cut_metrics(state.step)
