@@ -25,10 +25,14 @@ def pytest_configure(config):
     config.stash[STARTED] = time.monotonic()
 
 
+def out_of_time(limit: float | None, started: float) -> bool:
+    return limit is not None and time.monotonic() - started > limit
+
+
 @pytest.fixture(autouse=True)
 def _within_its_time(request):
     limit = request.config.getoption("--bench-seconds")
-    if limit is not None and time.monotonic() - request.config.stash[STARTED] > limit:
+    if out_of_time(limit, request.config.stash[STARTED]):
         pytest.skip(f"--bench-seconds {limit:g} are over")
 
 

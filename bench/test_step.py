@@ -43,12 +43,12 @@ def assert_step_is_right(step: TrainStep, tokens: torch.Tensor) -> None:
 
 def time_step(shape: GPTConfig) -> dict:
     """The step, the update alone, and what they need."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # before the capture: a replay allocates nothing that would be seen
     step, batches, values = make_step(CONFIG, shape, DTYPE)
     assert_step_is_right(step, batches[0].tokens)
     loss, good = step(batches, values)
     assert good.item(), f"the step's loss is {loss.item()}"
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     timing = time_synchronised(lambda: step(batches, values), DEVICE)
     peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
     update = time_synchronised((step.graphs or step).update, DEVICE)

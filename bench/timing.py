@@ -18,7 +18,7 @@ from statistics import median, quantiles
 import torch
 
 SECONDS = 0.25  # of calls to time, about
-ROUNDS = (10, 100)  # at least and at most
+ROUNDS = (5, 100)  # at least and at most
 WARM_UP = 3
 
 

@@ -1,7 +1,7 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import layer_weight, set_ops
+from .common import compiles, layer_weight, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
@@ -9,16 +9,19 @@ from .mlp import relu2_mlp
 from .muon import muon_update, second_moment_shape
 from .polar_express import polar_express
 from .rms_norm import rms_norm
-from .rotary_attention import rotary_attention, rotary_tables
+from .rotary_attention import compiled_attention, prepare_compiled_attention, rotary_attention, rotary_tables
 
 __all__ = [
     "adamw_update",
+    "compiled_attention",
+    "compiles",
     "embedding",
     "layer_weight",
     "linear",
     "linear_cross_entropy",
     "muon_update",
     "polar_express",
+    "prepare_compiled_attention",
     "relu2_mlp",
     "rms_norm",
     "rotary_attention",

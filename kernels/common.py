@@ -18,7 +18,9 @@ try:
 except ImportError:  # there is no Triton for macOS: there the kernels are defined, and never launched
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
-__all__ = ["EPS", "gpu_arch", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad"]
+__all__ = [
+    "EPS", "compiles", "gpu_arch", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad",
+]  # fmt: skip
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
@@ -28,10 +30,11 @@ _ops: str | None = None
 
 def set_ops(ops: str | None) -> None:
     """Chooses for every op at once: "triton" (the kernels, on any device: the interpreter and meta tensors reach them
-    too), "reference", or None for the default: kernels on a GPU, references on a CPU."""
+    too), "reference", "compile" (the references, for a caller who compiles what calls them), or None for the default:
+    kernels on a GPU, references on a CPU."""
     global _ops
-    if ops not in ("triton", "reference", None):
-        raise ValueError(f"ops {ops!r} must be 'triton', 'reference' or None")
+    if ops not in ("triton", "reference", "compile", None):
+        raise ValueError(f"ops {ops!r} must be 'triton', 'reference', 'compile' or None")
     _ops = ops
 
 
@@ -50,6 +53,11 @@ def gpu_arch() -> int:
         return triton.runtime.driver.active.get_current_target().arch
     except RuntimeError:
         return 0
+
+
+def compiles() -> bool:
+    """Whether the caller is to compile what calls the ops."""
+    return _ops == "compile"
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -235,6 +235,10 @@ def linear_cross_entropy(
     if kernels:
         _check(x, weight, targets, softcap)
         targets = targets.contiguous()
+    if not kernels and torch.compiler.is_compiling():
+        # As the published system compiles it: the chunks take gradients inside their forward, which cannot be traced.
+        # The compiler fuses what follows the product, so of all rows only z is kept, and in the dtype of x.
+        return linear_cross_entropy_ref(x, weight, targets, softcap, reduction)
     if torch.is_grad_enabled():
         if reduction == "none":
             return linear_cross_entropy_ref(x, weight, targets, softcap, reduction)

@@ -1,11 +1,13 @@
 """Without a GPU the kernels run in Triton's interpreter: it has to be asked for before Triton is first imported."""
 
 import os
+import pickle
 import random
 import string
 
 import pytest
 import torch
+from payloads import Payload
 from prepare_corpus import write_corpus
 
 from prepare import prepare
@@ -60,13 +62,24 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_run(small_data):
-    """The folder of a finished run of two steps of a model of one layer. To be left as it was."""
+    """The folder of a finished run of two steps of a model of one layer, with its checkpoint. To be left as it was."""
     from train.__main__ import main  # imports Triton, which must know of its interpreter first
 
     path = small_data.parent / "run"
     tiny = [
         "--device", "cpu", "--depth", "1", "--d-model", "32", "--head-dim", "16", "--seq-len", "16", "--no-autocast",
         "--device-batch-size", "2", "--total-batch-size", "32", "--untimed-steps", "0", "--steps", "2",
+        "--keep-checkpoints",
     ]  # fmt: skip
     assert main([*tiny, "--data", str(small_data), "--run-dir", str(path)]) == 0
     return path
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """What makes a folder where it is unpickled; at the end of the test there must be none."""
+    payload = Payload(tmp_path / "it-ran")
+    pickle.loads(pickle.dumps(payload))
+    payload.marker.rmdir()  # it would have worked
+    yield payload
+    assert not payload.marker.exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from prepare import Dataset, InputError, Loader
+from train.checkpoint import newest_checkpoint
 from train.runs import load_run
 from train.tensors import digest
 
@@ -23,6 +24,7 @@ DATA_FILES = [
     *(f"{split}_00000{kind}.npy" for split in ("train", "val", "holdout") for kind in ("", "_offsets")),
 ]  # fmt: skip
 RUN_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
+CHECKPOINT_FILES = ["tensors.safetensors", "state.json", "SHA256SUMS"]
 
 COUNT = int(os.environ.get("TIMEBOX_FUZZ", "200"))
 SECONDS = 20  # for one reading, which takes milliseconds
@@ -107,3 +109,9 @@ def read_data(folder) -> tuple:
 def read_run(run) -> tuple:
     model, tokenizer, saved = load_run(run)
     return digest(dict(model.state_dict())), dataclasses.asdict(model.config), tokenizer.fingerprint, saved
+
+
+def read_checkpoint(run) -> tuple:
+    """What --resume takes from the only checkpoint there is."""
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    return checkpoint.values, digest(checkpoint.tensors())

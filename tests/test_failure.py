@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from damage import COUNT, fuzz
+from payloads import FORMS
 from safetensors.torch import load_file
 from test_loop import CONFIG, endless_batches, make_step
 
@@ -93,6 +94,17 @@ def test_a_damaged_failure_is_refused(failed, tmp_path, name):
     assert fuzz(run / "failure" / name, read) >= 1.8 * COUNT
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("name", ["failure.json", "parameters.safetensors", "batches.safetensors"])
+def test_a_failure_runs_no_code(failed, payload, tmp_path, capsys, name, form):
+    run = shutil.copytree(failed, tmp_path / "run")
+    form(payload, run / "failure" / name)
+    assert replay.main([str(run)]) == 2
+    err = capsys.readouterr().err
+    assert name in err
+    assert err.count("\n") == 1
+
+
 def test_nothing_to_show(small_run, tmp_path, capsys):
     for run in (small_run, tmp_path / "nowhere"):
         assert replay.main([str(run)]) == 2
@@ -127,6 +139,7 @@ def test_the_bad_micro_batch_is_named():
     tokens = [torch.full((4, 33), 7, dtype=torch.int32) for _ in batches]
     tokens[2][1, 5] = 300
     batches = [Batch(tokens=t, epoch=1, index=40 + i, state={}) for i, t in enumerate(tokens)]
+    step.optimizer.grads.fill_(math.nan)  # left by the step that failed, and by what was sent after it
     assert find(step, batches) is None
     with torch.no_grad():
         step.model.wte[300] = math.inf

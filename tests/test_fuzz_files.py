@@ -5,15 +5,32 @@ import os
 import shutil
 
 import pytest
-from damage import COUNT, DATA_FILES, RUN_FILES, fuzz, read_data, read_run
+from damage import (
+    CHECKPOINT_FILES,
+    COUNT,
+    DATA_FILES,
+    RUN_FILES,
+    damaged,
+    fuzz,
+    read_checkpoint,
+    read_data,
+    read_run,
+)
 
 from prepare import Dataset, InputError, Tokenizer, dataset
 from prepare.files import SEAL, read_sealed
+from train.config import parse_given
+from train.resume import parse
+from train.runs import RunFolder
 
 
 def test_no_file_is_forgotten(small_data, small_run):
     assert sorted(path.name for path in small_data.iterdir()) == sorted(DATA_FILES)
-    assert {path.name for path in small_run.iterdir()} == {*RUN_FILES, "summary.json", "metrics.jsonl"}
+    assert {path.name for path in small_run.iterdir()} == {
+        *RUN_FILES, "summary.json", "metrics.jsonl", "checkpoints"
+    }  # fmt: skip
+    (checkpoint,) = (small_run / "checkpoints").iterdir()
+    assert {path.name for path in checkpoint.iterdir()} == set(CHECKPOINT_FILES)
 
 
 @pytest.mark.parametrize("name", DATA_FILES)
@@ -73,3 +90,35 @@ def test_a_finished_run(small_run, name):
 def test_the_summary(small_run):
     path = small_run / "summary.json"
     assert fuzz(path, lambda: read_sealed(path, "train it again")) >= 1.8 * COUNT
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_a_checkpoint(small_run, name):
+    (checkpoint,) = (small_run / "checkpoints").iterdir()
+    assert fuzz(checkpoint / name, lambda: read_checkpoint(small_run)) >= 1.8 * COUNT
+
+
+def test_the_configuration_of_a_run_that_goes_on(small_run):
+    """A changed value passes here: `run` compares each with those in the checkpoint, and names it."""
+    assert parse_given(["--resume", str(small_run)]) == {"resume": str(small_run)}
+    refused = fuzz(small_run / "config.json", lambda: parse(["--resume", str(small_run)]), exact=False)
+    assert refused >= COUNT
+
+
+def test_a_log_loses_the_damaged_line_and_no_other(tmp_path, monkeypatch):
+    """Also where it is cut right before the end of a line, and another is appended."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of them take their time
+    lines = [json.dumps({"step": i, "loss": 5 / (i + 1), "epoch": 1}).encode() for i in range(12)]
+    run, path = RunFolder(str(tmp_path / "run"), "run"), tmp_path / "run" / "metrics.jsonl"
+    content = b"".join(line + b"\n" for line in lines)
+    for done, bad in damaged(content, "metrics"):
+        path.write_bytes(bad)
+        run.cut_metrics(12)
+        with path.open("ab") as log:
+            log.write(b'{"step": 12}\n')
+        left = path.read_bytes().split(b"\n")
+        whole = [line for line in bad.split(b"\n") if line in lines]
+        assert [line for line in left if line in lines] == whole, done
+        assert left[-2:] == [b'{"step": 12}', b""], done
+        assert len(left) <= len(lines) + 2, done
+        assert all("step" in json.loads(line) for line in left[:-1]), done

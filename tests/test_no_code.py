@@ -2,61 +2,21 @@
 
 import ast
 import os
-import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from damage import DATA_FILES, RUN_FILES, read_data, read_run
+from damage import CHECKPOINT_FILES, DATA_FILES, RUN_FILES, read_checkpoint, read_data, read_run
+from payloads import FORMS, Payload
 from prepare_corpus import write_corpus
 
 from prepare import InputError, dataset, prepare
 from prepare.dataset import Dataset
 from prepare.files import read_sealed
+from prepare.shards import sha256_of
 from train import evaluate, sample
+from train.runs import RunFolder
 
 ROOT = Path(__file__).parent.parent
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def as_pickle(payload: Payload, path: Path) -> None:
-    path.write_bytes(pickle.dumps(payload))
-
-
-def as_object_array(payload: Payload, path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, np.array([payload], dtype=object), allow_pickle=True)
-
-
-def as_archive_of_arrays(payload: Payload, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, values=np.array([payload], dtype=object))
-
-
-def as_torch_file(payload: Payload, path: Path) -> None:
-    torch.save(payload, path)
-
-
-FORMS = [as_pickle, as_object_array, as_archive_of_arrays, as_torch_file]
-
-
-@pytest.fixture
-def payload(tmp_path):
-    payload = Payload(tmp_path / "it-ran")
-    pickle.loads(pickle.dumps(payload))
-    payload.marker.rmdir()  # it would have worked
-    yield payload
-    assert not payload.marker.exists()
 
 
 def plant(form, payload: Payload, path: Path):
@@ -109,6 +69,35 @@ def test_in_a_run(small_run, payload, capsys, name, form):
             assert err.count("\n") == 1
     finally:
         undo()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_in_a_checkpoint(small_run, payload, name, form):
+    """Also where it has the hash that SHA256SUMS says: what anyone can write who can write the file."""
+    (checkpoint,) = (small_run / "checkpoints").iterdir()
+    sums = (checkpoint / "SHA256SUMS").read_text()
+    undo = plant(form, payload, checkpoint / name)
+    for line in sums.splitlines():
+        if line.endswith(name):
+            (checkpoint / "SHA256SUMS").write_text(sums.replace(line[:64], sha256_of(checkpoint / name)))
+    try:
+        with pytest.raises(InputError):
+            read_checkpoint(small_run)
+    finally:
+        undo()
+        if name != "SHA256SUMS":
+            (checkpoint / "SHA256SUMS").write_text(sums)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_in_a_log(small_run, payload, form):
+    undo = plant(form, payload, small_run / "metrics.jsonl")
+    run = RunFolder.__new__(RunFolder)
+    run.path = small_run
+    run.cut_metrics(10)
+    assert (small_run / "metrics.jsonl").read_bytes() == b""
+    undo()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)

@@ -1,13 +1,17 @@
 """The offline report: compiled in a process of its own, since the tests' own Triton interprets."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
+from bench import offline
 from bench.offline import ALLOWED_SPILLS, Usage
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +77,27 @@ def test_what_does_not_fit():
     assert kernel.faults(89) == ["k: 166000 bytes of shared memory, 101376 there"]
     light = Usage("k", launches=1, warps=4, registers=33, stack=0, shared=0, is_matrix=False, wgmma=0)
     assert light.ctas_per_sm(90) == 65536 // (40 * 32 * 4)
+
+
+def test_the_limits_of_sm_89():
+    """99 KB of shared memory for a CTA of the 100 KB there are, of which 1 KB is the driver's; 48 warps."""
+    kernel = Usage("k", launches=1, warps=8, registers=64, stack=0, shared=99 * 1024, is_matrix=True, wgmma=0)
+    assert kernel.faults(89) == []
+    assert kernel.ctas_per_sm(89) == 1
+    assert len(dataclasses.replace(kernel, shared=99 * 1024 + 1).faults(89)) == 1
+    assert dataclasses.replace(kernel, shared=0, registers=16).ctas_per_sm(89) == 48 // 8
+    assert len(kernel.faults(90)) == 1  # no wgmma
+
+
+def test_architectures_are_reported_in_their_order_and_the_worst_code_counts(monkeypatch, capsys):
+    def run(arch, vocab_sizes):
+        time.sleep(0.2 if arch == 90 else 0)  # the first is the last to finish
+        return [SimpleNamespace(stdout=f"{arch} {v}\n", returncode=int((arch, v) == (80, 2))) for v in vocab_sizes]
+
+    monkeypatch.setattr(offline, "compile_apart", run)
+    assert offline.main(["--arch", "90", "80", "--vocab-size", "1", "2"]) == 1
+    assert capsys.readouterr().out.split("\n")[:-1] == ["90 1", "90 2", "80 1", "80 2"]
+    assert offline.main(["--arch", "90", "89"]) == 0
 
 
 def test_an_allowed_spill_is_no_fault(monkeypatch):

@@ -24,7 +24,7 @@ from prepare import prepare
 from train.checkpoint import checkpoint_folders, read_checkpoint
 from train.progress import Reporter
 
-KILLS = int(os.environ.get("TIMEBOX_KILLS", "5"))
+KILLS = int(os.environ.get("TIMEBOX_KILLS", "4"))
 STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints"]
 
 

@@ -8,7 +8,7 @@ from .signals import Interrupted, Signals
 
 
 def main(args: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 FAIL; 2 bad arguments or bad input; 130, 143 interrupted."""
+    """Exit codes: 0 done; 1 FAIL, or a hang; 2 bad arguments or bad input; 130, 143 interrupted."""
     with Signals() as signals:
         try:
             return _train(args, signals)

@@ -35,7 +35,7 @@ PREFIXES = 8  # positions of a row at which the logits are asked for
 SUM_TOKENS = 2**15  # tokens scored to see probabilities sum to one: every token of the vocabulary at so many positions
 DOCUMENTS = 32  # encoded again
 
-# Nats. fp32 differs from itself by how the sums of a product are ordered; measured 4e-6 (bench/LOG.md, 2026-11-24).
+# Nats. fp32 differs from itself by how the sums of a product are ordered; measured 1e-6 (bench/LOG.md, 2026-11-24).
 EXACT = 1e-3
 # bf16 moves single losses by hundredths and hardly their mean: so the mean is compared, as a share of itself.
 ROUNDED_MEAN = 5e-3

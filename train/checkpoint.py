@@ -74,15 +74,21 @@ def write_checkpoint(folder: Path, values: dict, *tensors: bytes | memoryview) -
         sync(folder.parent)
     remove_parts(folder)
     path = folder / f"step-{values['step']:08d}"
+    if path.exists():  # written before, but not known to be on the disk
+        remove(path)
     part = path.with_name(path.name + ".part")
     part.mkdir()
     state = json.dumps({"format": FORMAT_VERSION, **values}).encode()
     sums = {TENSORS: write_synced(part / TENSORS, *tensors), STATE: write_synced(part / STATE, state)}
-    write_synced(part / SUMS, "".join(f"{sum}  {name}\n" for name, sum in sums.items()).encode())
+    write_synced(part / SUMS, sums_file(sums))
     sync(part)
     rename_synced(part, path)
     for old in checkpoint_folders(folder)[KEPT:]:
         remove(old)
+
+
+def sums_file(sums: dict[str, str]) -> bytes:
+    return "".join(f"{sum}  {name}\n" for name, sum in sums.items()).encode()
 
 
 def remove(path: Path) -> None:
@@ -101,23 +107,18 @@ def remove_parts(folder: Path) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Raises DamagedError where a file is missing, or is not what was written."""
     try:
-        sums = {}
-        for line in (path / SUMS).read_text(encoding="ascii").splitlines():
-            sum, _, name = line.partition("  ")
-            sums[name] = sum
-        if sums.keys() != {TENSORS, STATE}:
-            raise DamagedError(f"{SUMS} does not name its files")
+        written = (path / SUMS).read_bytes()
         state = (path / STATE).read_bytes()
         with open(path / TENSORS, "rb") as file:
-            found = {STATE: hashlib.sha256(state).hexdigest(), TENSORS: hashlib.file_digest(file, "sha256").hexdigest()}
-        for name in sums:
-            if sums[name] != found[name]:
-                raise DamagedError(f"{name} has changed since it was written")
+            sums = {TENSORS: hashlib.file_digest(file, "sha256").hexdigest(), STATE: hashlib.sha256(state).hexdigest()}
+        if written != sums_file(sums):
+            changed = [name for name, sum in sums.items() if sum.encode() not in written] or [SUMS]
+            raise DamagedError(f"{' and '.join(changed)} changed since it was written")
         values = json.loads(state)
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or path).name}: {error.strerror}") from None
-    except ValueError:
-        raise DamagedError("it is not the text it should be") from None
+    except ValueError as error:
+        raise DamagedError(f"{STATE} is no JSON ({error})") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT_VERSION:
         raise DamagedError(f"{STATE} is not of format {FORMAT_VERSION}, which this program reads")
     return Checkpoint(path, values)

@@ -59,8 +59,9 @@ class TrainConfig:
     confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True)
     tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"))
-    ops: str | None = option(None, "triton kernels or PyTorch reference (default: triton on a GPU, else reference)",
-                             choices=("triton", "reference"))  # fmt: skip
+    ops: str | None = option(None, "triton kernels, PyTorch reference, or the reference under torch.compile"
+                             " (default: triton on a GPU, else reference)",
+                             choices=("triton", "reference", "compile"))  # fmt: skip
     graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
     seed: int = option(42, "seed of the initial weights")
 

@@ -78,7 +78,7 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
     for panel in panels:
         tidy(panel)
         panel.set_xlim(0, seconds[-1])
-        if untimed is not None and first_timed:
+        if untimed is not None and first_timed and panel.axison:
             panel.axvspan(0, untimed, color=GREY, alpha=0.15, linewidth=0)
     for panel in panels[2:]:
         panel.set_xlabel("seconds of steps" + (" (grey: untimed)" if first_timed else ""), fontsize=10, color=INK)

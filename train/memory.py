@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import InputError
 
+from .compiled import partitioned
 from .config import TrainConfig
 from .step import TrainStep
 
@@ -51,18 +52,20 @@ class _Kept:
 
 
 def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -> int:
-    """The most that autograd keeps at once in the forward of `rows` rows, parameters left out. `precision` is the
-    context that the forward runs in."""
+    """The most that autograd keeps at once in the forward of `rows` rows, parameters and their gradients left out.
+    `precision` is the context that the forward runs in."""
     users: Counter = Counter()
     peak = [0]
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    # A compiled model is given the gradients' buffers as well, to add to them in its backward.
+    state = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, getattr(p, "main_grad", p))}
 
     def keep(tensor):
-        return tensor if tensor.untyped_storage().data_ptr() in parameters else _Kept(tensor, users, peak)
+        return tensor if tensor.untyped_storage().data_ptr() in state else _Kept(tensor, users, peak)
 
+    forward = partitioned(model)
     tokens = torch.zeros(rows, model.config.seq_len, dtype=torch.int32, device=model.wte.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: getattr(kept, "tensor", kept)), precision:
-        model(tokens, tokens)
+        forward(tokens, tokens)
     return peak[0]
 
 

@@ -45,8 +45,8 @@ class Reporter:
             "tokens": budget.step * self.tokens_per_step, "tokens_per_second": pace, "mfu": mfu, "epoch": epoch,
         }  # fmt: skip
         try:
+            self.folder.write_metrics(row)  # first: what was printed is in the file
             self.say(line)
-            self.folder.write_metrics(row)
         except OSError as error:  # a log is no reason to end a run
             if error.errno not in DISK_FULL:
                 raise

@@ -63,7 +63,7 @@ def machine(device: str) -> dict:
         properties = torch.cuda.get_device_properties(0)
         gpu = {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 2**30, 1)}
         return {"name": properties.name, **gpu, **found}
-    return {"name": f"{found['cpu']}, {torch.get_num_threads()} threads", **found}
+    return {"name": f"{found['cpu']}, threads: {torch.get_num_threads()}", **found}
 
 
 def cpu_name() -> str:

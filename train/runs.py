@@ -117,15 +117,10 @@ class RunFolder:
             watcher.write(row)
 
     def cut_metrics(self, step: int) -> None:
-        """Leaves the rows before `step`, each once; those after it, and damaged ones, go."""
+        """Leaves the rows before `step`; those after it, and damaged ones, go. Each line that is left ends as one."""
         path = self.path / "metrics.jsonl"
-        kept = {}
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            try:
-                kept[json.loads(line)["step"]] = line
-            except (ValueError, KeyError, TypeError):  # torn by a crash
-                continue
-        replace_file(path, b"".join(line for number, line in kept.items() if number < step))
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        replace_file(path, b"".join(line + b"\n" for line in lines if _step_of(line) in range(step)))
 
     def write_model(self, weights: dict[str, torch.Tensor]) -> None:
         """fp32 tensors, from any device."""
@@ -143,6 +138,14 @@ class RunFolder:
         for watcher in self.watchers:
             watcher.close()
         os.close(self._lock)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Of a line of metrics.jsonl; None where it is damaged: torn by a crash, or a bit of it has changed."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def lock(folder: Path) -> int | None:

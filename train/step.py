@@ -9,6 +9,7 @@ from torch import Tensor
 from model import GPT
 from prepare import Batch
 
+from .compiled import compiled, compiled_update
 from .optimizer import Optimizer
 from .schedule import StepValues
 
@@ -24,6 +25,8 @@ class TrainStep:
         """`optimizer` None: for evaluation alone."""
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
         self.device = model.wte.device
+        self.forward = compiled(model)
+        self.update_parameters = optimizer and compiled_update(optimizer)
         self.loss = torch.zeros((), device=self.device)  # of the step so far
         self.graphs: StepGraphs | None = None
 
@@ -56,19 +59,19 @@ class TrainStep:
         """Adds the loss of `tokens` [B, T + 1], and its gradients, as one of `micro_steps`."""
         tokens = tokens.to(self.device, non_blocking=True)
         with self.precision():
-            loss = self.model(tokens[:, :-1], tokens[:, 1:])
+            loss = self.forward(tokens[:, :-1], tokens[:, 1:])
         (loss / micro_steps).backward()
         self.loss += loss.detach() / micro_steps
 
     def update(self) -> Tensor:
         """Updates the parameters by the gradients so far. Returns whether these and the loss were good."""
-        return self.optimizer.update(self.loss)
+        return self.update_parameters(self.loss)
 
     @torch.no_grad()
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One loss a token, in nats, [B, T]: what evaluation sums."""
         with self.precision():
-            return self.model(inputs, targets, reduction="none")
+            return self.forward(inputs, targets, reduction="none")
 
     def rehearse(self, batch_shape: tuple[int, int], micro_steps: int, values: StepValues, times: int = 3) -> None:
         """Whole steps on dummy tokens that leave no trace: kernels compile, allocators and caches fill."""

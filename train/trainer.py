@@ -24,6 +24,7 @@ from .audit import audit
 from .budget import Budget
 from .checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .clock import clock_of, seconds_since_start
+from .compiled import check_compiler
 from .config import TrainConfig, resolve
 from .curves import draw_curves
 from .failure import explain
@@ -57,9 +58,12 @@ def pick_device(wanted: str | None) -> str:
 
 
 def pick_ops(wanted: str | None, device: str) -> str:
-    """Triton or the references, set for every op. Raises InputError where Triton has no device to run on."""
+    """Triton kernels, references or compiled references, set for every op. Raises InputError where Triton has no
+    device to run on, or torch.compile no compiler."""
     if wanted == "triton" and device == "cpu":
         raise InputError("--ops triton needs a CUDA device: leave the flag out to train on the references")
+    if wanted == "compile":
+        check_compiler(device)
     ops = wanted or ("triton" if device == "cuda" else "reference")
     kernels.set_ops(ops)
     return ops
@@ -264,7 +268,10 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     where = torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
     print(f"run:    {folder.path}")
-    print(f"device: {where}, {config.ops} ops{', bf16 autocast' if config.autocast else ''}")
+    ops = f"{config.ops} ops"
+    if config.ops == "compile":
+        ops += f" ({kernels.compiled_attention(torch.device(config.device))})"
+    print(f"device: {where}, {ops}{', bf16 autocast' if config.autocast else ''}")
     print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
     print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
     micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"

@@ -30,7 +30,8 @@ class Watchdog:
     What is on disk stays: files are written beside and renamed, logs flushed a line at a time.
 
     Seconds are counted while the process runs: stopped (Ctrl-Z) or suspended, it does not hang. One that is stuck in C
-    code and never gives Python's lock back is ended by `faulthandler`, `GRACE` seconds later, with the same code.
+    code and never gives Python's lock back is ended by `faulthandler`, `GRACE` seconds later, with the same code; its
+    clock goes on while the process is stopped, so a stop longer than both together may end the run too.
 
     Args:
         hang_timeout: seconds; 0 watches nothing.

@@ -24,13 +24,16 @@ from torch.autograd.function import once_differentiable
 
 from ..common import use_kernels
 from .backward import attention_bwd
+from .compiled import compiled_attention, compiled_window_attention, prepare_compiled_attention
 from .forward import attention_fwd
 from .prologue import prologue_fwd
 from .reference import rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
 from .tiles import visited_tiles
 
 __all__ = [
+    "compiled_attention",
     "cost",
+    "prepare_compiled_attention",
     "rotary_attention",
     "rotary_attention_ref",
     "rotary_norm_ref",
@@ -133,6 +136,8 @@ def rotary_attention(
     """
     if use_kernels(qkv):
         return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate)
+    if torch.compiler.is_compiling():
+        return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate, compiled_window_attention)
     return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)
 
 

@@ -1,5 +1,7 @@
 """The op in plain PyTorch: what the kernels are checked against, and what a CPU runs."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,14 @@ def window_mask(seq_len: int, window: int, device=None) -> Tensor:
     return (distance >= 0) & (distance <= window)
 
 
+def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Softmax attention under `window_mask`. q: [B, T, H, head_dim]; k, v: [B, T, KVH, head_dim]; returns as q."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, head_dim]
+    mask = window_mask(q.shape[2], window, q.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+    return out.transpose(1, 2)
+
+
 def rotary_attention_ref(
     qkv: Tensor,
     cos: Tensor,
@@ -37,6 +47,7 @@ def rotary_attention_ref(
     window: int,
     ve: Tensor | None = None,
     gate: Tensor | None = None,
+    attention: Callable[[Tensor, Tensor, Tensor, int], Tensor] = window_attention_ref,
 ) -> Tensor:
     B, T, width = qkv.shape
     head_dim = 2 * cos.shape[-1]
@@ -47,7 +58,4 @@ def rotary_attention_ref(
         v = (upcast(v) + weight * upcast(ve.view(v.shape))).to(v.dtype)
     q = rotary_norm_ref(q, cos, sin).to(qkv.dtype)
     k = rotary_norm_ref(k, cos, sin).to(qkv.dtype)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, head_dim]
-    mask = window_mask(T, window, qkv.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=num_kv_heads != num_heads)
-    return out.transpose(1, 2).reshape(B, T, num_heads * head_dim)
+    return attention(q, k, v, window).reshape(B, T, num_heads * head_dim)

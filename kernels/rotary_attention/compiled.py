@@ -1,0 +1,70 @@
+"""Windowed attention as a compiled model runs it: the best that PyTorch offers without kernels of our own.
+
+On a CUDA device FlashAttention-3 where `flash_attn_interface` can be imported on a Hopper, as the published system uses
+it, else FlexAttention with a block mask, which skips the tiles outside the window as our kernels do. On a CPU the
+reference's `scaled_dot_product_attention`: FlexAttention has no backward there (seen in torch 2.11 and 2.13).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from .reference import window_attention_ref
+
+try:
+    from flash_attn_interface import flash_attn_func
+except ImportError:  # it is built from source, so most machines have none
+    flash_attn_func = None
+
+# By (T, window, device). Made before the model is traced: inside its graph each micro-step would make them anew.
+_block_masks: dict[tuple[int, int, torch.device], BlockMask] = {}
+
+
+def _has_flash_attention_3(device: torch.device) -> bool:
+    return flash_attn_func is not None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def compiled_attention(device: torch.device) -> str:
+    """The name of what a compiled model attends with on `device`."""
+    if device.type != "cuda":
+        return "SDPA"
+    return "FlashAttention-3" if _has_flash_attention_3(device) else "FlexAttention"
+
+
+def window_block_mask(seq_len: int, window: int, device: torch.device) -> BlockMask:
+    """`window_mask` by blocks of 128 × 128. A block where every pair counts needs no mask inside the kernel."""
+
+    def visible(batch, head, query, key):
+        return (query >= key) & (query - key <= window)
+
+    return create_block_mask(visible, None, None, seq_len, seq_len, device=device)
+
+
+def prepare_compiled_attention(seq_len: int, windows: list[int], device: torch.device) -> None:
+    """Makes the block masks of a model that is about to be compiled, where its attention reads any."""
+    if compiled_attention(device) == "FlexAttention":
+        for window in set(windows):
+            _block_masks[seq_len, window, device] = window_block_mask(seq_len, window, device)
+
+
+def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`window_attention_ref` by FlexAttention; `prepare_compiled_attention` comes first."""
+    mask = _block_masks[q.shape[1], window, q.device]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, head_dim]
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1]).transpose(1, 2)
+
+
+def flash_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`window_attention_ref` by FlashAttention-3."""
+    out = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+    return out[0] if isinstance(out, tuple) else out  # older builds return the log-sum-exp as well
+
+
+def compiled_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`window_attention_ref` as fast as PyTorch has it: what a compiled model runs."""
+    attention = {
+        "SDPA": window_attention_ref,
+        "FlexAttention": flex_window_attention,
+        "FlashAttention-3": flash_window_attention,
+    }[compiled_attention(q.device)]
+    return attention(q, k, v, window)

@@ -1,0 +1,226 @@
+"""What reads recorded measurements: compare, profile, runs, and the scripts that run it all. On synthetic records."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench import compare, profile, runs
+from prepare import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def results(path: Path, times: dict[str, float], device="NVIDIA H200", date="2026-01-01T00:00:00", step=None) -> Path:
+    """A file as pytest-benchmark writes it, with an op's nanoseconds a token by name."""
+    benchmarks = [
+        {"extra_info": {"op": op, "shape": "8x8", "direction": "forward", "provider": provider, "ns_per_token": ns}}
+        for op, ns in times.items()
+        for provider in ("triton", "eager")
+    ]
+    benchmarks[1::2] = [b | {"extra_info": b["extra_info"] | {"ns_per_token": 1e3}} for b in benchmarks[1::2]]
+    benchmarks.append({"extra_info": {}})
+    if step:
+        sizes = {"config": {"device_batch_size": 2, "seq_len": 8}, "model": {"vocab_size": 8192}}
+        benchmarks.append({"extra_info": {"step": {"tokens_per_second": step, **sizes}}})
+    content = {"machine_info": {"device": device}, "datetime": date, "benchmarks": benchmarks}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_regression_of_more_than_five_percent_is_one(tmp_path, capsys):
+    old = results(tmp_path / "old.json", {"norm": 1.0, "mlp": 10.0, "gone": 1.0}, step=1000.0)
+    new = results(tmp_path / "new.json", {"norm": 1.06, "mlp": 10.4, "fresh": 1.0}, step=970.0)
+    assert compare.main([str(new), str(old)]) == 1
+    out = capsys.readouterr().out
+    marked = [line for line in out.splitlines() if "REGRESSION" in line]
+    assert len(marked) == 1
+    assert marked[0].startswith("norm 8x8 forward")
+    assert "+6.0 %" in marked[0]
+    assert "1 of 3 slower" in out
+    assert "\x1b" not in out  # this is no terminal
+    assert compare.main([str(new), str(old), "--limit", "7"]) == 0
+    assert compare.main([str(old), str(new)]) == 0  # faster is no regression
+
+
+def test_a_regression_is_red_on_a_terminal(capsys):
+    assert compare.report([("a", 1.0, 2.0, 100.0), ("b", 1.0, 1.0, 0.0)], 5.0, colours=True) == 1
+    red, plain = capsys.readouterr().out.splitlines()[1:]
+    assert red.startswith("\x1b[31m")
+    assert red.endswith("\x1b[0m")
+    assert "\x1b" not in plain
+
+
+def test_the_latest_results_of_the_same_device_are_compared_with(tmp_path, capsys):
+    folder = tmp_path / "results"
+    results(folder / "z-older.json", {"norm": 1.0}, date="2026-01-01T00:00:00")
+    latest = results(folder / "a-newer.json", {"norm": 2.0}, date="2026-02-01T00:00:00")
+    results(folder / "other-device.json", {"norm": 0.1}, device="NVIDIA L4", date="2026-03-01T00:00:00")
+    results(folder / "other-ops.json", {"mlp": 0.1}, date="2026-03-01T00:00:00")
+    (folder / "ceilings.json").write_text("{}")
+    new = results(folder / "new.json", {"norm": 2.0}, date="2026-04-01T00:00:00")
+    assert compare.main([str(new), "--results", str(folder)]) == 0
+    assert f"against {latest}" in capsys.readouterr().out
+    lonely = results(folder / "lonely.json", {"norm": 1.0}, device="NVIDIA H100")
+    assert compare.main([str(lonely), "--results", str(folder)]) == 0
+    assert "nothing to compare with" in capsys.readouterr().out
+
+
+def test_bad_results_are_one_line(tmp_path, capsys):
+    good = results(tmp_path / "good.json", {"norm": 1.0})
+    (tmp_path / "bad.json").write_text("[]")
+    for arguments in (
+        [str(tmp_path / "none.json")],
+        [str(tmp_path / "bad.json")],
+        [str(good), str(results(tmp_path / "l4.json", {"norm": 1.0}, device="NVIDIA L4"))],
+        [str(good), str(results(tmp_path / "mlp.json", {"mlp": 1.0}))],
+        [str(results(tmp_path / "empty.json", {}))],
+    ):
+        assert compare.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def event(name: str, ts: float, dur: float, cat: str = "kernel", tid: int = 7) -> dict:
+    return {"ph": "X", "name": name, "ts": ts, "dur": dur, "cat": cat, "pid": 0, "tid": tid}
+
+
+def test_kernels_by_share_of_the_step(tmp_path, capsys):
+    trace = [
+        event("timebox step", 0, 50, "user_annotation"),
+        event("timebox step", 50, 50, "user_annotation"),
+        event("aten::mm", 0, 500, "cpu_op"),
+        event("_fc_fwd_kernel", 100, 30),
+        event("_fc_fwd_kernel", 140, 30),
+        event("nvjet_tst_128x256_64x4_1x2_h_bz_NNT", 160, 20),  # 10 of it beside the one before
+        event("nvjet_tst_64x64_64x4_1x2_h_bz_NNT", 190, 5),
+        event("Memset (Device)", 195, 5, "gpu_memset"),
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = profile.analyse([e for e in trace if e["ph"] == "X"])
+    assert [(g.name, g.time, g.launches) for g in found.groups] == [
+        ("_fc_fwd_kernel", 60, 2), ("nvjet_tst", 25, 2), ("Memset", 5, 1),
+    ]  # fmt: skip
+    assert (found.span, found.busy, found.steps, found.on_gpu) == (100, 80, 2, True)
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": trace}))
+    assert profile.main(["--trace", str(path), "--rows", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "80.0% of it busy" in lines[0]
+    assert lines[2].split() == ["60.0%", "0.030", "1", "_fc_fwd_kernel"]
+    assert lines[3].split() == ["30.0%", "0.015", "2", "2", "others"]
+
+
+def test_an_operator_is_charged_what_is_its_own():
+    trace = [
+        event("aten::linear", 0, 100, "cpu_op"),
+        event("aten::mm", 10, 60, "cpu_op"),
+        event("aten::empty", 20, 5, "cpu_op"),
+        event("aten::mm", 80, 10, "cpu_op"),
+        event("aten::mm", 15, 40, "cpu_op", tid=8),  # another thread's is no child
+    ]
+    found = profile.analyse(trace)
+    assert {g.name: g.time for g in found.groups} == {"mm": 60 - 5 + 10 + 40, "linear": 30, "empty": 5}
+    assert not found.on_gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("_attention_dkv_kernel", "_attention_dkv_kernel"),
+        ("triton_poi_fused_add_mul_pow_12", "triton_poi_fused_add_mul_pow"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_kernel__5x_cublas",
+         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x256_32x3_nn_align8>(Params)",
+         "cutlass_80_tensorop_bf16_s16816gemm_bf16"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >"
+         "(int, at::native::FillFunctor<float>, std::array<char*, 1ul>)", "vectorized_elementwise_kernel FillFunctor"),
+        ("void at::native::(anonymous namespace)::elementwise_kernel<128>(int)", "elementwise_kernel"),
+        ("aten::mm", "mm"),
+    ],
+)  # fmt: skip
+def test_names_without_what_varies(name, group):
+    assert profile.group_name(name) == group
+
+
+def test_bad_traces_are_one_line(tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "empty.json").write_text('{"traceEvents": []}')
+    for name in ("none.json", "bad.json", "empty.json"):
+        assert profile.main(["--trace", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def make_run(folder: Path, losses: list[float], **summary) -> str:
+    folder.mkdir()
+    lines = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    if summary:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return str(folder)
+
+
+def test_runs_agree_step_by_step_or_do_not(tmp_path, capsys):
+    first = make_run(tmp_path / "triton", [9.0, 8.0, 7.0], val_bpb="1.5", tokens_per_second="1000000")
+    near = make_run(tmp_path / "reference", [9.0, 8.01, 7.001, 99.0])
+    far = make_run(tmp_path / "compile", [9.0, 8.5, 7.0])
+    assert runs.main([first, near, "--agree"]) == 0
+    out = capsys.readouterr().out
+    assert "differ most at step 1: 0.010000 nats" in out
+    assert out.splitlines()[1].split()[:2] == ["triton", "1000000"]
+    assert runs.main([first, near, far, "--agree"]) == 1
+    assert "DISAGREE" in capsys.readouterr().out
+    assert runs.main([first, far, "--agree", "0.6"]) == 0
+    broken = make_run(tmp_path / "broken", [9.0, float("nan"), 7.0])
+    assert runs.main([first, broken, "--agree"]) == 1
+    capsys.readouterr()
+    assert runs.main([first, "--agree"]) == 2
+    assert runs.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def shell(script: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("script", ["parts.sh", "first_light.sh", "first_runs.sh"])
+def test_scripts_parse(script):
+    assert shell(f"bash -n bench/{script}").returncode == 0
+
+
+def test_parts_go_on_after_one_that_fails(tmp_path):
+    script = """
+        source bench/parts.sh
+        part good 9 echo fine
+        part bad 9 bash -c 'echo broken; exit 3'
+        part slow 1 sleep 9
+        part last 9 echo done
+        DEADLINE=0
+        part late 9 echo never
+        finish
+    """
+    done = shell(script, OUT=str(tmp_path), DEADLINE="60")
+    assert done.returncode == 1
+    *rows, last = done.stdout.splitlines()[-6:]
+    assert [" ".join(row.split()[:3]) for row in rows] == [
+        "good ok 0", "bad FAILED (3)", "slow timed out", "last ok 0", "late no time",
+    ]  # fmt: skip
+    assert last.startswith("5 parts, 3 not well")
+    assert (tmp_path / "bad.log").read_text() == "broken\n"
+
+
+def test_first_runs_wants_a_prepared_folder(tmp_path):
+    for argument in ("", str(tmp_path)):
+        done = shell(f"bench/first_runs.sh {argument}", TIMEBOX_DATA="")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+    assert "python -m prepare" in done.stderr
+
+
+def test_a_trace_without_kernels_or_operators():
+    with pytest.raises(InputError):
+        profile.analyse([event("timebox step", 0, 50, "user_annotation")])
