@@ -22,6 +22,7 @@ from pathlib import Path
 
 from prepare.arguments import Parser
 from train.config import TrainConfig, resolve
+from train.memory import LiveBytes
 from train.precompile import AbsentGpu, walk_step
 
 # (kernel, arch): (bytes of stack a thread, why it is accepted). No kernel of the default step spills.
@@ -45,6 +46,7 @@ ARCHS = {
     90: Arch(228 * 1024, 227 * 1024),
     100: Arch(228 * 1024, 227 * 1024),
 }
+FLAGS = ("--recompute", "--fused-norms")  # of `train`: other kernels, or other variants of them
 RESERVED_SHARED = 1024  # the driver's own, in every CTA
 REGISTER_UNIT = 256  # registers are given to a warp in units of this many
 
@@ -143,20 +145,21 @@ def report(usages: list[Usage], arch: int) -> list[str]:
     return faults
 
 
-def compile_step(arch: int, vocab_size: int) -> int:
+def compile_step(arch: int, vocab_size: int, **flags: bool) -> int:
     """Compiles, reports, and returns the exit code."""
-    with recording(arch) as launches:
-        walk_step(resolve(TrainConfig(), "cuda"), vocab_size)
+    with recording(arch) as launches, LiveBytes() as memory:
+        walk_step(resolve(TrainConfig(**flags), "cuda"), vocab_size)
     usages = sorted((usage(kernel, count) for kernel, count in launches.items()), key=lambda u: u.name)
     print(f"sm_{arch}, V = {vocab_size}: {sum(launches.values())} launches of {len(usages)} compiled kernels in a step")
+    print(f"memory at the peak: {memory.peak / 2**20:,.0f} MiB, counted, not measured")
     return 1 if report(usages, arch) else 0
 
 
-def compile_apart(arch: int, vocab_sizes: list[int]) -> list[subprocess.CompletedProcess]:
+def compile_apart(arch: int, vocab_sizes: list[int], flags: list[str]) -> list[subprocess.CompletedProcess]:
     """One process after the other for each vocabulary: the second finds most kernels in Triton's cache."""
     # Triton keeps the target it has once compiled for, and whether it interprets: a process for each.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.offline", "--arch", str(arch), "--vocab-size"]
+    command = [sys.executable, "-m", "bench.offline", *flags, "--arch", str(arch), "--vocab-size"]
     return [
         subprocess.run(
             [*command, str(vocab_size)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -171,12 +174,16 @@ def main(args: list[str] | None = None) -> int:
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHS, help="compute capability x 10")
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8192])
+    for flag in FLAGS:
+        parser.add_argument(flag, action="append_const", dest="flags", const=flag, default=[],
+                            help=f"the step of `train {flag}`")  # fmt: skip
     options = parser.parse_args(args)
     if len(options.arch) == len(options.vocab_size) == 1 and "TRITON_INTERPRET" not in os.environ:
-        return compile_step(options.arch[0], options.vocab_size[0])
+        flags = {flag[2:].replace("-", "_"): True for flag in options.flags}
+        return compile_step(options.arch[0], options.vocab_size[0], **flags)
     codes = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for runs in pool.map(lambda arch: compile_apart(arch, options.vocab_size), options.arch):
+        for runs in pool.map(lambda arch: compile_apart(arch, options.vocab_size, options.flags), options.arch):
             for run in runs:
                 print(run.stdout, end="", flush=True)
                 codes.append(run.returncode)

@@ -79,7 +79,7 @@ class Op:
 def micro_step_ops(config: TrainConfig, model: GPTConfig) -> list[Op]:
     """Every op of a forward and backward, in the order of the forward."""
     rows, D = config.micro_batch_tokens, model.d_model
-    ve = len(model.ve_layers)
+    ve, fused = len(model.ve_layers), config.fused_norms
     heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
     attention = []
     for window in sorted(set(model.windows)):
@@ -90,23 +90,29 @@ def micro_step_ops(config: TrainConfig, model: GPTConfig) -> list[Op]:
             attention.append(Op(name, count, "rotary_attention", (*heads, window), (("has_ve", has_ve),)))
     ops = [
         Op("embedding", 1, "embedding", (rows, model.vocab_size, (D, *[model.kv_width] * ve))),
-        Op("norm", model.depth + 2, "rms_norm", (rows, D)),
-        Op("λ-mix and norm", model.depth, "rms_norm", (rows, D), (("has_x0", True),)),
-        Op("qkv", model.depth, "linear", (rows, D, D + 2 * model.kv_width)),
+        Op("norm", 2 if fused else model.depth + 2, "rms_norm", (rows, D)),
+        Op("λ-mix and norm", model.depth, "rms_norm", (rows, D), (("has_x0", True), *[("has_y", False)] * fused)),
+        Op("qkv", model.depth, "norm_linear" if fused else "linear", (rows, D, D + 2 * model.kv_width)),
         Op("value gate", ve, "linear", (rows, GATE_CHANNELS, model.kv_heads)),
         *attention,
         Op("attention output", model.depth, "linear", (rows, D, D), (("residual", True),)),
-        Op("relu² MLP", model.depth, "mlp", (rows, D, 4 * D)),
+        Op("relu² MLP", model.depth, "mlp", (rows, D, 4 * D), (("norm", True),) * fused),
         Op("head and loss", 1, "linear_cross_entropy", (rows, D, model.vocab_size)),
     ]
     return [op for op in ops if op.count]
 
 
 def micro_step(config: TrainConfig, model: GPTConfig) -> Iterator[Line]:
-    """Every op in its forward, then every op in its backward."""
+    """Every op in its forward, then every op in its backward, then what `--recompute` does again."""
     for direction in ("forward", "backward"):
         for op in micro_step_ops(config, model):
             yield op.line(direction)
+    if config.recompute:  # on every layer but the last
+        rows, D, again = config.micro_batch_tokens, model.d_model, model.depth - 1
+        yield Op("post-activation", again, "linear", (rows, D, 4 * D)).line("again")
+        yield Op("λ-mix and norm", again, "rms_norm", (rows, D), (("has_x0", True), ("has_s", False))).line("again")
+        yield Op("value embedding", len(model.ve_layers) - 1, "embedding",
+                 (rows, model.vocab_size, (model.kv_width,))).line("again")  # fmt: skip
 
 
 def update_ops(model: GPTConfig) -> list[Op]:

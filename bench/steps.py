@@ -19,7 +19,7 @@ def make_step(
     No parameter is zero: at initialisation half of the products would multiply zeros, which run faster.
     """
     torch.manual_seed(0)
-    model = GPT(shape, device=config.device)
+    model = GPT(shape, device=config.device, **config.model_options)
     model.init_weights(0)
     with torch.no_grad():
         for name in ("w_out", "w_proj", "w_gate", "lm_head"):

@@ -1,14 +1,15 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import compiles, layer_weight, set_ops
+from .common import compiles, layer_weight, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
-from .mlp import relu2_mlp
+from .mlp import norm_relu2_mlp, relu2_mlp
 from .muon import muon_update, second_moment_shape
+from .norm_linear import norm_linear
 from .polar_express import polar_express
-from .rms_norm import rms_norm
+from .rms_norm import norm_factors, rms_norm
 from .rotary_attention import compiled_attention, prepare_compiled_attention, rotary_attention, rotary_tables
 
 __all__ = [
@@ -20,8 +21,12 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "muon_update",
+    "norm_factors",
+    "norm_linear",
+    "norm_relu2_mlp",
     "polar_express",
     "prepare_compiled_attention",
+    "recomputed",
     "relu2_mlp",
     "rms_norm",
     "rotary_attention",

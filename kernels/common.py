@@ -6,6 +6,8 @@ such a parameter to the ops. An op may add to `weight.main_grad` itself and retu
 as usual, which is then added for it. A parameter without `main_grad` follows PyTorch's own rules (`.grad`).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -19,7 +21,8 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
 __all__ = [
-    "EPS", "compiles", "gpu_arch", "layer_weight", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad",
+    "EPS", "compiles", "gpu_arch", "graph_is_kept", "layer_weight", "recomputed", "set_ops", "tl", "triton", "upcast",
+    "use_kernels", "weight_grad",
 ]  # fmt: skip
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
@@ -98,6 +101,50 @@ def layer_weight(parameter: Tensor, layer: int | None = None) -> Tensor:
     return weight
 
 
+@contextmanager
+def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, an op that keeps `tensor` or a view of it for its backward keeps `again` instead, which makes the same
+    bits: once, however many ops ask for them. References keep what they keep: their intermediates are not known here.
+    """
+    if not use_kernels(tensor):
+        yield
+        return
+    storage = tensor.untyped_storage()._cdata  # alive while the context is open, so that no other has this address
+    made, waiting = None, 0
+    # PyTorch calls the innermost hooks alone: what they let pass goes on to those around them.
+    outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda kept: kept,) * 2
+
+    def pack(kept):
+        nonlocal waiting
+        if kept.untyped_storage()._cdata != storage:
+            return None, outer_pack(kept)
+        waiting += 1
+        return (kept.size(), kept.stride(), kept.storage_offset()), None
+
+    def unpack(packed):
+        nonlocal made, waiting
+        view, kept = packed
+        if view is None:
+            return outer_unpack(kept)
+        if made is None:
+            with torch.no_grad():
+                made = again()
+        view = made.as_strided(*view)
+        waiting -= 1
+        if waiting == 0:
+            made = None
+        return view
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def graph_is_kept() -> bool:
+    """In a backward: whether there may be another through the same graph (`retain_graph`). If not, what was saved for
+    this one is an op's own, to write into; PyTorch's compiler asks the same before it donates a saved tensor."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 @cache
 def _has_accumulating_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `addmm` takes 16-bit factors and adds their product to an fp32 matrix in place: tried once a device.
@@ -127,7 +174,7 @@ def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | Non
         return torch.mm(dy.mT, x)
     if x.dtype == main_grad.dtype:
         main_grad.addmm_(dy.mT, x)
-    elif x.is_cuda and _has_accumulating_gemm(x.device, x.dtype):
+    elif x.is_meta or (x.is_cuda and _has_accumulating_gemm(x.device, x.dtype)):
         # C and D of the GEMM are main_grad: it is read and written once, and the product never exists by itself.
         torch.addmm(main_grad, dy.mT, x, out_dtype=main_grad.dtype, out=main_grad)
     elif x.is_cuda:

@@ -5,18 +5,32 @@ x, residual, out: [..., D]; W_fc: [F, D]; W_proj: [D, F]. Backward, with post = 
     dz = 2·√post·(dout·W_proj);  dx = dz·W_fc;  dW_fc = dzᵀ·x;  dW_proj = doutᵀ·post;  dresidual = dout
 
 √post is relu(z), so z itself is neither kept nor written: relu² and its backward live in the epilogues of the products
-around them, and the residual in that of the second one. The plain products are the vendor's.
+around them, and the residual in that of the second one. dz takes the memory of post once dW_proj has been taken from
+it, unless the graph is kept for another backward. The plain products are the vendor's.
 
-Saved: x, post, W_fc, W_proj. Bytes per token in 16 bits: 4F + 6D forward; 10F + 8D backward. FLOPs per token: 4DF
-forward, 8DF backward. Source of relu²: So et al., Primer, arXiv 2109.08668.
+`norm_relu2_mlp` has the norm inside: out = x + relu(norm(x)·W_fcᵀ)²·W_projᵀ. With rstd = 1/√(mean(x²) + eps) a row, the
+norm is a factor in the first product's epilogue, and neither it nor its gradient is ever written. Backward, with
+dz = rstd ⊙ 2·√post·dpost, which serves dW_fc = dzᵀ·x too:
+
+    c = ⟨dz/rstd, z⟩ = 2·Σ dpost·post;  dx = dout + dz·W_fc − x·rstd²·c/D
+
+c is summed in the epilogue that has dpost and post, a tile's columns at a time; its [F / tile, rows] partial sums are
+added up, always in the same order, in the epilogue of dz·W_fc, which writes dx. Source: the derivative of x·rstd.
+
+Saved: x, post, W_fc, W_proj; with `recompute` no post: the first product runs again in the backward, which spares 2F
+bytes a token to keep and costs 2DF FLOPs and 2D + 2F bytes a token to do. Bytes per token in 16 bits: 4F + 6D forward;
+10F + 8D backward. FLOPs per token: 4DF forward, 8DF backward. Source of relu²: So et al., Primer, arXiv 2109.08668.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from .common import tl, triton, use_kernels, weight_grad
+from .common import EPS, graph_is_kept, tl, triton, upcast, use_kernels, weight_grad
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
 
 
@@ -25,17 +39,38 @@ def relu2_mlp_ref(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> 
     return residual + F.linear(post, w_proj)
 
 
+def norm_relu2_mlp_ref(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    s = upcast(x)
+    y = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS)
+    return relu2_mlp_ref(y.to(x.dtype), w_fc, w_proj, x)
+
+
+@triton.jit
+def _rstd_kernel(x_ptr, rstd_ptr, x_stride_m, M, D, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """rstd = 1 / sqrt(mean(x²) + eps), row by row."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        squares += x * x
+    tl.store(rstd_ptr + offs_m, 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / D + EPS), mask=offs_m < M)
+
+
 @triton.jit
 def _fc_fwd_kernel(
-    a_ptr, b_ptr, post_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, M, N, K,
+    a_ptr, b_ptr, rstd_ptr, post_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, M, N, K, HAS_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """post = relu(a·b)²."""
+    """post = relu(a·b)², with HAS_NORM relu(rstd ⊙ (a·b))²."""
     offs_m, offs_n = tile_offsets(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     z = gemm_tile(
         a_ptr, b_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, offs_m, offs_n, M, N, K,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
     )  # fmt: skip
+    if HAS_NORM:
+        z *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
     z = tl.maximum(z, 0.0)
     post = (z * z).to(post_ptr.dtype.element_ty)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -61,10 +96,11 @@ def _proj_fwd_kernel(
 
 @triton.jit
 def _proj_bwd_kernel(
-    a_ptr, b_ptr, post_ptr, dz_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, M, N, K,
+    a_ptr, b_ptr, rstd_ptr, post_ptr, c_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, M, N, K,
+    HAS_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """dz = 2·√post·(a·b)."""
+    """dz = 2·√post·(a·b), in place of post. With HAS_NORM rstd ⊙ dz, and this tile's part of c."""
     offs_m, offs_n = tile_offsets(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     dpost = gemm_tile(
         a_ptr, b_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, offs_m, offs_n, M, N, K,
@@ -73,8 +109,39 @@ def _proj_bwd_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
     post = tl.load(post_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    dz = (2.0 * tl.sqrt(post) * dpost).to(dz_ptr.dtype.element_ty)
-    tl.store(dz_ptr + offs, dz, mask=mask)
+    root = tl.sqrt(post)
+    dz = 2.0 * root * dpost
+    if HAS_NORM:
+        c = tl.sum(dz * root, axis=1)
+        tl.store(c_ptr + tl.min(offs_n, axis=0) // BLOCK_N * M + offs_m, c, mask=offs_m < M)
+        dz *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+    tl.store(post_ptr + offs, dz.to(post_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_fc_bwd_kernel(
+    a_ptr, b_ptr, x_ptr, dout_ptr, rstd_ptr, c_ptr, dx_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, x_stride_m,
+    dout_stride_m, M, N, K, C_TILES,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """dx = dout + a·b − x·rstd²·c/N, with c the sum of its C_TILES parts."""
+    offs_m, offs_n = tile_offsets(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = gemm_tile(
+        a_ptr, b_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, offs_m, offs_n, M, N, K,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    c = tl.zeros([BLOCK_M], dtype=tl.float32)
+    c_ptrs = c_ptr + offs_m
+    for _ in range(C_TILES):
+        c += tl.load(c_ptrs, mask=offs_m < M, other=0.0)
+        c_ptrs += M
+    rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    dout = tl.load(dout_ptr + offs_m[:, None] * dout_stride_m + offs_n[None, :], mask=mask, other=0.0)
+    acc += dout.to(tl.float32)
+    x = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_n[None, :], mask=mask, other=0.0)
+    acc -= x.to(tl.float32) * (rstd * rstd * c / N)[:, None]
+    tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
@@ -82,14 +149,27 @@ def _config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     return {**config, "GROUP_M": GROUP_M, "EVEN_K": K % config["BLOCK_K"] == 0}
 
 
-def _fc_fwd(x: Tensor, w_fc: Tensor) -> Tensor:
-    """relu(x·W_fcᵀ)²: [M, F]."""
+def _rstd(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x²) + eps) of the rows: [M] in fp32."""
+    M, D = x.shape
+    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    block_d = min(triton.next_power_of_2(D), 1024)
+    block_m = max(1, 2048 // block_d)
+    _rstd_kernel[(triton.cdiv(M, block_m),)](
+        x, rstd, x.stride(0), M, D, EPS=EPS, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4
+    )
+    return rstd
+
+
+def _fc_fwd(x: Tensor, w_fc: Tensor, rstd: Tensor | None = None) -> Tensor:
+    """relu(x·W_fcᵀ)² or relu(rstd ⊙ x·W_fcᵀ)²: [M, F]."""
     (M, K), N = x.shape, w_fc.shape[0]
     post = torch.empty(M, N, dtype=x.dtype, device=x.device)
     config = _config(N, K, x.dtype)
     _fc_fwd_kernel[gemm_grid(M, N, config)](
-        x, w_fc, post, x.stride(0), x.stride(1), w_fc.stride(1), w_fc.stride(0), M, N, K, **config
-    )
+        x, w_fc, rstd, post, x.stride(0), x.stride(1), w_fc.stride(1), w_fc.stride(0), M, N, K,
+        HAS_NORM=rstd is not None, **config,
+    )  # fmt: skip
     return post
 
 
@@ -105,15 +185,33 @@ def _proj_fwd(post: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:
     return out
 
 
-def _proj_bwd(dout: Tensor, w_proj: Tensor, post: Tensor) -> Tensor:
-    """2·√post·(dout·W_proj): [M, F]."""
+def _proj_bwd_(
+    dout: Tensor, w_proj: Tensor, post: Tensor, rstd: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """2·√post·(dout·W_proj), with rstd times it, in place of post: [M, F]; and with rstd the parts of c: [tiles, M]."""
     (M, K), N = dout.shape, w_proj.shape[1]
-    dz = torch.empty(M, N, dtype=post.dtype, device=post.device)
     config = _config(N, K, post.dtype)
+    c = None
+    if rstd is not None:
+        c = torch.empty(triton.cdiv(N, config["BLOCK_N"]), M, dtype=torch.float32, device=post.device)
     _proj_bwd_kernel[gemm_grid(M, N, config)](
-        dout, w_proj, post, dz, dout.stride(0), dout.stride(1), w_proj.stride(0), w_proj.stride(1), M, N, K, **config
-    )
-    return dz
+        dout, w_proj, rstd, post, c, dout.stride(0), dout.stride(1), w_proj.stride(0), w_proj.stride(1), M, N, K,
+        HAS_NORM=rstd is not None, **config,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(post)
+    return post, c
+
+
+def _norm_fc_bwd(dz: Tensor, w_fc: Tensor, x: Tensor, dout: Tensor, rstd: Tensor, c: Tensor) -> Tensor:
+    """dout + dz·W_fc − x·rstd²·c/D: [M, D]."""
+    (M, K), N = dz.shape, w_fc.shape[1]
+    dx = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    config = _config(N, min(K, 1024), x.dtype)  # the tile of a short K: with x and dout, the large one spills
+    _norm_fc_bwd_kernel[gemm_grid(M, N, config)](
+        dz, w_fc, x, dout, rstd, c, dx, dz.stride(0), dz.stride(1), w_fc.stride(0), w_fc.stride(1), x.stride(0),
+        dout.stride(0), M, N, K, c.shape[0], **config,
+    )  # fmt: skip
+    return dx
 
 
 def _check(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> None:
@@ -131,42 +229,62 @@ def _check(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> None:
 
 
 class _Relu2MLP(torch.autograd.Function):
+    """Without a residual, the norm is inside and the residual is x."""
+
     @staticmethod
-    def forward(ctx, x, w_fc, w_proj, residual, main_grad_fc, main_grad_proj):
-        _check(x, w_fc, w_proj, residual)
+    def forward(ctx, x, w_fc, w_proj, residual, main_grad_fc, main_grad_proj, recompute):
+        _check(x, w_fc, w_proj, x if residual is None else residual)
         rows = x.reshape(-1, x.shape[-1])
-        post = _fc_fwd(rows, w_fc)
-        out = _proj_fwd(post, w_proj, residual.reshape(rows.shape))
-        ctx.save_for_backward(rows, post, w_fc, w_proj)
+        rstd = _rstd(rows) if residual is None else None
+        post = _fc_fwd(rows, w_fc, rstd)
+        out = _proj_fwd(post, w_proj, rows if residual is None else residual.reshape(rows.shape))
+        ctx.save_for_backward(rows, rstd, None if recompute else post, w_fc, w_proj)
         ctx.main_grads = main_grad_fc, main_grad_proj
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, post, w_fc, w_proj = ctx.saved_tensors
+        x, rstd, post, w_fc, w_proj = ctx.saved_tensors
         needs_dx, needs_dw_fc, needs_dw_proj, needs_dresidual, *_ = ctx.needs_input_grad
         main_grad_fc, main_grad_proj = ctx.main_grads
         rows = dout.reshape(x.shape)
         dx = dw_fc = dw_proj = None
+        recomputed = post is None
+        if recomputed:
+            post = _fc_fwd(x, w_fc, rstd)
         if needs_dw_proj:
             dw_proj = weight_grad(rows, post, main_grad_proj)
         if needs_dx or needs_dw_fc:
-            dz = _proj_bwd(rows, w_proj, post)
+            if not recomputed and graph_is_kept():
+                post = post.clone()
+            dz, c = _proj_bwd_(rows, w_proj, post, rstd)
             if needs_dw_fc:
                 dw_fc = weight_grad(dz, x, main_grad_fc)
             if needs_dx:
-                dx = torch.mm(dz, w_fc).view(dout.shape)
-        return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None
+                dx = torch.mm(dz, w_fc) if rstd is None else _norm_fc_bwd(dz, w_fc, x, rows.contiguous(), rstd, c)
+                dx = dx.view(dout.shape)
+        return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None, None
 
 
-def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:
+def _run(reference: Callable, x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor | None, recompute: bool):
+    if not use_kernels(x):
+        inputs = (x, w_fc, w_proj) if residual is None else (x, w_fc, w_proj, residual)
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(reference, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return reference(*inputs)
+    main_grads = getattr(w_fc, "main_grad", None), getattr(w_proj, "main_grad", None)
+    return _Relu2MLP.apply(x, w_fc, w_proj, residual, *main_grads, recompute)
+
+
+def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompute: bool = False) -> Tensor:
     """The feed-forward block with its residual.
 
     Args:
         x: [..., D], the normed stream.
         w_fc: [F, D]; w_proj: [D, F]. Where one carries `main_grad`, its gradient is added there.
         residual: [..., D], the stream itself.
+        recompute: keep nothing of width F for the backward, and make it again there: the same bits.
 
     Returns:
         [..., D].
@@ -174,20 +292,25 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> Tens
     Raises:
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
-    if not use_kernels(x):
-        return relu2_mlp_ref(x, w_fc, w_proj, residual)
-    main_grads = getattr(w_fc, "main_grad", None), getattr(w_proj, "main_grad", None)
-    return _Relu2MLP.apply(x, w_fc, w_proj, residual, *main_grads)
+    return _run(relu2_mlp_ref, x, w_fc, w_proj, residual, recompute)
 
 
-def cost(rows: int, width: int, hidden: int, itemsize: int = 2, backward: bool = False) -> tuple[int, int]:
+def norm_relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, recompute: bool = False) -> Tensor:
+    """The same block on the stream itself, [..., D], which it norms and which is its residual. Not yet timed."""
+    return _run(norm_relu2_mlp_ref, x, w_fc, w_proj, None, recompute)
+
+
+def cost(
+    rows: int, width: int, hidden: int, norm: bool = False, itemsize: int = 2, backward: bool = False
+) -> tuple[int, int]:
     """Bytes that have to move and FLOPs of all the block's products, for [rows, width] and [hidden, width].
 
-    A weight counts once a product, its fp32 gradient as read and written.
+    A weight counts once a product, its fp32 gradient as read and written. With `norm`, of `norm_relu2_mlp`.
     """
     product, weight = 2 * rows * width * hidden, width * hidden
-    if not backward:  # x, post written and read, residual, out
-        return (rows * (3 * width + 2 * hidden) + 2 * weight) * itemsize, 2 * product
+    if not backward:  # x, post written and read, residual, out; x once more for rstd
+        return (rows * ((3 + norm) * width + 2 * hidden) + 2 * weight) * itemsize, 2 * product
     # dout and post for dz, which is written; dz for dx, which is written; dz and x for dW_fc; dout and post for dW_proj
-    activations = rows * (4 * width + 5 * hidden) * itemsize
+    # (with the norm, dx takes x and dout too)
+    activations = rows * ((4 + 2 * norm) * width + 5 * hidden) * itemsize
     return activations + weight * (2 * itemsize + 2 * 8), 4 * product

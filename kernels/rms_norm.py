@@ -9,8 +9,12 @@ x, x₀, residual, s, y: [..., D]; λᵣ, λ₀: scalars. Source: Zhang & Sennri
 Backward, with x̂ = s·rstd:  g = ds + rstd·(dy − x̂·mean(dy·x̂));  dx = dresidual = λᵣ·g;  dx₀ = λ₀·g;
 dλᵣ = Σ g·(x + residual);  dλ₀ = Σ g·x₀, per block of rows first and then over the blocks, in a fixed order.
 
-Saved: rstd in fp32, and the tensors that s is made of; s itself where it is the sum of x and residual alone, one tensor
-instead of two. With x alone, s is x: nothing is written and nothing more is kept.
+`norm_factors` leaves y to who multiplies it: it returns s and rstd, and y = rstd ⊙ s is never written. What comes back
+for that s is rstd ⊙ dy, which is all that its backward wants: g = ds + rstd·dy − x̂·mean(rstd·dy·x̂).
+
+Saved: rstd in fp32, and with x₀ the tensors that s is made of. Without x₀ there is no λ whose gradient needs them: y is
+x̂, and what follows a norm mostly keeps y for itself, so that keeping it here too costs nothing. With x alone, s is x:
+nothing is written.
 Bytes per token at width D in 16 bits, x alone: 4D forward, 8D backward; with x₀: 8D and 12D. FLOPs: about 4D and 9D.
 """
 
@@ -41,7 +45,7 @@ def rms_norm_ref(
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, s_ptr, y_ptr, rstd_ptr,
     x_stride_m, residual_stride_m, x0_stride_m, M, D,
-    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr,
+    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr, HAS_S: tl.constexpr, HAS_Y: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,9 +61,10 @@ def _rms_norm_fwd_kernel(
         s = tl.load(lambda_r_ptr) * s + tl.load(lambda_0_ptr) * x0
     rstd = 1.0 / tl.sqrt_rn(tl.sum(s * s, axis=1) / D + EPS)  # [BM]
     offs = offs_m[:, None] * D + offs_d[None, :]
-    if HAS_RESIDUAL or HAS_X0:
+    if HAS_S:
         tl.store(s_ptr + offs, s.to(s_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + offs, (s * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
+    if HAS_Y:
+        tl.store(y_ptr + offs, (s * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
@@ -67,9 +72,10 @@ def _rms_norm_fwd_kernel(
 def _rms_norm_bwd_kernel(
     ds_ptr, dy_ptr, x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, rstd_ptr, dx_ptr, dx0_ptr, partial_ptr,
     x_stride_m, residual_stride_m, x0_stride_m, M, D,
-    HAS_DS: tl.constexpr, HAS_DY: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr,
+    HAS_DS: tl.constexpr, HAS_DY: tl.constexpr, SCALED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    """Without HAS_X0, `x_ptr` is y. With SCALED, `dy_ptr` is rstd ⊙ dy."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)
     dlambda_r = 0.0
@@ -83,7 +89,6 @@ def _rms_norm_bwd_kernel(
         if HAS_RESIDUAL:
             residual_ptrs = residual_ptr + offs_m[:, None] * residual_stride_m + offs_d[None, :]
             inner += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        s = inner
         if HAS_X0:
             x0_ptrs = x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :]
             x0 = tl.load(x0_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -92,8 +97,9 @@ def _rms_norm_bwd_kernel(
         if HAS_DY:
             rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
             dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            normed = s * rstd
-            g += rstd * (dy - normed * (tl.sum(dy * normed, axis=1)[:, None] / D))
+            normed = s * rstd if HAS_X0 else inner
+            dy = dy if SCALED else rstd * dy
+            g += dy - normed * (tl.sum(dy * normed, axis=1)[:, None] / D)
         if HAS_DS:
             g += tl.load(ds_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if HAS_X0:
@@ -170,33 +176,40 @@ def _check(x: Tensor, x0: Tensor | None, lambdas: tuple[Tensor | None, Tensor | 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0):
+    def forward(ctx, x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, wanted):
+        # wanted: "s, y"; "y" alone; "factors" of y, that is s twice and rstd
         _check(x, x0, (lambda_r, lambda_0))
         ctx.set_materialize_grads(False)
         rows, rows_residual, rows_x0 = _rows("x", x, x), _rows("residual", residual, x), _rows("x0", x0, x)
         M, D = rows.shape
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        s = x if residual is None and x0 is None else torch.empty_like(y)
+        mixed = residual is not None or x0 is not None
+        y = None if wanted == "factors" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        s = None if wanted == "y" else torch.empty(x.shape, dtype=x.dtype, device=x.device) if mixed else x
         rstd = torch.empty(M, dtype=torch.float32, device=x.device)
         config = _config(D)
         _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
             rows, rows_residual, rows_x0, lambda_r, lambda_0, s, y, rstd,
             rows.stride(0), 0 if residual is None else rows_residual.stride(0), 0 if x0 is None else rows_x0.stride(0),
-            M, D, EPS=EPS, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None, **config,
+            M, D, EPS=EPS, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None,
+            HAS_S=mixed and wanted != "y", HAS_Y=wanted != "factors", **config,
         )  # fmt: skip
         # An output is saved as it is: a view of it would keep it, and with it this node, alive for ever.
-        kept = (s, None) if x0 is None else (rows, rows_residual)
+        kept = (y, None) if x0 is None else (rows, rows_residual)
         ctx.save_for_backward(*kept, rows_x0, lambda_r, lambda_0, rstd)
-        ctx.has_residual = residual is not None
+        ctx.has_residual, ctx.scaled = residual is not None, wanted == "factors"
         ctx.dlambda = dlambda_r, dlambda_0
-        return s, y
+        if wanted != "factors":
+            return s, y
+        rstd = rstd.view(x.shape[:-1])
+        ctx.mark_non_differentiable(rstd)
+        return s, s.view_as(s), rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, ds, dy):
+    def backward(ctx, ds, dy, *_):
         x, residual, x0, lambda_r, lambda_0, rstd = ctx.saved_tensors
         if ds is None and dy is None:
-            return None, None, None, None, None, None, None
+            return (None,) * 8
         shape = (dy if ds is None else ds).shape
         ds, dy = (None if g is None else g.contiguous() for g in (ds, dy))
         x = x.reshape(-1, shape[-1])
@@ -209,12 +222,12 @@ class _RMSNorm(torch.autograd.Function):
         _rms_norm_bwd_kernel[(programs,)](
             ds, dy, x, residual, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
             x.stride(0), 0 if residual is None else residual.stride(0), 0 if x0 is None else x0.stride(0), M, D,
-            HAS_DS=ds is not None, HAS_DY=dy is not None, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None,
-            STEPS=STEPS, **config,
+            HAS_DS=ds is not None, HAS_DY=dy is not None, SCALED=ctx.scaled, HAS_RESIDUAL=residual is not None,
+            HAS_X0=x0 is not None, STEPS=STEPS, **config,
         )  # fmt: skip
         dresidual = dx if ctx.has_residual else None
         if x0 is None:
-            return dx, dresidual, None, None, None, None, None
+            return dx, dresidual, None, None, None, None, None, None
         main_grads = [g if needed else None for g, needed in zip(ctx.dlambda, ctx.needs_input_grad[3:5], strict=True)]
         targets = [
             torch.empty(like.shape, dtype=torch.float32, device=x.device) if main_grad is None else main_grad
@@ -227,7 +240,7 @@ class _RMSNorm(torch.autograd.Function):
         dlambda_r, dlambda_0 = (
             target if main_grad is None else None for target, main_grad in zip(targets, main_grads, strict=True)
         )
-        return dx, dresidual, dx0, dlambda_r, dlambda_0, None, None
+        return dx, dresidual, dx0, dlambda_r, dlambda_0, None, None, None
 
 
 def rms_norm(
@@ -236,30 +249,57 @@ def rms_norm(
     x0: Tensor | None = None,
     lambda_r: Tensor | None = None,
     lambda_0: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    y_only: bool = False,
+) -> tuple[Tensor | None, Tensor]:
     """The mixed stream and its norm.
 
     Args:
         x, residual, x0: [..., D], one dtype.
         lambda_r, lambda_0: 0-dimensional, fp32 or wider; given exactly when `x0` is. Where one carries `main_grad`,
             the kernels add its gradient there.
+        y_only: s is not wanted, and the kernels do not write it.
 
     Returns:
-        (s, y), both shaped and typed like `x`. With `x` alone, s is a view of it.
+        (s, y), both shaped and typed like `x`. With `x` alone, s is a view of it; with `y_only` it is None.
     """
     if not use_kernels(x):
-        return rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
+        s, y = rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
+        return None if y_only else s, y
     dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
-    return _RMSNorm.apply(x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0)
+    return _RMSNorm.apply(x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "y" if y_only else "s, y")
+
+
+def norm_factors_ref(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = lambda_r * upcast(x) + lambda_0 * upcast(x0)
+    rstd = torch.rsqrt(s.square().mean(-1) + EPS)
+    return s.to(x.dtype), s.to(x.dtype), rstd
+
+
+def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixed stream and its norm y as two factors, y = rstd ⊙ s, for `norm_linear`.
+
+    Args:
+        as those of `rms_norm`.
+
+    Returns:
+        s; s again, whose gradient the kernels take to be rstd ⊙ dy, all of it: what reaches x through rstd too is
+        theirs to work out; rstd, [...] in fp32.
+    """
+    if not use_kernels(x):
+        return norm_factors_ref(x, x0, lambda_r, lambda_0)
+    dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
+    return _RMSNorm.apply(x, None, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "factors")
 
 
 def cost(
-    rows: int, width: int, has_residual: bool = False, has_x0: bool = False, itemsize: int = 2, backward: bool = False
-) -> tuple[int, int]:
-    """Bytes that have to move and FLOPs, for [rows, width]."""
-    mixed = has_residual or has_x0
+    rows: int, width: int, has_residual: bool = False, has_x0: bool = False,
+    has_s: bool = True, has_y: bool = True, itemsize: int = 2, backward: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes that have to move and FLOPs, for [rows, width]; without `has_s`, of `y_only`; without `has_y`, of
+    `norm_factors`."""
+    mixed = (has_residual or has_x0) and has_s
     if not backward:
-        tensors = 1 + has_residual + has_x0 + mixed + 1  # the inputs, s, y
+        tensors = 1 + has_residual + has_x0 + mixed + has_y  # the inputs, s, y
         return rows * (width * tensors * itemsize + 4), rows * width * (4 + has_residual + 3 * has_x0)
     tensors = 2 + 1 + 2 * has_x0 + (has_residual and has_x0) + 1  # ds, dy, what was kept, dx and dx0
     return rows * (width * tensors * itemsize + 4), rows * width * (9 + 9 * has_x0)

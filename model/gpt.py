@@ -5,6 +5,9 @@ A new weight is one line in `parameter_shapes`, one in `init_weights`, and its u
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +48,18 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer; see `forward` for its equations and `init_weights` for where it starts."""
+    """A decoder-only transformer; see `forward` for its equations and `init_weights` for where it starts.
 
-    def __init__(self, config: GPTConfig, device=None):
+    Args:
+        config: its shape.
+        recompute: the backward makes the largest tensors of each layer again instead of keeping them: the same
+            gradients, bit by bit, in less memory and more time.
+        fused_norms: inside the layers, norms live in the epilogues of the kernels' products; references do not differ.
+    """
+
+    def __init__(self, config: GPTConfig, device=None, recompute: bool = False, fused_norms: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.recompute, self.fused_norms = config, recompute, fused_norms
         for name, shape in parameter_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)))
         cos, sin = kernels.rotary_tables(config.seq_len, config.head_dim, device=device)
@@ -105,21 +115,48 @@ class GPT(nn.Module):
 
     def features(self, tokens: Tensor) -> Tensor:
         """The final normed stream [B, T, D]: what the head reads."""
-        config, weight = self.config, kernels.layer_weight
-        ve_tables = [weight(self.value_embeddings, i) for i in range(len(config.ve_layers))]
-        x, *ve = kernels.embedding(tokens, [weight(self.wte), *ve_tables])
+        weight = kernels.layer_weight
+        tables = [weight(self.wte), *(weight(self.value_embeddings, j) for j in range(len(self.config.ve_layers)))]
+        x, *values = kernels.embedding(tokens, tables)
         _, x0 = kernels.rms_norm(x)
         x = x0
-        for i, window in enumerate(config.windows):
-            lambdas = {"lambda_r": weight(self.lambda_r, i), "lambda_0": weight(self.lambda_0, i)}
-            x, y = kernels.rms_norm(x, x0=x0, **lambdas)
-            qkv = kernels.linear(y, weight(self.w_qkv, i))
-            value, gate = None, None
-            if i in config.ve_layers:
-                j = config.ve_layers.index(i)
-                value, gate = ve[j], kernels.linear(y[..., :GATE_CHANNELS], weight(self.w_gate, j))
-            attn = kernels.rotary_attention(qkv, self.cos, self.sin, config.num_heads, window, value, gate)
-            x = kernels.linear(attn, weight(self.w_out, i), residual=x)
-            x, y = kernels.rms_norm(x)
-            x = kernels.relu2_mlp(y, weight(self.w_fc, i), weight(self.w_proj, i), residual=x)
+        for i in range(self.config.depth):
+            value = None
+            if i in self.config.ve_layers:  # popped: a layer may forget its own
+                look_up = partial(kernels.embedding, tokens, [tables[1 + self.config.ve_layers.index(i)]])
+                value = values.pop(0), look_up
+            x = self._layer(i, x, x0, value)
         return kernels.rms_norm(x)[1]
+
+    def _layer(self, i: int, x: Tensor, x0: Tensor, value: tuple[Tensor, Callable] | None) -> Tensor:
+        """One layer: x [B, T, D], its value embedding [B, T, KVH·head_dim] and how to look it up again."""
+        config, weight = self.config, kernels.layer_weight
+        # The last layer's backward comes first: what it keeps is there at the peak anyway.
+        recompute = self.recompute and i < config.depth - 1
+        streams = x, x0, weight(self.lambda_r, i), weight(self.lambda_0, i)
+        w_qkv, w_fc, w_proj = weight(self.w_qkv, i), weight(self.w_fc, i), weight(self.w_proj, i)
+        ve, look_up = value or (None, None)
+        w_gate = None if value is None else weight(self.w_gate, config.ve_layers.index(i))
+        if self.fused_norms:
+            x, y, rstd = kernels.norm_factors(*streams)
+            with _forgetting(y, lambda: kernels.norm_factors(*streams)[1], recompute):
+                qkv, gate = kernels.norm_linear(y, rstd, w_qkv, w_gate, grads_scaled=True)
+        else:
+            rstd = None
+            x, y = kernels.rms_norm(x, None, *streams[1:])
+            with _forgetting(y, lambda: kernels.rms_norm(streams[0], None, *streams[1:], y_only=True)[1], recompute):
+                qkv = kernels.linear(y, w_qkv)
+                gate = None if value is None else kernels.linear(y[..., :GATE_CHANNELS], w_gate)
+        with _forgetting(ve, lambda: look_up()[0], recompute and value is not None):
+            attn = kernels.rotary_attention(
+                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True, grad_scale=rstd
+            )
+        x = kernels.linear(attn, weight(self.w_out, i), residual=x)
+        if self.fused_norms:
+            return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute)
+        _, y = kernels.rms_norm(x)
+        return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute)
+
+
+def _forgetting(tensor: Tensor | None, again: Callable[[], Tensor], when: bool) -> AbstractContextManager:
+    return kernels.recomputed(tensor, again) if when else nullcontext()

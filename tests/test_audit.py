@@ -37,7 +37,7 @@ def model() -> GPT:
 
 def audited(model: GPT, corpus, autocast: bool = False) -> list[str]:
     step = TrainStep(model, None, autocast)
-    return audit(step.token_losses, model, Dataset.open(corpus), "reference", T, "lossless")
+    return audit(step.token_losses, model, Dataset.open(corpus), "reference", T, "lossless", batch_size=8)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -62,7 +62,8 @@ def test_a_scaled_loss(model, corpus, monkeypatch, scale):
 def test_a_loss_that_is_scaled_as_scored_and_not_in_fp32(model, corpus):
     """What a wrong kernel would be: the reference beside it is right."""
     honest = TrainStep(model, None).token_losses
-    found = audit(lambda x, y: 0.99 * honest(x, y), model, Dataset.open(corpus), "reference", T, "lossless")
+    data = Dataset.open(corpus)
+    found = audit(lambda x, y: 0.99 * honest(x, y), model, data, "reference", T, "lossless", batch_size=8)
     assert any(line.startswith("losses: their mean is") for line in found)
     assert any(line.startswith("bpb: ") for line in found)
     assert any("as scored" in line for line in found)
@@ -118,7 +119,7 @@ def test_a_loss_that_is_no_number(model, corpus):
         losses[0, 3] = torch.nan
         return losses
 
-    found = audit(broken, model, Dataset.open(corpus), "reference", T, "lossless")
+    found = audit(broken, model, Dataset.open(corpus), "reference", T, "lossless", batch_size=8)
     assert any(line.startswith("losses: their mean is nan") for line in found)
 
 
@@ -140,7 +141,7 @@ def test_a_tokenizer_that_over_counts_bytes(model, corpus, monkeypatch):
 def test_a_tokenizer_that_doubles_bytes_in_evaluation_alone(model, corpus):
     data = Dataset.open(corpus)
     data.token_bytes = 2 * data.token_bytes
-    found = audit(TrainStep(model, None).token_losses, model, data, "reference", T, "lossless")
+    found = audit(TrainStep(model, None).token_losses, model, data, "reference", T, "lossless", batch_size=8)
     assert any("were scored in 2 rows" in line for line in found)
     assert any(line.startswith("bpb: ") for line in found)
 
@@ -202,7 +203,7 @@ def test_a_validation_file_swapped_while_it_was_scored(model, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "data")
     data = Dataset.open(tmp_path / "data")
     swap_validation(tmp_path / "data")
-    found = audit(TrainStep(model, None).token_losses, model, data, "reference", T, "lossless")
+    found = audit(TrainStep(model, None).token_losses, model, data, "reference", T, "lossless", batch_size=8)
     assert len(found) == 1
     assert found[0].startswith("data: ")
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,12 @@ from bench import providers as providers_module
 from bench import test_ops as suite
 from bench.ceilings import Ceilings
 from bench.conftest import out_of_time
-from bench.providers import EAGER, TRITON, Provider, assert_right, providers
+from bench.providers import COMPILE, EAGER, TRITON, Provider, assert_right, providers
 from bench.results import relative_speeds, row, table
 from bench.roofline import Op
 from bench.timing import Timing, device_time, replay, time_call
 from kernels.common import use_kernels
+from kernels.rotary_attention.reference import window_attention_ref
 from tests.kernel_checks import DEVICE, exact_bfloat16
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +52,15 @@ def test_kernels_and_references_pass_their_check(monkeypatch, op):
         for direction in problems.directions(op):
             assert_right(provider, op, direction, DEVICE, torch.float32)
     assert not use_kernels(torch.zeros(1)), "the ops are as they were"
+
+
+@pytest.mark.parametrize("op", SMALL.values(), ids=SMALL.keys())
+def test_what_is_compiled_passes_its_check(monkeypatch, op):
+    """Traced and differentiated as a whole; the code that a GPU would run is not generated here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for direction in problems.directions(op):
+        assert_right(COMPILE, op, direction, "cpu", torch.float32)
+    torch._dynamo.reset()
 
 
 def scaled_gradient(function):
@@ -219,6 +230,7 @@ def test_a_datasheet_is_a_devices_own():
     assert ceilings.datasheet("NVIDIA H100 PCIe").bandwidth == 2.0e12
     assert ceilings.datasheet("NVIDIA L40S").bandwidth == 864e9
     assert ceilings.datasheet("NVIDIA A10") is None
+    assert ceilings.datasheet("NVIDIA GH200 480GB") is None  # not an H200: its bandwidth is not in the table
 
 
 def test_a_missing_peer_says_how_to_get_it(monkeypatch):
@@ -274,11 +286,24 @@ def fake_quack(monkeypatch):
     return providers_module.quack()
 
 
-@pytest.mark.parametrize("fake", [fake_liger, fake_quack])
+def fake_flash_attention(monkeypatch):
+    """FlashAttention's interface, in PyTorch; as some builds do, it returns the log-sum-exp as well."""
+
+    def attend(q, k, v, *, causal, window_size):
+        assert causal
+        assert window_size[1] == 0
+        return window_attention_ref(q, k, v, window_size[0]), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=attend))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    return providers_module.flash_attention("flash_attn")
+
+
+@pytest.mark.parametrize("fake", [fake_liger, fake_quack, fake_flash_attention])
 def test_what_is_put_around_a_peer_makes_it_our_op(monkeypatch, fake):
     functions = fake(monkeypatch)
-    plain_norm = Op("norm", 1, "rms_norm", (9, 24))
-    for op in [plain_norm, *(SMALL[module] for module in functions)]:
+    plain = [Op("norm", 1, "rms_norm", (9, 24)), Op("attention", 1, "rotary_attention", (2, 19, 4, 4, 16, 19))]
+    for op in [*(op for op in plain if op.module in functions), *(SMALL[module] for module in functions)]:
         for direction in problems.directions(op):
             assert_right(Provider("peer", "reference", functions), op, direction, "cpu", torch.float32)
 
@@ -308,7 +333,6 @@ def test_no_case_begins_after_its_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_times_on_a_gpu():
     x = torch.randn(2**26, device="cuda")  # 256 MiB: half a GB moved, so more than 50 µs on any GPU
     took = time_call(lambda: x.neg_(), "cuda")

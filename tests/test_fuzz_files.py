@@ -27,7 +27,7 @@ from train.runs import RunFolder
 def test_no_file_is_forgotten(small_data, small_run):
     assert sorted(path.name for path in small_data.iterdir()) == sorted(DATA_FILES)
     assert {path.name for path in small_run.iterdir()} == {
-        *RUN_FILES, "summary.json", "metrics.jsonl", "checkpoints"
+        *RUN_FILES, "summary.json", "metrics.jsonl", "curves.png", "checkpoints"
     }  # fmt: skip
     (checkpoint,) = (small_run / "checkpoints").iterdir()
     assert {path.name for path in checkpoint.iterdir()} == set(CHECKPOINT_FILES)
@@ -109,7 +109,7 @@ def test_a_log_loses_the_damaged_line_and_no_other(tmp_path, monkeypatch):
     """Also where it is cut right before the end of a line, and another is appended."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of them take their time
     lines = [json.dumps({"step": i, "loss": 5 / (i + 1), "epoch": 1}).encode() for i in range(12)]
-    run, path = RunFolder(str(tmp_path / "run"), "run"), tmp_path / "run" / "metrics.jsonl"
+    run, path = RunFolder(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     content = b"".join(line + b"\n" for line in lines)
     for done, bad in damaged(content, "metrics"):
         path.write_bytes(bad)

@@ -27,6 +27,10 @@ def attention(qkv, ve, gate):
     return kernels.rotary_attention(qkv, *kernels.rotary_tables(9, 16, device=DEVICE), 2, 5, ve, gate)
 
 
+def products(x, weight, gate_weight):
+    return kernels.norm_linear(x, draw(5).exp(), weight, gate_weight)
+
+
 def loss(x, weight):
     return kernels.linear_cross_entropy(x, weight, torch.arange(12, device=DEVICE))
 
@@ -48,6 +52,12 @@ OPS = {
     ),
     "linear": (kernels.linear, lambda: [draw(5, 24), draw(16, 24), draw(5, 16)], [1]),
     "relu2_mlp": (kernels.relu2_mlp, lambda: [draw(5, 16), draw(32, 16), draw(16, 32), draw(5, 16)], [1, 2]),
+    "relu2_mlp that forgets": (
+        lambda *inputs: kernels.relu2_mlp(*inputs, recompute=True),
+        lambda: [draw(5, 16), draw(32, 16), draw(16, 32), draw(5, 16)], [1, 2],
+    ),
+    "norm_relu2_mlp": (kernels.norm_relu2_mlp, lambda: [draw(5, 16), draw(32, 16), draw(16, 32)], [1, 2]),
+    "norm_linear": (products, lambda: [draw(5, 24), draw(16, 24), draw(2, 8)], [1, 2]),
     "rotary_attention": (attention, lambda: [draw(1, 9, 64), draw(1, 9, 16), draw(1, 9, 1)], []),
     "embedding": (look_up, lambda: [draw(7, 8), draw(7, 4)], [0, 1]),
     "linear_cross_entropy": (loss, lambda: [draw(12, 8), draw(40, 8)], [1]),

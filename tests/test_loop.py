@@ -212,7 +212,7 @@ def test_waiting_is_found(no_launches, monkeypatch, op):
         "host copy": lambda loss: step.optimizer.hyper.cpu(),
         "host index": lambda loss: step.optimizer.hyper[torch.tensor([0, 1])],
     }[op]
-    monkeypatch.setattr(step.optimizer, "update", update)
+    monkeypatch.setattr(step, "update_parameters", update)
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoWaiting():
         step.update()
 

@@ -90,14 +90,16 @@ def test_the_limits_of_sm_89():
 
 
 def test_architectures_are_reported_in_their_order_and_the_worst_code_counts(monkeypatch, capsys):
-    def run(arch, vocab_sizes):
+    def run(arch, vocab_sizes, flags):
         time.sleep(0.2 if arch == 90 else 0)  # the first is the last to finish
-        return [SimpleNamespace(stdout=f"{arch} {v}\n", returncode=int((arch, v) == (80, 2))) for v in vocab_sizes]
+        line = " ".join([f"{arch} {{}}", *flags]) + "\n"
+        return [SimpleNamespace(stdout=line.format(v), returncode=int((arch, v) == (80, 2))) for v in vocab_sizes]
 
     monkeypatch.setattr(offline, "compile_apart", run)
     assert offline.main(["--arch", "90", "80", "--vocab-size", "1", "2"]) == 1
     assert capsys.readouterr().out.split("\n")[:-1] == ["90 1", "90 2", "80 1", "80 2"]
-    assert offline.main(["--arch", "90", "89"]) == 0
+    assert offline.main(["--arch", "90", "89", "--fused-norms"]) == 0
+    assert capsys.readouterr().out == "90 8192 --fused-norms\n89 8192 --fused-norms\n"
 
 
 def test_an_allowed_spill_is_no_fault(monkeypatch):

@@ -274,10 +274,12 @@ def test_runs_that_cannot_go_on(whole, stopped, tmp_path, capsys, monkeypatch):
 def test_auto_takes_the_newest_interrupted_run(stopped_once, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     now = time.time()
-    for name, source, age in [("older", stopped_once, 9), ("b", stopped_once, 5), ("a", stopped_once, 7),
-                              ("finished", whole, 2), ("running", stopped_once, 1)]:  # fmt: skip
+    ages = {"older": 9, "a": 7, "b": 5, "finished": 3, "running": 2, "failed": 1}
+    for name, age in ages.items():
+        source = whole if name == "finished" else stopped_once
         shutil.copytree(source, tmp_path / "runs" / name)
         os.utime(checkpoint_folders(tmp_path / "runs" / name / "checkpoints")[0], (now - age, now - age))
+    (tmp_path / "runs" / "failed" / "failure").mkdir()
     running = train.runs.RunFolder.reopen(tmp_path / "runs" / "running")
     assert main("--resume", "auto") == 0
     running.close()
@@ -296,7 +298,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, stopped, whole
     capsys.readouterr()
     assert main("--resume", str(stopped)) == 0
     captured = capsys.readouterr()
-    assert "tensors.safetensors has changed" in captured.err
+    assert "tensors.safetensors changed since" in captured.err
     assert f"resume: {int(older.name[5:])} steps are done" in captured.out
     assert_same(stopped, whole)
 
@@ -386,7 +388,7 @@ def test_a_second_signal_stops_at_once(corpus, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT  # which a shell reports as 130
-    assert rows(folder)[-1]["step"] == 1
+    assert rows(folder)[-1]["step"] <= 1  # it may have come between the printed line and its row
     left = checkpoint_folders(folder / "checkpoints")
     assert left
     assert all(read_checkpoint(path) for path in left)

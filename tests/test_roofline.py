@@ -47,6 +47,13 @@ def test_bytes_bind_where_bandwidth_is_low():
     assert line.milliseconds(slow) == line.milliseconds(fast) == 2000
 
 
+def test_layers_by_window_and_value_embedding():
+    """SSSL SSSL: both L layers, the fourth and the last, are among those with a value embedding."""
+    attention = [op for op in roofline.micro_step_ops(CONFIG, GPTConfig()) if op.module == "rotary_attention"]
+    counts = {(op.sizes[5], dict(op.flags)["has_ve"]): op.count for op in attention}
+    assert counts == {(1024, False): 4, (1024, True): 2, (2048, True): 2}
+
+
 # By hand, from the shapes: milliseconds of all layers of the default model at 790 TFLOP/s and 4.3 TB/s. A product is
 # 2·rows·K·N; what is bound by bytes says so.
 ROWS = 262_144

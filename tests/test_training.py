@@ -169,7 +169,7 @@ def test_a_bad_loss_fails_the_run(corpus, tmp_path, monkeypatch, capsys, value, 
         nonlocal calls
         calls += 1
         loss = forward(self, *args, **kwargs)
-        return loss * 0 + value if calls in (6, 7) else loss  # 1 for the memory check, then 2 micro-steps a step
+        return loss * 0 + value if calls in (7, 8) else loss  # 2 for the memory check, then 2 micro-steps a step
 
     monkeypatch.setattr(GPT, "forward", poisoned)
     assert run_main(corpus, tmp_path / "run", "--steps", "5") == 1

@@ -50,6 +50,7 @@ def audit(
     seq_len: int,
     packing: str,
     *,
+    batch_size: int,
     rows: int = ROWS,
     recorded: dict | None = None,
 ) -> list[str]:
@@ -59,9 +60,11 @@ def audit(
         model: on the device and in the dtype it is scored in.
         data: its validation split is what was scored.
         ops: the setting of `kernels` to go back to.
+        batch_size: rows of `seq_len` tokens that `score` may be given at once.
         rows: of the validation split.
         recorded: the fingerprint that the run's evaluation had, where it is known.
     """
+    rows = min(rows, batch_size)
     try:
         found = [*check_data(data, recorded), *check_bytes(data)]
         taken, _ = pack_evaluation(
@@ -75,11 +78,11 @@ def audit(
         exact_losses = exact_score(inputs, targets)
         found += check_logits(exact, exact_losses, inputs, targets)
         found += check_causal(exact_score, inputs, targets, V, EXACT, "in fp32")
-        found += check_sum(exact_score, inputs, V, EXACT, "in fp32")
+        found += check_sum(exact_score, inputs, V, EXACT, "in fp32", batch_size)
     with torch.no_grad():
         found += check_mean(score(inputs, targets), exact_losses)
         found += check_causal(score, inputs, targets, V, ROUNDED, "as scored")
-        found += check_sum(score, inputs, V, ROUNDED, "as scored")
+        found += check_sum(score, inputs, V, ROUNDED, "as scored", batch_size)
         found += check_bpb(score, exact_losses, targets, data, seq_len, packing)
     return found
 
@@ -175,11 +178,13 @@ def check_causal(
     return found
 
 
-def check_sum(score: Score, inputs: Tensor, vocab_size: int, tolerance: float, how: str) -> list[str]:
+def check_sum(
+    score: Score, inputs: Tensor, vocab_size: int, tolerance: float, how: str, batch_size: int
+) -> list[str]:
     """Whether the probabilities of all tokens, exp(−loss), sum to one at the first positions of a row."""
     positions = min(inputs.shape[1], max(2, SUM_TOKENS // vocab_size))
     total = torch.zeros(positions, dtype=torch.float64, device=inputs.device)
-    for candidates in torch.arange(vocab_size, device=inputs.device).split(1024):
+    for candidates in torch.arange(vocab_size, device=inputs.device).split(batch_size * inputs.shape[1] // positions):
         shape = (len(candidates), positions)
         same, each = inputs[:1, :positions].expand(shape), candidates[:, None].expand(shape)
         losses = score(same.contiguous(), each.contiguous())

@@ -73,7 +73,8 @@ def evaluate(options) -> int:
         return 0
     found = audit(
         score, model, data, ops, config.seq_len, config.packing,
-        rows=AUDITED_ROWS, recorded=None if options.data else recorded_fingerprint(Path(options.run)),
+        batch_size=rows, rows=AUDITED_ROWS,
+        recorded=None if options.data else recorded_fingerprint(Path(options.run)),
     )  # fmt: skip
     print("\n  ".join(["audit: FAIL", *found]) if found else "audit: ok")
     return 1 if found else 0

@@ -1,17 +1,20 @@
 """Whether a configuration fits, said before anything large is allocated; and what would fit, where it did not.
 
-Activations are not estimated by a formula that a change to the model would leave behind: one row goes through the
-real forward, and what autograd keeps of it is added up.
+Activations are not estimated by a formula that a change to the model would leave behind: one row and then two go
+through the real forward, and what autograd keeps of them is added up.
 """
 
 import gc
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
@@ -23,6 +26,44 @@ from .step import TrainStep
 
 # On top of what autograd keeps: a layer's temporaries in the backward, the allocator's slack.
 MARGIN = 1.2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of every tensor that is made while the mode is on, for as long as it lives.
+
+    On tensors of device "meta" it is what an allocator without overhead would hand out, to the byte, with nothing
+    allocated: `now` at any point, `peak` the most so far, both in bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        out = function(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in given:  # else it is a view, perhaps of what was there before
+                self._count(storage)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+        self.storages.add(key)
+        weakref.finalize(storage, self._release, key, nbytes)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self.storages.remove(key)
+        self.now -= nbytes
+
+
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
@@ -69,6 +110,12 @@ def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -
     return peak[0]
 
 
+def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float, float]:
+    """What every row of a micro-batch needs, and what all of them need once: the gradient of lm_head."""
+    one, two = (MARGIN * activation_bytes(model, rows, precision) for rows in (1, 2))
+    return two - one, 2 * one - two
+
+
 def available_bytes(device: str) -> int:
     """Memory that is free now."""
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
@@ -89,11 +136,11 @@ def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContext
 
     `available` is in bytes, with parameters and optimizer already allocated.
     """
-    per_row = activation_bytes(model, 1, precision) * MARGIN
-    rows = int(available // per_row)
+    per_row, fixed = bytes_of_rows(model, precision)
+    rows = int((available - fixed) // per_row)
     if rows >= config.device_batch_size:
         return
-    needed = per_row * config.device_batch_size
+    needed = fixed + per_row * config.device_batch_size
     line = (
         f"{config.device_batch_size} rows of {config.seq_len} tokens need about {needed / 2**30:.1f} GiB and"
         f" {available / 2**30:.1f} GiB are free on {config.device}"
@@ -142,8 +189,8 @@ def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterat
     if config.device == "cuda":
         torch.cuda.empty_cache()
     try:
-        per_row = activation_bytes(step.model, 1, step.precision()) * MARGIN
-        rows = min(int(available_bytes(config.device) // per_row), config.device_batch_size - 1)
+        per_row, fixed = bytes_of_rows(step.model, step.precision())
+        rows = min(int((available_bytes(config.device) - fixed) // per_row), config.device_batch_size - 1)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

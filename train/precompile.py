@@ -56,7 +56,7 @@ class AbsentGpu:
 
 def walk_step(config: TrainConfig, vocab_size: int) -> None:
     """One step of the real trainer on meta tensors, with every kernel there is."""
-    model = GPT(config.model_config(vocab_size), device="meta")
+    model = GPT(config.model_config(vocab_size), device="meta", **config.model_options)
     optimizer = Optimizer(model, config, torch.bfloat16)
     tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
     batch = Batch(tokens=tokens, epoch=0, state={}, index=0)

@@ -8,6 +8,7 @@ from typing import Any
 from prepare import InputError
 from prepare.files import read_json
 
+from . import failure
 from .checkpoint import checkpoint_folders
 from .config import TrainConfig, parse_given
 from .runs import RUNS, lock
@@ -47,11 +48,13 @@ def check_same(what: str, now: dict[str, Any], then: dict[str, Any], mend: str) 
 
 
 def newest_interrupted_run() -> Path:
-    """The one below runs/ that has written a checkpoint last, is not finished, and is in no process's hands."""
+    """The one below runs/ that has written a checkpoint last, is in no process's hands, and has neither finished nor
+    failed: it would fail again."""
     candidates = []
     for run in RUNS.glob("*"):
         checkpoints = checkpoint_folders(run / "checkpoints")
-        if checkpoints and not (run / "summary.json").exists() and is_free(run):
+        ended = (run / "summary.json").exists() or (run / failure.FOLDER).exists()
+        if checkpoints and not ended and is_free(run):
             candidates.append((checkpoints[0].stat().st_mtime, run))
     if not candidates:
         raise InputError(f"--resume auto: there is no interrupted run with a checkpoint below {RUNS}/")

@@ -185,7 +185,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         kernels_compile = precompiler(config, data.vocab_size)
 
         torch.manual_seed(config.seed)
-        model = GPT(model_config, device=device)
+        model = GPT(model_config, device=device, **config.model_options)
         model.init_weights(config.seed)
         optimizer = Optimizer(model, config, forward_dtype)
         step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
@@ -219,8 +219,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         with record.timed("compile"):
             if config.graphs:
                 step.capture(*plan)
-            elif config.untimed_steps == 0 or checkpoint:  # a resumed run's first step counts: it is like the others
-                step.rehearse(*plan)
+            elif config.untimed_steps == 0 or (checkpoint and device == "cuda"):
+                step.rehearse(*plan)  # the first step counts, and would compile
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
             folder.cut_metrics(state.step)
@@ -249,7 +249,9 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         record.trained(state.budget, ready)
         summary = summarise(config, model_config, state, evaluation, ready)
         with record.timed("audit"):  # after the peak of memory was read
-            findings = audit(score, model, data, config.ops, config.seq_len, config.packing)
+            findings = audit(
+                score, model, data, config.ops, config.seq_len, config.packing, batch_size=config.device_batch_size
+            )
         summary["total_seconds"] = f"{state.seconds:.1f}"
         summary |= record.finish(summary, evaluation, findings)
         folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})

@@ -8,7 +8,8 @@
 A window of S is S + 1 keys: S back, and the token itself. Rotary: Su et al., arXiv 2104.09864; QK-norm:
 Henry et al., arXiv 2010.04245; value embeddings: Zhou et al., arXiv 2410.17897; the tiling: Dao, arXiv 2307.08691.
 
-Saved for backward: normed q and k, the mixed v (or, without ve, qkv itself), out, rstd and log-sum-exp (fp32).
+Saved for backward: qkv with normed q and k and mixed v in place of what was projected (a copy, unless the caller lets
+the kernels overwrite theirs), ve and gate, out, rstd and log-sum-exp (fp32).
 Bytes a token at 4 heads of 128 in bf16, as launched, reading each tile once:
 
     prologue   2 KB of q and k in, 2 KB out; with ve 3 KB more       attention     3 KB in, 1 KB out
@@ -26,7 +27,7 @@ from ..common import use_kernels
 from .backward import attention_bwd
 from .compiled import compiled_attention, compiled_window_attention, prepare_compiled_attention
 from .forward import attention_fwd
-from .prologue import prologue_fwd
+from .prologue import prologue_fwd_
 from .reference import rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
 from .tiles import visited_tiles
 
@@ -44,8 +45,9 @@ __all__ = [
 
 
 def _check(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, window: int, ve: Tensor | None, gate: Tensor | None
-) -> int:
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, window: int, ve: Tensor | None, gate: Tensor | None,
+    grad_scale: Tensor | None,
+) -> int:  # fmt: skip
     """The number of key-value heads; ValueError for what the kernels cannot read."""
     if qkv.ndim != 3 or min(qkv.shape) < 1:
         raise ValueError(f"qkv {tuple(qkv.shape)} must be [B, T, width], none of them 0")
@@ -67,6 +69,9 @@ def _check(
             raise ValueError(f"{name} must be contiguous")
     if (ve is None) != (gate is None):
         raise ValueError("ve and gate come together")
+    scale = grad_scale
+    if scale is not None and (scale.shape != (B, T) or scale.dtype != torch.float32 or not scale.is_contiguous()):
+        raise ValueError(f"grad_scale {tuple(scale.shape)} {scale.dtype} must be contiguous, {(B, T)} float32")
     inputs = [("qkv", qkv, width)]
     if ve is not None:
         inputs += [("ve", ve, num_kv_heads * head_dim), ("gate", gate, num_kv_heads)]
@@ -83,31 +88,24 @@ def _check(
 
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate):
-        num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate)
+    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale):
+        num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate, grad_scale)
         head_dim = 2 * cos.shape[-1]
-        packed, rstd = prologue_fwd(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
-        values = (qkv if ve is None else packed)[..., (num_heads + num_kv_heads) * head_dim :]
-        q, k = _split(packed, num_heads, num_kv_heads, head_dim)
-        out, lse = attention_fwd(q, k, values, head_dim, window)
-        ctx.save_for_backward(packed, values, out, lse, rstd, cos, sin, ve, gate)
-        ctx.heads = num_heads, num_kv_heads, head_dim
+        qkv = qkv.detach() if overwrite else qkv.clone()
+        rstd = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
+        ctx.widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        out, lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)
+        ctx.save_for_backward(qkv, out, lse, rstd, cos, sin, ve, gate, grad_scale)
         ctx.window = window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        packed, values, out, lse, rstd, cos, sin, ve, gate = ctx.saved_tensors
-        q, k = _split(packed, *ctx.heads)
-        dqkv, dve, dgate = attention_bwd(dout, q, k, values, out, lse, rstd, cos, sin, ve, gate, ctx.window)
-        return dqkv, None, None, None, None, dve, dgate
-
-
-def _split(packed: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """The normed queries and keys, views of the prologue's output."""
-    keys = num_heads * head_dim
-    return packed[..., :keys], packed[..., keys : keys + num_kv_heads * head_dim]
+        qkv, out, lse, rstd, cos, sin, ve, gate, grad_scale = ctx.saved_tensors
+        q, k, v = qkv.split(ctx.widths, dim=-1)
+        dqkv, dve, dgate = attention_bwd(dout, q, k, v, out, lse, rstd, cos, sin, ve, gate, ctx.window, grad_scale)
+        return dqkv, None, None, None, None, dve, dgate, None, None
 
 
 def rotary_attention(
@@ -118,6 +116,8 @@ def rotary_attention(
     window: int,
     ve: Tensor | None = None,
     gate: Tensor | None = None,
+    overwrite: bool = False,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention over the packed projections of one layer.
 
@@ -127,6 +127,9 @@ def rotary_attention(
         num_heads: H, a multiple of KVH.
         window: keys back that a query sees, besides its own.
         ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
+        overwrite: the caller needs qkv no more, and the kernels may work in its memory instead of in a copy.
+        grad_scale: [B, T], fp32. The kernels multiply the gradients of qkv and gate by it, token by token, while they
+            have them in registers: for a `norm_linear` before, which wants them so. References give them as they are.
 
     Returns:
         [B, T, H·head_dim], in the dtype of `qkv`.
@@ -135,7 +138,7 @@ def rotary_attention(
         ValueError: the kernels do not take these shapes, dtypes or strides (each last dimension must be contiguous).
     """
     if use_kernels(qkv):
-        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate)
+        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale)
     if torch.compiler.is_compiling():
         return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate, compiled_window_attention)
     return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)

@@ -55,10 +55,10 @@ def _dq_run(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, grad_scale_ptr, dq_ptr,
     seq_len, window, q_stride_b, v_stride_b, scale, scale_log2,
     Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, the longest rows first."""
@@ -105,6 +105,8 @@ def _attention_dq_kernel(
     )  # fmt: skip
 
     rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + head, mask=live, other=0.0)
+    if HAS_GRAD_SCALE:
+        rstd *= tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
     table = m0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
         dq * scale, q_ptr, rstd, cos_ptr + table, sin_ptr + table,
@@ -160,11 +162,12 @@ def _dkv_run(
 @triton.jit
 def _attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
-    dk_ptr, dv_ptr, dve_ptr, dgate_ptr,
+    grad_scale_ptr, dk_ptr, dv_ptr, dve_ptr, dgate_ptr,
     seq_len, window, q_stride_b, v_stride_b,
     ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t, scale, scale_log2,
     Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VE: tl.constexpr,
+    HAS_GRAD_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key-value head; the first blocks are seen by the most queries."""
@@ -211,7 +214,6 @@ def _attention_dkv_kernel(
         )  # fmt: skip
 
     tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
-    tl.store(dv_ptr + tile + rows[:, None] * DQKV_STRIDE + offs_d, dv, mask=live[:, None])
     if HAS_VE:
         offs_t = n0 + rows.to(tl.int64)
         ve_offs = batch * ve_stride_b + offs_t[:, None] * ve_stride_t + kv_head * HEAD_DIM + offs_d
@@ -223,6 +225,11 @@ def _attention_dkv_kernel(
         tl.store(dgate_ptr + heads, 2 * sigma * (1 - sigma) * tl.sum(dv * ve, axis=1), mask=live)
 
     rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + NUM_HEADS + kv_head, mask=live, other=0.0)
+    if HAS_GRAD_SCALE:
+        grad_scale = tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
+        rstd *= grad_scale
+        dv *= grad_scale[:, None]
+    tl.store(dv_ptr + tile + rows[:, None] * DQKV_STRIDE + offs_d, dv, mask=live[:, None])
     table = n0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
         dk * scale, k_ptr, rstd, cos_ptr + table, sin_ptr + table,
@@ -233,7 +240,7 @@ def _attention_dkv_kernel(
 
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rstd: Tensor,
-    cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, window: int,
+    cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, window: int, grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dqkv [B, T, (H + 2·KVH)·head_dim], dve, dgate): what the forward's tensors were made of, in their dtypes."""
     B, T, width = out.shape
@@ -250,20 +257,23 @@ def attention_bwd(
 
     block = config.dq
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
-        q, k, v, out, dout, lse, delta, rstd, cos, sin, dq,
+        q, k, v, out, dout, lse, delta, rstd, cos, sin, grad_scale, dq,
         T, window, q.stride(0), v.stride(0), scale, scale * LOG2_E,
         Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
-        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_GRAD_SCALE=grad_scale is not None,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     block = config.dkv
     _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
-        q, k, v, dout, lse, delta, rstd, cos, sin, ve, gate, dk, dv, dve, dgate,
+        q, k, v, dout, lse, delta, rstd, cos, sin, ve, gate, grad_scale, dk, dv, dve, dgate,
         T, window, q.stride(0), v.stride(0),
         0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
         0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1), scale, scale * LOG2_E,
         Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_VE=ve is not None,
+        HAS_GRAD_SCALE=grad_scale is not None,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
+    if dgate is not None and grad_scale is not None:  # small; in the kernel it would spill
+        dgate.mul_(grad_scale[..., None])
     return dqkv, dve, dgate

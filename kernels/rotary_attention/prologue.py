@@ -1,7 +1,8 @@
 """Rotary, QK-norm and the gated value embedding, once per token, and the first two backwards as a helper.
 
-Writes one packed tensor: [B, T, (H + KVH)·head_dim] of normed queries and keys, and behind them, on layers with a value
-embedding, the KVH mixed values. Other layers' values stay where they are, in qkv. Saved: rstd, fp32, [B, T, H + KVH].
+In place: the normed queries and keys and, on layers with a value embedding, the mixed values take the place of what was
+projected. Other layers' values stay as they are, so that one tensor holds all that attention reads and no part of it is
+kept twice. Saved: rstd, fp32, [B, T, H + KVH].
 """
 
 import torch
@@ -13,7 +14,7 @@ from . import tiles
 
 @triton.jit
 def _prologue_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr, packed_ptr, rstd_ptr,
+    qkv_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr, rstd_ptr,
     tokens, seq_len, qkv_stride_b, qkv_stride_t, ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t, eps,
     NORM_HEADS: tl.constexpr, VE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -27,29 +28,28 @@ def _prologue_kernel(
     table = t[:, None] * HALF + offs
     cos = tl.load(cos_ptr + table, mask=mask, other=0.0)  # [BLOCK_T, HALF]
     sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
-    source = qkv_ptr + (batch * qkv_stride_b + t * qkv_stride_t)[:, None] + offs
-    target = packed_ptr + (token * ((NORM_HEADS + VE_HEADS) * HEAD_DIM))[:, None] + offs
+    rows = qkv_ptr + (batch * qkv_stride_b + t * qkv_stride_t)[:, None]
     for head in range(NORM_HEADS):
-        x1 = tl.load(source + head * HEAD_DIM, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(source + head * HEAD_DIM + HALF, mask=mask, other=0.0).to(tl.float32)
+        left, right = rows + head * HEAD_DIM + offs, rows + head * HEAD_DIM + HALF + offs
+        x1 = tl.load(left, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(right, mask=mask, other=0.0).to(tl.float32)
         y1 = x1 * cos + x2 * sin
         y2 = x2 * cos - x1 * sin
         rstd = tl.rsqrt(tl.sum(y1 * y1 + y2 * y2, axis=1) / HEAD_DIM + eps)
-        tl.store(target + head * HEAD_DIM, y1 * rstd[:, None], mask=mask)
-        tl.store(target + head * HEAD_DIM + HALF, y2 * rstd[:, None], mask=mask)
+        tl.store(left, y1 * rstd[:, None], mask=mask)
+        tl.store(right, y2 * rstd[:, None], mask=mask)
         tl.store(rstd_ptr + token * NORM_HEADS + head, rstd, mask=live)
 
     if VE_HEADS > 0:
         offs_d = tl.arange(0, HEAD_DIM)[None, :]
         gates = gate_ptr + batch * gate_stride_b + t * gate_stride_t
-        values = qkv_ptr + (batch * qkv_stride_b + t * qkv_stride_t)[:, None] + NORM_HEADS * HEAD_DIM + offs_d
+        values = rows + NORM_HEADS * HEAD_DIM + offs_d
         embeddings = ve_ptr + (batch * ve_stride_b + t * ve_stride_t)[:, None] + offs_d
-        mixed = packed_ptr + (token * ((NORM_HEADS + VE_HEADS) * HEAD_DIM))[:, None] + NORM_HEADS * HEAD_DIM + offs_d
         for head in range(VE_HEADS):
             weight = 2 * tl.sigmoid(tl.load(gates + head, mask=live, other=0.0).to(tl.float32))
             v = tl.load(values + head * HEAD_DIM, mask=mask, other=0.0).to(tl.float32)
             ve = tl.load(embeddings + head * HEAD_DIM, mask=mask, other=0.0).to(tl.float32)
-            tl.store(mixed + head * HEAD_DIM, v + weight[:, None] * ve, mask=mask)
+            tl.store(values + head * HEAD_DIM, v + weight[:, None] * ve, mask=mask)
 
 
 @triton.jit
@@ -84,21 +84,21 @@ def rotary_norm_bwd(
     tl.store(dx_ptr + rows * DX_STRIDE + HALF + cols, du1 * sin + du2 * cos, mask=mask)
 
 
-def prologue_fwd(
+def prologue_fwd_(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, ve: Tensor | None, gate: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(packed, rstd) as described above; `cos` and `sin` contiguous, everything else checked by the caller."""
+) -> Tensor:
+    """rstd; qkv is overwritten as described above. `cos` and `sin` contiguous, all else checked by the caller."""
     B, T, _ = qkv.shape
     head_dim = 2 * cos.shape[-1]
     norm_heads, ve_heads = num_heads + num_kv_heads, 0 if ve is None else num_kv_heads
-    packed = torch.empty(B, T, (norm_heads + ve_heads) * head_dim, dtype=qkv.dtype, device=qkv.device)
     rstd = torch.empty(B, T, norm_heads, dtype=torch.float32, device=qkv.device)
     rows = tiles.config(head_dim, qkv.dtype).prologue_rows
     _prologue_kernel[(triton.cdiv(B * T, rows),)](
-        qkv, cos, sin, ve, gate, packed, rstd,
+        qkv, cos, sin, ve, gate, rstd,
         B * T, T, qkv.stride(0), qkv.stride(1),
         0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
         0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1), EPS,
         NORM_HEADS=norm_heads, VE_HEADS=ve_heads, HEAD_DIM=head_dim, BLOCK_T=rows, num_warps=4,
     )  # fmt: skip
-    return packed, rstd
+    torch.autograd.graph.increment_version(qkv)
+    return rstd

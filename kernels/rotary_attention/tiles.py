@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
 
 
 class Config(NamedTuple):
-    prologue_rows: int  # tokens a program
+    prologue_rows: int  # tokens a program; 16 at least: it works in place, and no element may have two threads
     forward: Tiles
     dq: Tiles
     dkv: Tiles
@@ -32,7 +32,7 @@ def config(head_dim: int, dtype: torch.dtype) -> Config:
     """Tile sizes by registers, spills and shared memory (99 KiB on sm_89); not yet by times."""
     if dtype.itemsize > 2:  # fp32 has no tensor-core product that rounds like fp32: right, not fast
         small = Tiles(16, 16, 4, 1)
-        return Config(8, small, small, small)
+        return Config(16, small, small, small)
     # Two stages: with three, ptxas serialises the products on sm_90 (C7515). Four warps instead of eight spill.
     forward = Tiles(128, 64, 8, 2)
     if gpu_arch() in (90, 100, 103):

@@ -1,0 +1,293 @@
+"""Norms in the epilogues of the products: the kernels against references that write every norm, in fp64."""
+
+import importlib
+
+import pytest
+import torch
+
+import kernels
+from kernels.common import upcast
+from kernels.rotary_attention import rotary_attention_ref, rotary_tables
+from model import GPTConfig
+from tests.kernel_checks import (
+    DEVICE,
+    assert_as_good,
+    exact_bfloat16,
+    fill_empty_with_nan,
+    mutant,
+    outputs_and_gradients,
+)
+from tests.test_kernels_together import VALUES, random_batches, random_step
+from tests.test_mlp_kernel import SMALL_TILES
+from tests.weight_grads import accumulated_gradients
+
+mlp = importlib.import_module("kernels.mlp")
+norm_linear = importlib.import_module("kernels.norm_linear")
+rms_norm = importlib.import_module("kernels.rms_norm")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+H, KVH, HEAD_DIM, WINDOW = 2, 1, 16, 9
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    fill_empty_with_nan(monkeypatch)
+    for op in (mlp, norm_linear):  # many tiles, and tails in every direction
+        monkeypatch.setattr(op, "gemm_config", lambda N, K, dtype: SMALL_TILES)
+    kernels.set_ops("triton")
+    yield
+    kernels.set_ops(None)
+
+
+def draw(*shapes_and_scales, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(scale * torch.randn(shape, generator=generator)).to(DEVICE) for shape, scale in shapes_and_scales]
+
+
+def stream(*shape, seed=0):
+    """Rows from ones that eps outweighs to large ones."""
+    (x,) = draw((shape, 1.0), seed=seed)
+    return x * torch.logspace(-4, 1, shape[-2], device=DEVICE)[:, None]
+
+
+def mlp_inputs(rows, D, F, dtype):
+    w_fc, w_proj = draw(((F, D), D**-0.5), ((D, F), F**-0.5), seed=1)
+    return [t.to(dtype) for t in (stream(*rows, D), w_fc, w_proj)]
+
+
+def check_mlp(function, inputs, dtype):
+    runs = (outputs_and_gradients(f, inputs, d) for f, d in
+            ((function, dtype), (mlp.norm_relu2_mlp_ref, dtype), (mlp.norm_relu2_mlp_ref, torch.float64)))  # fmt: skip
+    for name, *values in zip(("out", "dx", "dw_fc", "dw_proj"), *runs, strict=True):
+        assert_as_good(name, *values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mlp_outputs_and_gradients(dtype):
+    check_mlp(mlp.norm_relu2_mlp, mlp_inputs((2, 35), 37, 91, dtype), dtype)
+    check_mlp(mlp.norm_relu2_mlp, mlp_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
+
+
+def test_mlp_bfloat16(monkeypatch):
+    exact_bfloat16(monkeypatch)
+    check_mlp(mlp.norm_relu2_mlp, mlp_inputs((2, 35), 37, 91, torch.bfloat16), torch.bfloat16)
+
+
+def test_mlp_gradients_add_up_in_main_grad():
+    inputs = mlp_inputs((2, 21), 24, 72, torch.float32)
+    runs = (accumulated_gradients(f, inputs, [1, 2], d) for f, d in
+            ((mlp.norm_relu2_mlp, torch.float32), (mlp.norm_relu2_mlp_ref, torch.float32),
+             (mlp.norm_relu2_mlp_ref, torch.float64)))  # fmt: skip
+    for values in zip(*runs, strict=True):
+        assert_as_good("main_grad", *values)
+
+
+def test_mlp_strided_rows_and_an_expanded_gradient():
+    x, w_fc, w_proj = mlp_inputs((6,), 80, 64, torch.float32)
+    x, w_fc, w_proj = (t.requires_grad_() for t in (x[:, 7:47], w_fc[:, :40].detach(), w_proj[:40].detach()))
+    mlp.norm_relu2_mlp(x, w_fc, w_proj).sum().backward()
+    truth = [t.detach().double().requires_grad_() for t in (x, w_fc, w_proj)]
+    mlp.norm_relu2_mlp_ref(*truth).sum().backward()
+    for got, exact in zip((w_fc, w_proj), truth[1:], strict=True):
+        torch.testing.assert_close(got.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+MLP_MUTANTS = {
+    "no c": (("acc -= x.to(tl.float32) * (rstd * rstd * c / N)[:, None]", "acc -= 0 * x.to(tl.float32)"),),
+    "half of c": (("c = tl.sum(dz * root, axis=1)", "c = tl.sum(dpost * post, axis=1)"),),
+    "c of rstd ⊙ dz": (("(rstd * rstd * c / N)", "(rstd * rstd * rstd * c / N)"),),
+    "one tile's part of c is left out": (("for _ in range(C_TILES)", "for _ in range(C_TILES - 1)"),),
+    "dz without rstd": (("        dz *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]\n", ""),),
+    "dW without rstd": (("weight_grad(dz, x, main_grad_fc)", "weight_grad(dz / rstd[:, None], x, main_grad_fc)"),),
+    "no residual's gradient": (("    acc += dout.to(tl.float32)\n", ""),),
+    "no eps": (("axis=1) / D + EPS), mask", "axis=1) / D), mask"),),
+    "rstd reads past the row": (("(offs_m < M)[:, None] & (offs_d < D)[None, :]", "(offs_m < M - 1)[:, None]"),),
+    "the last row has no c": (("c, mask=offs_m < M)", "c, mask=offs_m < M - 1)"),),
+}
+
+
+@pytest.mark.parametrize("name", MLP_MUTANTS)
+def test_mlp_mutants_fail(name, tmp_path):
+    wrong = mutant(mlp, *MLP_MUTANTS[name], folder=tmp_path)
+    wrong.gemm_config = mlp.gemm_config
+    with pytest.raises(AssertionError):
+        check_mlp(wrong.norm_relu2_mlp, mlp_inputs((2, 35), 37, 91, torch.float32), torch.float32)
+
+
+def attention_inputs(T=21, D=40):
+    """x, x0, both λ, W_qkv, W_gate, ve."""
+    width, channels = (H + 2 * KVH) * HEAD_DIM, 8
+    weights = draw(((width, D), D**-0.5), ((KVH, channels), 1.0), ((2, T, KVH * HEAD_DIM), 1.0), seed=2)
+    lambdas = [torch.tensor(value, device=DEVICE) for value in (1.25, -0.375)]
+    return [stream(2, T, D), 0.5 * stream(2, T, D, seed=3), *lambdas, *weights]
+
+
+def attention_ref(x, x0, lambda_r, lambda_0, w_qkv, w_gate, ve):
+    s, y = rms_norm.rms_norm_ref(x, None, x0, upcast(lambda_r), upcast(lambda_0))
+    qkv, gate = y @ w_qkv.T, y[..., : w_gate.shape[1]] @ w_gate.T
+    cos, sin = rotary_tables(x.shape[1], HEAD_DIM, device=DEVICE)
+    return s, rotary_attention_ref(qkv, cos, sin, H, WINDOW, ve, gate)
+
+
+def attention_of(factors, products, attention=kernels.rotary_attention):
+    def function(x, x0, lambda_r, lambda_0, w_qkv, w_gate, ve):
+        s, y, rstd = factors(x, x0, upcast(lambda_r), upcast(lambda_0))
+        qkv, gate = products(y, rstd, w_qkv, w_gate, grads_scaled=True)
+        cos, sin = rotary_tables(x.shape[1], HEAD_DIM, device=DEVICE)
+        return s, attention(qkv, cos, sin, H, WINDOW, ve, gate, overwrite=True, grad_scale=rstd)
+
+    return function
+
+
+def check_attention(function, dtype=torch.float32):
+    names = ("s", "out", "dx", "dx0", "dλr", "dλ0", "dw_qkv", "dw_gate", "dve")
+    inputs = attention_inputs()
+    runs = (outputs_and_gradients(f, inputs, d) for f, d in
+            ((function, dtype), (attention_ref, dtype), (attention_ref, torch.float64)))  # fmt: skip
+    for name, value, baseline, truth in zip(names, *runs, strict=True):
+        # Three ops in a row, each of which may double the error. And one number is no statistic: of a λ's gradient
+        # PyTorch's own error may be nothing by luck.
+        assert_as_good(name, value, baseline, truth, factor=20 if name.startswith("dλ") else 8)
+
+
+def test_from_the_stream_to_attention():
+    """A norm in two factors, its products and the gradients that attention scales are one whole: the written norm's."""
+    check_attention(attention_of(kernels.norm_factors, kernels.norm_linear))
+
+
+def test_references_do_not_need_scaled_gradients():
+    kernels.set_ops("reference")
+    for a, b in zip(
+        *(outputs_and_gradients(f, attention_inputs(), torch.float64)
+          for f in (attention_of(kernels.norm_factors, kernels.norm_linear), attention_ref)), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+CHAIN_MUTANTS = {
+    "no rstd in the product": (norm_linear, ("(acc * rstd[:, None])", "acc")),
+    "no rstd in the gate": (norm_linear, ("product.mul_(rstd.view(-1, 1))", "product")),
+    "gradients scaled twice": (norm_linear, ("if not ctx.grads_scaled", "if True")),
+    "the gate's dx is lost": (norm_linear, ("dx[:, :channels].addmm_(dgate, gate_weight)", "pass")),
+    "a row past the end": (norm_linear, ("offs_m, mask=offs_m < M,", "offs_m, mask=offs_m < M - 1,")),
+    "no projection": (rms_norm, ("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", "")),
+    "scaled where it is already": (rms_norm, ("dy if SCALED else rstd * dy", "rstd * dy")),
+    "no eps": (rms_norm, ("tl.sqrt_rn(tl.sum(s * s, axis=1) / D + EPS)", "tl.sqrt_rn(tl.sum(s * s, axis=1) / D)")),
+}
+
+
+@pytest.mark.parametrize("name", CHAIN_MUTANTS)
+def test_chain_mutants_fail(name, tmp_path):
+    module, edit = CHAIN_MUTANTS[name]
+    wrong = mutant(module, edit, folder=tmp_path)
+    if module is norm_linear:
+        wrong.gemm_config = norm_linear.gemm_config
+        function = attention_of(kernels.norm_factors, wrong.norm_linear)
+    else:
+        function = attention_of(wrong.norm_factors, kernels.norm_linear)
+    with pytest.raises(AssertionError):
+        check_attention(function)
+
+
+def test_norm_linear_scales_gradients_by_itself_where_nobody_has():
+    x, rstd, w, w_gate = draw(((3, 17, 40), 1.0), ((3, 17), 0.2), ((53, 40), 0.2), ((3, 8), 0.3))
+    rstd = rstd.exp()
+
+    def given(f):
+        return lambda x, w, w_gate: f(x, rstd.to(x.dtype), w, w_gate)
+
+    for gate in (w_gate, None):
+        runs = (outputs_and_gradients(given(f), [x, w, gate], d) for f, d in
+                ((kernels.norm_linear, torch.float32), (norm_linear.norm_linear_ref, torch.float32),
+                 (norm_linear.norm_linear_ref, torch.float64)))  # fmt: skip
+        for values in zip(*runs, strict=True):
+            assert_as_good("norm_linear", *values)
+
+
+@pytest.mark.parametrize("has_ve", [True, False])
+def test_attention_scales_the_gradients_of_qkv_and_gate_alone(has_ve):
+    qkv, ve, gate, scale = draw(((2, 21, 64), 1.0), ((2, 21, 16), 1.0), ((2, 21, 1), 1.0), ((2, 21), 1.0))
+    cos, sin = rotary_tables(21, HEAD_DIM, device=DEVICE)
+    inputs = [qkv, ve, gate] if has_ve else [qkv]
+
+    def gradients(scale):
+        return outputs_and_gradients(
+            lambda qkv, *value: kernels.rotary_attention(qkv, cos, sin, H, WINDOW, *value, grad_scale=scale),
+            inputs, torch.float32,
+        )  # fmt: skip
+
+    plain, scaled = gradients(None), gradients(scale)
+    factors = [1.0, scale[..., None], 1.0, scale[..., None]]  # out, dqkv, dve, dgate
+    for value, scaled_value, factor in zip(plain, scaled, factors, strict=False):
+        torch.testing.assert_close(scaled_value, value * factor)
+
+
+def test_the_whole_model(monkeypatch):
+    """Loss, every gradient and one update against the references, and bit by bit with recompute. The step has more
+    tokens than the model is wide: of a gradient without full rank Muon would make noise."""
+    monkeypatch.undo()  # small tiles are many programs
+    exact_bfloat16(monkeypatch)  # Polar Express iterates in bf16
+    shape = GPTConfig(vocab_size=90, seq_len=11, depth=3, d_model=32, head_dim=16, num_kv_heads=1, window_pattern="S")
+    start = {name: p.detach().clone() for name, p in random_step(shape, torch.float32).model.named_parameters()}
+
+    def run(ops, **options):
+        kernels.set_ops(ops)
+        step = random_step(shape, torch.float32)
+        vars(step.model).update(options)
+        for tokens in random_batches(shape, 2, 2):
+            step.micro_step(tokens, 2)
+        return step, {name: p.main_grad.clone() for name, p in step.model.named_parameters()}
+
+    def update(step):
+        step.optimizer.set_hyper(VALUES, True)
+        assert step.update().item()
+        return step.loss, step.optimizer.masters
+
+    step, gradients_ref = run("reference")
+    loss_ref, masters_ref = update(step)
+    step, gradients = run("triton", fused_norms=True)
+    loss, masters = update(step)
+    torch.testing.assert_close(loss, loss_ref, rtol=1e-5, atol=1e-5)
+    for name, reference in gradients_ref.items():
+        assert reference.abs().max() > 1e-5, f"{name}: a gradient of zero tests nothing"
+        error = (gradients[name] - reference).norm() / reference.norm()
+        assert error < 1e-5, f"gradient of {name}: {error:.2e}"
+        moved, moved_ref = masters[name] - start[name], masters_ref[name] - start[name]
+        error = (moved - moved_ref).norm() / moved_ref.norm()
+        assert error < 2e-2, f"update of {name}: {error:.2e}"  # as in test_kernels_together
+    _, again = run("triton", fused_norms=True, recompute=True)
+    assert all(torch.equal(again[name], value) for name, value in gradients.items())
+
+
+def test_errors_name_the_argument():
+    x, rstd, w, w_gate = draw(((4, 8), 1.0), ((4,), 1.0), ((6, 8), 1.0), ((2, 4), 1.0))
+    for named, arguments in {
+        "weight": (x, rstd, w.half(), w_gate),
+        "gate_weight": (x, rstd, w, w_gate[0]),
+        "fit": (x, rstd, w[:, :5], w_gate),
+        "rstd": (x, rstd[:2], w, w_gate),
+        "float64": (x.double(), rstd, w, w_gate),
+    }.items():
+        with pytest.raises(ValueError, match=named):
+            kernels.norm_linear(*arguments)
+    cos, sin = rotary_tables(4, HEAD_DIM, device=DEVICE)
+    with pytest.raises(ValueError, match="grad_scale"):
+        kernels.rotary_attention(draw(((1, 4, 64), 1.0))[0], cos, sin, H, WINDOW, grad_scale=rstd)
+
+
+def test_costs_count_what_is_no_longer_written():
+    rows, D = 10, 512
+    norm = [rms_norm.cost(rows, D, backward=b)[0] for b in (False, True)]
+    saved = [norm[b] + mlp.cost(rows, D, 4 * D, backward=b)[0] - mlp.cost(rows, D, 4 * D, norm=True, backward=b)[0]
+             for b in (False, True)]  # fmt: skip
+    assert saved == [rows * (D * 2 + 4), rows * (2 * D * 2 + 4)]  # y; its gradient, written and read
+    mixed = rms_norm.cost(rows, D, has_x0=True)[0] - rms_norm.cost(rows, D, has_x0=True, has_y=False)[0]
+    assert mixed == rows * D * 2
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("D", "F"), [(512, 2048), (264, 1000)])
+def test_mlp_bfloat16_at_the_models_shape(monkeypatch, D, F):
+    monkeypatch.undo()
+    kernels.set_ops("triton")
+    check_mlp(mlp.norm_relu2_mlp, mlp_inputs((4, 2048), D, F, torch.bfloat16), torch.bfloat16)
