@@ -89,7 +89,8 @@ def test_strict_mode_rehearses_without_a_trace(corpus, tmp_path):
     assert losses(tmp_path / "strict") == losses(tmp_path / "usual")
     summary = json.loads((tmp_path / "strict" / "summary.json").read_text())
     assert summary["untimed_steps"] == "0"
-    assert float(summary["training_seconds"]) > 0
+    steps = [json.loads(line) for line in (tmp_path / "strict" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["timed_seconds"] > 0  # the summary rounds four steps of this model to 0.0 on an idle machine
 
 
 def make_step(forward_dtype=torch.float32) -> TrainStep:
