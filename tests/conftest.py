@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import signal
 import string
 
 import pytest
@@ -14,6 +15,9 @@ from prepare import prepare
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _left_out = pytest.StashKey[int]()
 
