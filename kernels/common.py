@@ -174,7 +174,9 @@ def weight_grad(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | Non
         return torch.mm(dy.mT, x)
     if x.dtype == main_grad.dtype:
         main_grad.addmm_(dy.mT, x)
-    elif x.is_meta or (x.is_cuda and _has_accumulating_gemm(x.device, x.dtype)):
+    elif x.is_meta:
+        pass  # as the next: in place, with nothing allocated; not every PyTorch knows that product without memory
+    elif x.is_cuda and _has_accumulating_gemm(x.device, x.dtype):
         # C and D of the GEMM are main_grad: it is read and written once, and the product never exists by itself.
         torch.addmm(main_grad, dy.mT, x, out_dtype=main_grad.dtype, out=main_grad)
     elif x.is_cuda:

@@ -1,4 +1,4 @@
-"""Rotary, QK-norm and the gated value embedding, once per token, and the first two backwards as a helper.
+"""Rotary, QK-norm and the gated value embedding, once per token, and the first two backwards.
 
 In place: the normed queries and keys and, on layers with a value embedding, the mixed values take the place of what was
 projected. Other layers' values stay as they are, so that one tensor holds all that attention reads and no part of it is
