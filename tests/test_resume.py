@@ -1,7 +1,4 @@
-"""A run that is stopped, killed or cut off goes on as if nothing had been: bit for bit, on the CPU, by steps.
-
-Kills are of real processes. `TIMEBOX_KILLS=50 pytest tests/test_resume.py -k kill` makes as many as it says.
-"""
+"""A run that is stopped, killed or cut off goes on as if nothing had been: bit for bit, on the CPU, by steps."""
 
 import errno
 import json
@@ -10,12 +7,11 @@ import random
 import shlex
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
-from tiny_run import TINY, losses, rows, run_main, start
+from tiny_run import TINY, assert_same, losses, rows, run_main, start
 
 import train.__main__
 import train.checkpoint
@@ -24,7 +20,6 @@ from prepare import prepare
 from train.checkpoint import checkpoint_folders, read_checkpoint
 from train.progress import Reporter
 
-KILLS = int(os.environ.get("TIMEBOX_KILLS", "4"))
 STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints"]
 
 
@@ -72,21 +67,6 @@ def stopped_once(corpus, tmp_path_factory):
 def stopped(stopped_once, tmp_path):
     """A run of 16 steps that a SIGTERM ended after 7; the test may do with it what it likes."""
     return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Two finished runs, kept checkpoints included: every number of them that is not a time."""
-    assert losses(one) == losses(other)
-    assert [row["step"] for row in rows(one)] == [*range(len(rows(one)))]
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
-    for key in ("val_bpb", "num_steps", "total_tokens_M", "untimed_steps", "fingerprint", "train_cropped_percent"):
-        assert summaries[0][key] == summaries[1][key], key
-    ends = [read_checkpoint(checkpoint_folders(run / "checkpoints")[0]) for run in (one, other)]
-    tensors = [(end.path / "tensors.safetensors").read_bytes() for end in ends]
-    assert tensors[0] == tensors[1]
-    for key in ("step", "average", "loader"):
-        assert ends[0].values[key] == ends[1].values[key], key
 
 
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
@@ -408,61 +388,3 @@ def test_a_signal_while_it_sets_up(corpus, tmp_path):
     assert process.returncode == 143
     assert (out, err) == ("", "\nterminated\n")
     assert not (tmp_path / "run").exists()
-
-
-def kill(process, rng: random.Random, folder: Path, how: str) -> int:
-    """Kills it at a random moment: at any time, of which most is setting up; after some steps; while a checkpoint is
-    being written. Returns its exit code."""
-    timer = threading.Timer(rng.uniform(0, 4), process.kill)
-    if how == "any time":
-        timer.start()
-    last = next_step(folder) + rng.randint(0, 9)
-    for line in process.stdout:
-        if line.startswith(f"step {last:05d}"):
-            break
-    timer.cancel()
-    time.sleep(rng.uniform(0, 0.02))
-    while how == "while it writes" and process.poll() is None:
-        process.send_signal(signal.SIGSTOP)  # so that what is seen is still so when it is killed
-        if parts(folder):
-            break
-        process.send_signal(signal.SIGCONT)
-        time.sleep(rng.uniform(0, 0.005))
-    process.kill()
-    process.communicate()
-    return process.returncode
-
-
-def parts(folder: Path) -> set[tuple[str, int]]:
-    """Checkpoints begun and not finished."""
-    return {(path.name, path.stat().st_ino) for path in (folder / "checkpoints").glob("*.part")}
-
-
-def next_step(folder: Path) -> int:
-    checkpoints = checkpoint_folders(folder / "checkpoints")
-    return read_checkpoint(checkpoints[0]).step if checkpoints else 0
-
-
-def test_killed_at_random_moments(corpus, tmp_path):
-    rng = random.Random(3)
-    args = [*TINY, "--data", str(corpus), "--steps", str(40 * KILLS), "--keep-checkpoints", "--checkpoint-every", "0"]
-    undisturbed = start(*args, "--run-dir", str(tmp_path / "whole"))
-    folder = tmp_path / "run"
-    torn = 0
-    for number in range(KILLS):
-        resumable = bool(checkpoint_folders(folder / "checkpoints"))
-        if not resumable:  # killed before its first checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
-        before = parts(folder)
-        process = start("--resume", str(folder)) if resumable else start(*args, "--run-dir", str(folder))
-        how = ["while it writes", "after some steps", "any time"][number % 3]
-        assert kill(process, rng, folder, how) == -signal.SIGKILL
-        torn += bool(parts(folder) - before)
-    last = start("--resume", str(folder))
-    _, err = last.communicate(timeout=600)
-    assert last.returncode == 0, err
-    _, err = undisturbed.communicate(timeout=600)
-    assert undisturbed.returncode == 0, err
-    assert torn >= (KILLS + 2) // 3
-    assert_same(folder, tmp_path / "whole")
-    print(f"{KILLS} of {KILLS} kills survived, {torn} of them while a checkpoint was being written")

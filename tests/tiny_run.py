@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import train.__main__
+from train.checkpoint import checkpoint_folders, read_checkpoint
 
 TINY = [
     "--device", "cpu", "--depth", "2", "--d-model", "64", "--head-dim", "16", "--seq-len", "32",
@@ -36,3 +37,18 @@ def rows(folder: Path) -> list[dict]:
 
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder)]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two finished runs, kept checkpoints included: every number of them that is not a time."""
+    assert losses(one) == losses(other)
+    assert [row["step"] for row in rows(one)] == [*range(len(rows(one)))]
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    for key in ("val_bpb", "num_steps", "total_tokens_M", "untimed_steps", "fingerprint", "train_cropped_percent"):
+        assert summaries[0][key] == summaries[1][key], key
+    ends = [read_checkpoint(checkpoint_folders(run / "checkpoints")[0]) for run in (one, other)]
+    tensors = [(end.path / "tensors.safetensors").read_bytes() for end in ends]
+    assert tensors[0] == tensors[1]
+    for key in ("step", "average", "loader"):
+        assert ends[0].values[key] == ends[1].values[key], key
