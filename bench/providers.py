@@ -101,9 +101,9 @@ def quack() -> dict[str, Function]:
 
 
 def mixed_norm(norm: Callable, x, x0=None, lambda_r=None, lambda_0=None):
-    """A plain norm as our op: the stream, mixed in PyTorch, and its norm."""
+    """A plain norm as our op: the stream, mixed in PyTorch, its norm, and x0 as it came."""
     s = x if x0 is None else lambda_r * x + lambda_0 * x0
-    return s, norm(s)
+    return (s, norm(s), *([] if x0 is None else [x0]))
 
 
 def flash_attention(module: str) -> dict[str, Function]:

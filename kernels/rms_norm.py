@@ -3,10 +3,12 @@
     s = λᵣ·(x + residual) + λ₀·x₀          (each part optional)
     y = s / sqrt(mean(s²) + eps)           eps = 2⁻²³
 
-Both s and y are returned, so that the stream has one consumer and autograd has no sum of its own to make.
+Both s and y are returned, so that the stream has one consumer and autograd has no sum of its own to make. So is x₀, for
+the next layer: what that sends back is added to here, where dx₀ is written anyway.
 x, x₀, residual, s, y: [..., D]; λᵣ, λ₀: scalars. Source: Zhang & Sennrich, arXiv 1910.07467.
 
-Backward, with x̂ = s·rstd:  g = ds + rstd·(dy − x̂·mean(dy·x̂));  dx = dresidual = λᵣ·g;  dx₀ = λ₀·g;
+Backward, with x̂ = s·rstd:  g = ds + rstd·(dy − x̂·mean(dy·x̂));  dx = dresidual = λᵣ·g;  dx₀ = λ₀·g, and
+what came back for the x₀ that was returned;
 dλᵣ = Σ g·(x + residual);  dλ₀ = Σ g·x₀, per block of rows first and then over the blocks, in a fixed order.
 
 `norm_factors` leaves y to who multiplies it: it returns s and rstd, and y = rstd ⊙ s is never written. What comes back
@@ -15,7 +17,7 @@ for that s is rstd ⊙ dy, which is all that its backward wants: g = ds + rstd·
 Saved: rstd in fp32, and with x₀ the tensors that s is made of. Without x₀ there is no λ whose gradient needs them: y is
 x̂, and what follows a norm mostly keeps y for itself, so that keeping it here too costs nothing. With x alone, s is x:
 nothing is written.
-Bytes per token at width D in 16 bits, x alone: 4D forward, 8D backward; with x₀: 8D and 12D. FLOPs: about 4D and 9D.
+Bytes per token at width D in 16 bits, x alone: 4D forward, 8D backward; with x₀: 8D and 14D. FLOPs: about 4D and 9D.
 """
 
 import torch
@@ -31,14 +33,14 @@ def rms_norm_ref(
     x0: Tensor | None = None,
     lambda_r: Tensor | None = None,
     lambda_0: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     s = upcast(x)
     if residual is not None:
         s = s + upcast(residual)
     if x0 is not None:
         s = lambda_r * s + lambda_0 * upcast(x0)
     y = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS)
-    return s.to(x.dtype), y.to(x.dtype)
+    return (s.to(x.dtype), y.to(x.dtype), *([] if x0 is None else [x0]))
 
 
 @triton.jit
@@ -70,10 +72,10 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_kernel(
-    ds_ptr, dy_ptr, x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, rstd_ptr, dx_ptr, dx0_ptr, partial_ptr,
-    x_stride_m, residual_stride_m, x0_stride_m, M, D,
+    ds_ptr, dy_ptr, dx0_later_ptr, x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, rstd_ptr,
+    dx_ptr, dx0_ptr, partial_ptr, x_stride_m, residual_stride_m, x0_stride_m, M, D,
     HAS_DS: tl.constexpr, HAS_DY: tl.constexpr, SCALED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    HAS_LATER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Without HAS_X0, `x_ptr` is y. With SCALED, `dy_ptr` is rstd ⊙ dy."""
     pid = tl.program_id(0)
@@ -106,7 +108,10 @@ def _rms_norm_bwd_kernel(
             dlambda_r += tl.sum(g * inner)
             dlambda_0 += tl.sum(g * x0)
             tl.store(dx_ptr + offs, (tl.load(lambda_r_ptr) * g).to(dx_ptr.dtype.element_ty), mask=mask)
-            tl.store(dx0_ptr + offs, (tl.load(lambda_0_ptr) * g).to(dx0_ptr.dtype.element_ty), mask=mask)
+            dx0 = tl.load(lambda_0_ptr) * g
+            if HAS_LATER:
+                dx0 += tl.load(dx0_later_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx0_ptr + offs, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
         else:
             tl.store(dx_ptr + offs, g.to(dx_ptr.dtype.element_ty), mask=mask)
     if HAS_X0:
@@ -198,20 +203,21 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(*kept, rows_x0, lambda_r, lambda_0, rstd)
         ctx.has_residual, ctx.scaled = residual is not None, wanted == "factors"
         ctx.dlambda = dlambda_r, dlambda_0
-        if wanted != "factors":
-            return s, y
-        rstd = rstd.view(x.shape[:-1])
-        ctx.mark_non_differentiable(rstd)
-        return s, s.view_as(s), rstd
+        if wanted == "factors":
+            rstd = rstd.view(x.shape[:-1])
+            ctx.mark_non_differentiable(rstd)
+            return s, s.view_as(s), rstd, x0
+        return (s, y) if x0 is None else (s, y, x0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, ds, dy, *_):
+    def backward(ctx, ds, dy, *others):
+        dx0_later = others[-1] if others else None
         x, residual, x0, lambda_r, lambda_0, rstd = ctx.saved_tensors
         if ds is None and dy is None:
-            return (None,) * 8
+            return None, None, dx0_later, *(None,) * 5
         shape = (dy if ds is None else ds).shape
-        ds, dy = (None if g is None else g.contiguous() for g in (ds, dy))
+        ds, dy, dx0_later = (None if g is None else g.contiguous() for g in (ds, dy, dx0_later))
         x = x.reshape(-1, shape[-1])
         M, D = x.shape
         config = _config(D)
@@ -220,10 +226,10 @@ class _RMSNorm(torch.autograd.Function):
         dx0 = None if x0 is None else torch.empty_like(dx)
         partial = None if x0 is None else torch.empty(programs, 2, dtype=torch.float32, device=x.device)
         _rms_norm_bwd_kernel[(programs,)](
-            ds, dy, x, residual, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
+            ds, dy, dx0_later, x, residual, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
             x.stride(0), 0 if residual is None else residual.stride(0), 0 if x0 is None else x0.stride(0), M, D,
             HAS_DS=ds is not None, HAS_DY=dy is not None, SCALED=ctx.scaled, HAS_RESIDUAL=residual is not None,
-            HAS_X0=x0 is not None, STEPS=STEPS, **config,
+            HAS_X0=x0 is not None, HAS_LATER=dx0_later is not None, STEPS=STEPS, **config,
         )  # fmt: skip
         dresidual = dx if ctx.has_residual else None
         if x0 is None:
@@ -250,8 +256,8 @@ def rms_norm(
     lambda_r: Tensor | None = None,
     lambda_0: Tensor | None = None,
     y_only: bool = False,
-) -> tuple[Tensor | None, Tensor]:
-    """The mixed stream and its norm.
+) -> tuple[Tensor | None, ...]:
+    """The mixed stream, its norm, and x0 for the next layer.
 
     Args:
         x, residual, x0: [..., D], one dtype.
@@ -260,22 +266,24 @@ def rms_norm(
         y_only: s is not wanted, and the kernels do not write it.
 
     Returns:
-        (s, y), both shaped and typed like `x`. With `x` alone, s is a view of it; with `y_only` it is None.
+        (s, y), and with `x0` a third, a view of it: whoever reads that one instead of `x0` sends its gradient through
+        here, where it is added to. All shaped and typed like `x`. With `x` alone, s is a view of it; with `y_only` it
+        is None.
     """
     if not use_kernels(x):
-        s, y = rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
-        return None if y_only else s, y
+        s, *rest = rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
+        return None if y_only else s, *rest
     dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
     return _RMSNorm.apply(x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "y" if y_only else "s, y")
 
 
-def norm_factors_ref(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_factors_ref(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, ...]:
     s = lambda_r * upcast(x) + lambda_0 * upcast(x0)
     rstd = torch.rsqrt(s.square().mean(-1) + EPS)
-    return s.to(x.dtype), s.to(x.dtype), rstd
+    return s.to(x.dtype), s.to(x.dtype), rstd, x0
 
 
-def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, ...]:
     """The mixed stream and its norm y as two factors, y = rstd ⊙ s, for `norm_linear`.
 
     Args:
@@ -283,7 +291,7 @@ def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> t
 
     Returns:
         s; s again, whose gradient the kernels take to be rstd ⊙ dy, all of it: what reaches x through rstd too is
-        theirs to work out; rstd, [...] in fp32.
+        theirs to work out; rstd, [...] in fp32; x0 for the next layer, as from `rms_norm`.
     """
     if not use_kernels(x):
         return norm_factors_ref(x, x0, lambda_r, lambda_0)
@@ -301,5 +309,5 @@ def cost(
     if not backward:
         tensors = 1 + has_residual + has_x0 + mixed + has_y  # the inputs, s, y
         return rows * (width * tensors * itemsize + 4), rows * width * (4 + has_residual + 3 * has_x0)
-    tensors = 2 + 1 + 2 * has_x0 + (has_residual and has_x0) + 1  # ds, dy, what was kept, dx and dx0
+    tensors = 2 + 1 + 3 * has_x0 + (has_residual and has_x0) + 1  # ds, dy, what was kept, dx; dx0 as read and written
     return rows * (width * tensors * itemsize + 4), rows * width * (9 + 9 * has_x0)

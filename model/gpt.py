@@ -125,11 +125,14 @@ class GPT(nn.Module):
             if i in self.config.ve_layers:  # popped: a layer may forget its own
                 look_up = partial(kernels.embedding, tokens, [tables[1 + self.config.ve_layers.index(i)]])
                 value = values.pop(0), look_up
-            x = self._layer(i, x, x0, value)
+            x, x0 = self._layer(i, x, x0, value)
         return kernels.rms_norm(x)[1]
 
-    def _layer(self, i: int, x: Tensor, x0: Tensor, value: tuple[Tensor, Callable] | None) -> Tensor:
-        """One layer: x [B, T, D], its value embedding [B, T, KVH·head_dim] and how to look it up again."""
+    def _layer(
+        self, i: int, x: Tensor, x0: Tensor, value: tuple[Tensor, Callable] | None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer: x [B, T, D], its value embedding [B, T, KVH·head_dim] and how to look it up again. Returns x, and
+        x0 for the layer after it."""
         config, weight = self.config, kernels.layer_weight
         # The last layer's backward comes first: what it keeps is there at the peak anyway.
         recompute = self.recompute and i < config.depth - 1
@@ -138,12 +141,12 @@ class GPT(nn.Module):
         ve, look_up = value or (None, None)
         w_gate = None if value is None else weight(self.w_gate, config.ve_layers.index(i))
         if self.fused_norms:
-            x, y, rstd = kernels.norm_factors(*streams)
+            x, y, rstd, x0 = kernels.norm_factors(*streams)
             with _forgetting(y, lambda: kernels.norm_factors(*streams)[1], recompute):
                 qkv, gate = kernels.norm_linear(y, rstd, w_qkv, w_gate, grads_scaled=True)
         else:
             rstd = None
-            x, y = kernels.rms_norm(x, None, *streams[1:])
+            x, y, x0 = kernels.rms_norm(x, None, *streams[1:])
             with _forgetting(y, lambda: kernels.rms_norm(streams[0], None, *streams[1:], y_only=True)[1], recompute):
                 qkv = kernels.linear(y, w_qkv)
                 gate = None if value is None else kernels.linear(y[..., :GATE_CHANNELS], w_gate)
@@ -153,9 +156,9 @@ class GPT(nn.Module):
             )
         x = kernels.linear(attn, weight(self.w_out, i), residual=x)
         if self.fused_norms:
-            return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute)
+            return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute), x0
         _, y = kernels.rms_norm(x)
-        return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute)
+        return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute), x0
 
 
 def _forgetting(tensor: Tensor | None, again: Callable[[], Tensor], when: bool) -> AbstractContextManager:

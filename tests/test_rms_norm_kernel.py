@@ -97,6 +97,31 @@ def test_one_gradient_may_be_absent(parts, only):
     check(one(op.rms_norm), (3, 5, 24), parts, torch.float32, reference=one(op.rms_norm_ref), draws=8)
 
 
+def test_x0_goes_through_layer_after_layer():
+    """Each adds its part of dx0 to what the next sent back, a last one that nobody reads included."""
+    first, _, x0, *lambdas = make_inputs((4, 9, 40), "x0", torch.float32)
+
+    def three_layers(mix):
+        def function(x, x0, lambda_r, lambda_0):
+            for _ in range(3):
+                x, y, x0 = mix(x, None, x0, upcast(lambda_r), upcast(lambda_0))
+            return x, y
+
+        return function
+
+    inputs = [first, x0, *lambdas]
+    runs = (outputs_and_gradients(three_layers(f), inputs, d) for f, d in
+            ((op.rms_norm, torch.float32), (op.rms_norm_ref, torch.float32), (op.rms_norm_ref, torch.float64)))  # fmt: skip
+    for name, *values in zip(("x", "y", "dx", "dx0"), *runs, strict=False):
+        assert_as_good(name, *values, factor=6)  # three times an op that may double the error
+
+    x0.requires_grad_()
+    alone = op.rms_norm(first, None, x0, *lambdas)[2]
+    assert alone.data_ptr() == x0.data_ptr()
+    (dx0,) = torch.autograd.grad(alone, x0, torch.full_like(x0, 3.0))
+    assert (dx0 == 3.0).all()
+
+
 def test_lambda_gradients_add_up_in_main_grad():
     x, _, x0, *_ = make_inputs((4, 9, 40), "x0", torch.float32)
     lambdas = [torch.tensor([0.5, 1.5], device=DEVICE, requires_grad=True) for _ in range(2)]
@@ -104,9 +129,9 @@ def test_lambda_gradients_add_up_in_main_grad():
     for value in lambdas:
         value.main_grad = torch.tensor([3.0, -2.0], device=DEVICE)
     for scale in (1.0, 0.5):
-        _, y = op.rms_norm(x, None, x0, *(layer_weight(v, 1) for v in lambdas))
+        _, y, _ = op.rms_norm(x, None, x0, *(layer_weight(v, 1) for v in lambdas))
         (scale * y[..., 3]).sum().backward()
-        _, y = op.rms_norm_ref(x.double(), None, x0.double(), *(v[1] for v in truth))
+        _, y, _ = op.rms_norm_ref(x.double(), None, x0.double(), *(v[1] for v in truth))
         (scale * y[..., 3]).sum().backward()
     for value, exact in zip(lambdas, truth, strict=True):
         assert value.grad is None
@@ -119,6 +144,7 @@ MUTANTS = {
     "no projection": (("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", ""),),
     "the projection is not divided": (("axis=1)[:, None] / D", "axis=1)[:, None]"),),
     "the stream's gradient is lost": (("g += tl.load(ds_ptr", "tl.load(ds_ptr"),),
+    "what comes back for x0 is lost": (("dx0 += tl.load(dx0_later_ptr", "tl.load(dx0_later_ptr"),),
     "dx unscaled": (("(tl.load(lambda_r_ptr) * g)", "g"),),
     "dλr from the mixed stream": (("tl.sum(g * inner)", "tl.sum(g * s)"),),
     "one program's dλ is left out": (("for start in range(0, N, BLOCK)", "for start in range(0, N - 1, BLOCK)"),
@@ -151,7 +177,7 @@ def test_errors_name_the_argument():
 
 def test_cost_counts_every_tensor_once():
     assert op.cost(10, 512) == (10 * (512 * 2 * 2 + 4), 10 * 512 * 4)  # x, y and rstd
-    assert op.cost(10, 512, has_x0=True, backward=True)[0] == 10 * (512 * 6 * 2 + 4)  # ds, dy, x, x0, dx, dx0; rstd
+    assert op.cost(10, 512, has_x0=True, backward=True)[0] == 10 * (512 * 7 * 2 + 4)  # ds, dy, x, x0, dx, dx0 twice; rstd
 
 
 @real_and_small("shape", [(16, 2048, 512), (2, 2048, 1280), (1, 1, 512)], [(2, 9, 40), (1, 1, 8)])
