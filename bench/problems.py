@@ -105,6 +105,10 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         rows, width, out = op.sizes
         inputs = [randn(rows, width), randn(out, width, scale=width**-0.5)]
         return Problem(op, inputs + ([randn(rows, out)] if flags.get("residual") else []), weights=frozenset((1,)))
+    if op.module == "qkv_projection":
+        rows, width, out, *gate = op.sizes
+        weights = [randn(*shape, scale=shape[1] ** -0.5) for shape in [(out, width), *([gate] if gate else [])]]
+        return Problem(op, [randn(rows, width), *weights], weights=frozenset(range(1, 1 + len(weights))))
     if op.module == "rotary_attention":
         batch, seq_len, heads, kv_heads, head_dim, window = op.sizes
         cos, sin = rotary_tables(seq_len, head_dim, device=device)
@@ -145,6 +149,10 @@ def rms_norm(x, x0=None, lambda_r=None, lambda_0=None):
     return kernels.rms_norm(x, x0=x0, lambda_r=lambda_r, lambda_0=lambda_0)
 
 
+def qkv_projection(x, weight, gate_weight=None):
+    return [out for out in kernels.qkv_projection(x, weight, gate_weight) if out is not None]
+
+
 def rotary_attention(qkv, ve=None, gate=None, *, cos, sin, num_heads, window):
     return kernels.rotary_attention(qkv, cos, sin, num_heads, window, ve, gate)
 
@@ -168,6 +176,7 @@ def adamw_update(master, grad, exp_avg, exp_avg_sq, copy=None, *, hyper, apply):
 OPS: dict[str, Function] = {
     "rms_norm": rms_norm,
     "linear": kernels.linear,
+    "qkv_projection": qkv_projection,
     "rotary_attention": rotary_attention,
     "mlp": kernels.relu2_mlp,
     "linear_cross_entropy": kernels.linear_cross_entropy,

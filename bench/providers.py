@@ -77,9 +77,9 @@ def liger() -> dict[str, Function]:
 
 
 def quack() -> dict[str, Function]:
-    """QuACK. RMSNorm: the λ-mix in PyTorch before it, the stream beside it. Linear and MLP: its GEMMs with relu² in
-    the epilogues; the residual in PyTorch. Loss: it knows no softcap, so the product and the softcap are PyTorch's and
-    keep the logits of all rows; the cross-entropy alone is its."""
+    """QuACK. RMSNorm: the λ-mix in PyTorch before it, the stream beside it. Linear, QKV and MLP: its GEMMs with relu²
+    in the epilogues; the residual and the value gate in PyTorch. Loss: it knows no softcap, so the product and the
+    softcap are PyTorch's and keep the logits of all rows; the cross-entropy alone is its."""
     rms_norm = import_module("quack.rmsnorm").rmsnorm
     product = import_module("quack.linear").linear_func
     block = import_module("quack.mlp").mlp_func
@@ -89,12 +89,16 @@ def quack() -> dict[str, Function]:
         y = product(x, weight)
         return y if residual is None else residual + y
 
+    def qkv_projection(x, weight, gate_weight=None):
+        return [product(x, weight), *([] if gate_weight is None else [x[..., : gate_weight.shape[1]] @ gate_weight.mT])]
+
     def linear_cross_entropy(x, weight, *, targets):
         return cross_entropy(kernels.softcapped_logits(x, weight), targets, ignore_index=IGNORED, reduction="mean")
 
     return {
         "rms_norm": partial(mixed_norm, partial(rms_norm, eps=EPS)),
         "linear": linear,
+        "qkv_projection": qkv_projection,
         "mlp": lambda x, w_fc, w_proj, residual: residual + block(x, w_fc, w_proj, activation="relu_sq"),
         "linear_cross_entropy": linear_cross_entropy,
     }

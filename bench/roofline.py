@@ -80,6 +80,7 @@ def micro_step_ops(config: TrainConfig, model: GPTConfig) -> list[Op]:
     """Every op of a forward and backward, in the order of the forward."""
     rows, D = config.micro_batch_tokens, model.d_model
     ve, fused = len(model.ve_layers), config.fused_norms
+    qkv = rows, D, D + 2 * model.kv_width
     heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
     attention = []
     for window in sorted(set(model.windows)):
@@ -92,13 +93,14 @@ def micro_step_ops(config: TrainConfig, model: GPTConfig) -> list[Op]:
         Op("embedding", 1, "embedding", (rows, model.vocab_size, (D, *[model.kv_width] * ve))),
         Op("norm", 2 if fused else model.depth + 2, "rms_norm", (rows, D)),
         Op("λ-mix and norm", model.depth, "rms_norm", (rows, D), (("has_x0", True), *[("has_y", False)] * fused)),
-        Op("qkv", model.depth, "norm_linear" if fused else "linear", (rows, D, D + 2 * model.kv_width)),
-        Op("value gate", ve, "linear", (rows, GATE_CHANNELS, model.kv_heads)),
+        Op("qkv", model.depth - ve, "qkv_projection", qkv, (("norm", True),) * fused),
+        Op("qkv and value gate", ve, "qkv_projection", (*qkv, model.kv_heads, GATE_CHANNELS),
+           (("norm", True),) * fused),
         *attention,
         Op("attention output", model.depth, "linear", (rows, D, D), (("residual", True),)),
         Op("relu² MLP", model.depth, "mlp", (rows, D, 4 * D), (("norm", True),) * fused),
         Op("head and loss", 1, "linear_cross_entropy", (rows, D, model.vocab_size)),
-    ]
+    ]  # fmt: skip
     return [op for op in ops if op.count]
 
 

@@ -7,8 +7,8 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
 from .mlp import norm_relu2_mlp, relu2_mlp
 from .muon import muon_update, second_moment_shape
-from .norm_linear import norm_linear
 from .polar_express import polar_express
+from .qkv_projection import qkv_projection
 from .rms_norm import norm_factors, rms_norm
 from .rotary_attention import compiled_attention, prepare_compiled_attention, rotary_attention, rotary_tables
 
@@ -22,10 +22,10 @@ __all__ = [
     "linear_cross_entropy",
     "muon_update",
     "norm_factors",
-    "norm_linear",
     "norm_relu2_mlp",
     "polar_express",
     "prepare_compiled_attention",
+    "qkv_projection",
     "recomputed",
     "relu2_mlp",
     "rms_norm",

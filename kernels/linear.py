@@ -5,7 +5,7 @@ there is one;  dresidual = dy, the same tensor.
 
 Saved: x and W. Bytes per token in 16 bits: 2(K + N) forward, and 2N more for the residual; 4(K + N) backward. FLOPs per
 token: 2KN forward, 4KN backward. PyTorch's `addmm` copies the residual into y before its GEMM adds to it, which moves
-another 4N bytes: a property of that provider, so `cost` does not count it.
+another 4N bytes; with `overwrite` the residual becomes y, and nothing is copied.
 """
 
 import torch
@@ -34,36 +34,41 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, residual, main_grad):
+    def forward(ctx, x, weight, residual, main_grad, overwrite):
         _check(x, weight, residual)
         N, K = weight.shape
-        rows = x.reshape(-1, K)  # a view of y[..., :32] too: its rows are evenly spaced
+        rows = x.reshape(-1, K)
         if residual is None:
             y = torch.mm(rows, weight.mT)
+        elif overwrite:
+            residual.view(-1, N).addmm_(rows, weight.mT)
+            ctx.mark_dirty(residual)
+            y = residual
         else:
             y = torch.addmm(residual.reshape(-1, N), rows, weight.mT)
         ctx.save_for_backward(rows, weight)
         ctx.main_grad = main_grad
         ctx.x_shape = x.shape
-        return y.view(*x.shape[:-1], N)
+        return y if y is residual else y.view(*x.shape[:-1], N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_dresidual, _ = ctx.needs_input_grad
+        needs_dx, needs_dw, needs_dresidual, *_ = ctx.needs_input_grad
         rows = dy.reshape(-1, weight.shape[0])
         dx = torch.mm(rows, weight).view(ctx.x_shape) if needs_dx else None
         dw = weight_grad(rows, x, ctx.main_grad) if needs_dw else None
-        return dx, dw, dy if needs_dresidual else None, None
+        return dx, dw, dy if needs_dresidual else None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
     """A linear layer without bias, its residual added before the one rounding.
 
     Args:
         x: [..., K], its rows evenly spaced or else copied; weight: [N, K]; residual: [..., N] or None; of one dtype.
             Where `weight` carries `main_grad`, its gradient is added there.
+        overwrite: nobody needs `residual` any more: the kernels may write over it, if it is contiguous.
 
     Returns:
         [..., N].
@@ -73,7 +78,8 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """
     if not use_kernels(x):
         return linear_ref(x, weight, residual)
-    return _Linear.apply(x, weight, residual, getattr(weight, "main_grad", None))
+    overwrite = overwrite and residual is not None and residual.is_contiguous()
+    return _Linear.apply(x, weight, residual, getattr(weight, "main_grad", None), overwrite)
 
 
 def cost(

@@ -284,7 +284,7 @@ def norm_factors_ref(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) 
 
 
 def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, ...]:
-    """The mixed stream and its norm y as two factors, y = rstd ⊙ s, for `norm_linear`.
+    """The mixed stream and its norm y as two factors, y = rstd ⊙ s, for `qkv_projection`.
 
     Args:
         as those of `rms_norm`.

@@ -143,21 +143,21 @@ class GPT(nn.Module):
         if self.fused_norms:
             x, y, rstd, x0 = kernels.norm_factors(*streams)
             with _forgetting(y, lambda: kernels.norm_factors(*streams)[1], recompute):
-                qkv, gate = kernels.norm_linear(y, rstd, w_qkv, w_gate, grads_scaled=True)
+                qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate, rstd, grads_scaled=True)
         else:
             rstd = None
             x, y, x0 = kernels.rms_norm(x, None, *streams[1:])
             with _forgetting(y, lambda: kernels.rms_norm(streams[0], None, *streams[1:], y_only=True)[1], recompute):
-                qkv = kernels.linear(y, w_qkv)
-                gate = None if value is None else kernels.linear(y[..., :GATE_CHANNELS], w_gate)
+                qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate)
         with _forgetting(ve, lambda: look_up()[0], recompute and value is not None):
             attn = kernels.rotary_attention(
                 qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True, grad_scale=rstd
             )
-        x = kernels.linear(attn, weight(self.w_out, i), residual=x)
+        # The stream in two factors is also what the products before attention have kept.
+        x = kernels.linear(attn, weight(self.w_out, i), residual=x, overwrite=not self.fused_norms)
         if self.fused_norms:
             return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute), x0
-        _, y = kernels.rms_norm(x)
+        x, y = kernels.rms_norm(x)
         return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute), x0
 
 

@@ -172,10 +172,24 @@ def test_the_bad_gradient_is_named(monkeypatch, value, text):
 def test_watching_leaves_the_ops_as_they_were():
     step = make_step()
     before = {name: getattr(replay.kernels, name) for name in replay.OPS}
-    rows = replay.activations(step, next(endless_batches()).tokens)
+    rows = [line.split() for line in replay.activations(step, next(endless_batches()).tokens)]
     assert before == {name: getattr(replay.kernels, name) for name in replay.OPS}
-    names = [name for name, _ in rows]
+    names = [name for name, *_ in rows]
     assert names[:2] == ["embedding", "embedding"]
     assert names.count("relu2_mlp[0]") == names.count("relu2_mlp[1]") == names.count("rotary_attention[1]") == 1
     assert names[-1] == "linear_cross_entropy"
-    assert all(torch.isfinite(tensor).all() for _, tensor in rows)
+    assert all(bad == "0" for _, bad, *_ in rows)
+
+
+@pytest.mark.parametrize("fused_norms", [False, True])
+def test_what_an_op_returned_is_seen_before_another_writes_over_it(fused_norms):
+    step, tokens = make_step(), next(endless_batches()).tokens
+    step.model.fused_norms = fused_norms
+    seen = {}
+    for ops in ("reference", "triton"):
+        replay.kernels.set_ops(ops)
+        seen[ops] = [line.split() for line in replay.activations(step, tokens)]
+    replay.kernels.set_ops(None)
+    for reference, kernel in zip(*seen.values(), strict=True):
+        assert kernel[:4] == reference[:4]
+        assert [float(x) for x in kernel[4:]] == pytest.approx([float(x) for x in reference[4:]], rel=2e-3, abs=1e-4)

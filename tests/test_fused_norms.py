@@ -22,7 +22,7 @@ from tests.test_mlp_kernel import SMALL_TILES
 from tests.weight_grads import accumulated_gradients
 
 mlp = importlib.import_module("kernels.mlp")
-norm_linear = importlib.import_module("kernels.norm_linear")
+projection = importlib.import_module("kernels.qkv_projection")
 rms_norm = importlib.import_module("kernels.rms_norm")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 H, KVH, HEAD_DIM, WINDOW = 2, 1, 16, 9
@@ -31,7 +31,7 @@ H, KVH, HEAD_DIM, WINDOW = 2, 1, 16, 9
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch):
     fill_empty_with_nan(monkeypatch)
-    for op in (mlp, norm_linear):  # many tiles, and tails in every direction
+    for op in (mlp, projection):  # many tiles, and tails in every direction
         monkeypatch.setattr(op, "gemm_config", lambda N, K, dtype: SMALL_TILES)
     kernels.set_ops("triton")
     yield
@@ -131,7 +131,7 @@ def attention_ref(x, x0, lambda_r, lambda_0, w_qkv, w_gate, ve):
 def attention_of(factors, products, attention=kernels.rotary_attention):
     def function(x, x0, lambda_r, lambda_0, w_qkv, w_gate, ve):
         s, y, rstd, _ = factors(x, x0, upcast(lambda_r), upcast(lambda_0))
-        qkv, gate = products(y, rstd, w_qkv, w_gate, grads_scaled=True)
+        qkv, gate = products(y, w_qkv, w_gate, rstd, grads_scaled=True)
         cos, sin = rotary_tables(x.shape[1], HEAD_DIM, device=DEVICE)
         return s, attention(qkv, cos, sin, H, WINDOW, ve, gate, overwrite=True, grad_scale=rstd)
 
@@ -151,24 +151,24 @@ def check_attention(function, dtype=torch.float32):
 
 def test_from_the_stream_to_attention():
     """A norm in two factors, its products and the gradients that attention scales are one whole: the written norm's."""
-    check_attention(attention_of(kernels.norm_factors, kernels.norm_linear))
+    check_attention(attention_of(kernels.norm_factors, kernels.qkv_projection))
 
 
 def test_references_do_not_need_scaled_gradients():
     kernels.set_ops("reference")
     for a, b in zip(
         *(outputs_and_gradients(f, attention_inputs(), torch.float64)
-          for f in (attention_of(kernels.norm_factors, kernels.norm_linear), attention_ref)), strict=True,
+          for f in (attention_of(kernels.norm_factors, kernels.qkv_projection), attention_ref)), strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(a, b)
 
 
 CHAIN_MUTANTS = {
-    "no rstd in the product": (norm_linear, ("(acc * rstd[:, None])", "acc")),
-    "no rstd in the gate": (norm_linear, ("product.mul_(rstd.view(-1, 1))", "product")),
-    "gradients scaled twice": (norm_linear, ("if not ctx.grads_scaled", "if True")),
-    "the gate's dx is lost": (norm_linear, ("dx[:, :channels].addmm_(dgate, gate_weight)", "pass")),
-    "a row past the end": (norm_linear, ("offs_m, mask=offs_m < M,", "offs_m, mask=offs_m < M - 1,")),
+    "no rstd in the product": (projection, ("(acc * rstd[:, None])", "acc")),
+    "no rstd in the gate": (projection, ("gate.mul_(rstd.view(-1, 1))", "pass")),
+    "gradients scaled twice": (projection, ("if ctx.to_scale", "if True")),
+    "the gate's dx is lost": (projection, ("dx[:, :channels].addmm_(dgate, gate_weight)", "pass")),
+    "a row past the end": (projection, ("offs_m, mask=offs_m < M,", "offs_m, mask=offs_m < M - 1,")),
     "no projection": (rms_norm, ("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", "")),
     "scaled where it is already": (rms_norm, ("dy if SCALED else rstd * dy", "rstd * dy")),
     "no eps": (rms_norm, ("tl.sqrt_rn(tl.sum(s * s, axis=1) / D + EPS)", "tl.sqrt_rn(tl.sum(s * s, axis=1) / D)")),
@@ -179,28 +179,28 @@ CHAIN_MUTANTS = {
 def test_chain_mutants_fail(name, tmp_path):
     module, edit = CHAIN_MUTANTS[name]
     wrong = mutant(module, edit, folder=tmp_path)
-    if module is norm_linear:
-        wrong.gemm_config = norm_linear.gemm_config
-        function = attention_of(kernels.norm_factors, wrong.norm_linear)
+    if module is projection:
+        wrong.gemm_config = projection.gemm_config
+        function = attention_of(kernels.norm_factors, wrong.qkv_projection)
     else:
-        function = attention_of(wrong.norm_factors, kernels.norm_linear)
+        function = attention_of(wrong.norm_factors, kernels.qkv_projection)
     with pytest.raises(AssertionError):
         check_attention(function)
 
 
-def test_norm_linear_scales_gradients_by_itself_where_nobody_has():
+def test_the_projection_scales_gradients_by_itself_where_nobody_has():
     x, rstd, w, w_gate = draw(((3, 17, 40), 1.0), ((3, 17), 0.2), ((53, 40), 0.2), ((3, 8), 0.3))
     rstd = rstd.exp()
 
     def given(f):
-        return lambda x, w, w_gate: f(x, rstd.to(x.dtype), w, w_gate)
+        return lambda x, w, w_gate: f(x, w, w_gate, rstd.to(x.dtype))
 
     for gate in (w_gate, None):
         runs = (outputs_and_gradients(given(f), [x, w, gate], d) for f, d in
-                ((kernels.norm_linear, torch.float32), (norm_linear.norm_linear_ref, torch.float32),
-                 (norm_linear.norm_linear_ref, torch.float64)))  # fmt: skip
+                ((kernels.qkv_projection, torch.float32), (projection.qkv_projection_ref, torch.float32),
+                 (projection.qkv_projection_ref, torch.float64)))  # fmt: skip
         for values in zip(*runs, strict=True):
-            assert_as_good("norm_linear", *values)
+            assert_as_good("qkv_projection", *values)
 
 
 @pytest.mark.parametrize("has_ve", [True, False])
@@ -261,14 +261,14 @@ def test_the_whole_model(monkeypatch):
 def test_errors_name_the_argument():
     x, rstd, w, w_gate = draw(((4, 8), 1.0), ((4,), 1.0), ((6, 8), 1.0), ((2, 4), 1.0))
     for named, arguments in {
-        "weight": (x, rstd, w.half(), w_gate),
-        "gate_weight": (x, rstd, w, w_gate[0]),
-        "fit": (x, rstd, w[:, :5], w_gate),
-        "rstd": (x, rstd[:2], w, w_gate),
-        "float64": (x.double(), rstd, w, w_gate),
+        "weight": (x, w.half(), w_gate, rstd),
+        "gate_weight": (x, w, w_gate[0], rstd),
+        "fit": (x, w[:, :5], w_gate, rstd),
+        "rstd": (x, w, w_gate, rstd[:2]),
+        "float64": (x.double(), w, w_gate, rstd),
     }.items():
         with pytest.raises(ValueError, match=named):
-            kernels.norm_linear(*arguments)
+            kernels.qkv_projection(*arguments)
     cos, sin = rotary_tables(4, HEAD_DIM, device=DEVICE)
     with pytest.raises(ValueError, match="grad_scale"):
         kernels.rotary_attention(draw(((1, 4, 64), 1.0))[0], cos, sin, H, WINDOW, grad_scale=rstd)

@@ -27,8 +27,8 @@ def attention(qkv, ve, gate):
     return kernels.rotary_attention(qkv, *kernels.rotary_tables(9, 16, device=DEVICE), 2, 5, ve, gate)
 
 
-def products(x, weight, gate_weight):
-    return kernels.norm_linear(x, draw(5).exp(), weight, gate_weight)
+def normed_products(x, weight, gate_weight):
+    return kernels.qkv_projection(x, weight, gate_weight, draw(5).exp())
 
 
 def loss(x, weight):
@@ -57,7 +57,8 @@ OPS = {
         lambda: [draw(5, 16), draw(32, 16), draw(16, 32), draw(5, 16)], [1, 2],
     ),
     "norm_relu2_mlp": (kernels.norm_relu2_mlp, lambda: [draw(5, 16), draw(32, 16), draw(16, 32)], [1, 2]),
-    "norm_linear": (products, lambda: [draw(5, 24), draw(16, 24), draw(2, 8)], [1, 2]),
+    "qkv_projection": (kernels.qkv_projection, lambda: [draw(5, 24), draw(16, 24), draw(2, 8)], [1, 2]),
+    "qkv_projection of a stream": (normed_products, lambda: [draw(5, 24), draw(16, 24), draw(2, 8)], [1, 2]),
     "rotary_attention": (attention, lambda: [draw(1, 9, 64), draw(1, 9, 16), draw(1, 9, 1)], []),
     "embedding": (look_up, lambda: [draw(7, 8), draw(7, 4)], [0, 1]),
     "linear_cross_entropy": (loss, lambda: [draw(12, 8), draw(40, 8)], [1]),

@@ -1,4 +1,4 @@
-"""The linear op's own autograd against the reference in fp64."""
+"""The products that the vendor multiplies, by their own autograd, against the references in fp64."""
 
 import importlib
 
@@ -17,6 +17,7 @@ from tests.kernel_checks import (
 from tests.weight_grads import accumulated_gradients
 
 op = importlib.import_module("kernels.linear")
+projection = importlib.import_module("kernels.qkv_projection")
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -37,18 +38,31 @@ def make_inputs(rows, K, N, dtype, residual=True):
     return [t.to(DEVICE, dtype) for t in inputs]
 
 
-def check(function, inputs, dtype, truth_dtype=torch.float64):
+def check(function, inputs, dtype, truth_dtype=torch.float64, reference=op.linear_ref):
     runs = (outputs_and_gradients(f, inputs, d) for f, d in
-            ((function, dtype), (op.linear_ref, dtype), (op.linear_ref, truth_dtype)))  # fmt: skip
+            ((function, dtype), (reference, dtype), (reference, truth_dtype)))  # fmt: skip
     for index, values in enumerate(zip(*runs, strict=True)):
         assert_as_good(f"output or gradient {index}", *values)
 
 
-def check_accumulation(function, inputs, dtype):
-    runs = (accumulated_gradients(f, inputs, [1], d) for f, d in
-            ((function, dtype), (op.linear_ref, dtype), (op.linear_ref, torch.float64)))  # fmt: skip
+def check_accumulation(function, inputs, dtype, reference=op.linear_ref, weights=(1,)):
+    runs = (accumulated_gradients(f, inputs, list(weights), d) for f, d in
+            ((function, dtype), (reference, dtype), (reference, torch.float64)))  # fmt: skip
     for values in zip(*runs, strict=True):
         assert_as_good("main_grad", *values)
+
+
+def projection_inputs(rows, channels, dtype, K=37, N=53):
+    """x, W and W_gate of 16 heads: so many that a largest error is no luck."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [((*rows, K), 1.0), ((N, K), K**-0.5), ((16, channels), channels**-0.5)]
+    return [(scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype) for shape, scale in shapes]
+
+
+def check_projection(function, inputs, dtype):
+    check(function, inputs, dtype, reference=projection.qkv_projection_ref)
+    both = [lambda *given, f=f: torch.cat(f(*given), -1) for f in (function, projection.qkv_projection_ref)]
+    check_accumulation(both[0], inputs, dtype, both[1], weights=(1, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,11 +73,52 @@ def test_outputs_and_gradients(residual, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_first_channels_of_a_wider_stream(dtype):
-    wide, w = make_inputs((3, 17), 96, 4, dtype, residual=False)
-    x, w = wide[..., :32], w[:, :32]
-    check(op.linear, [x, w], dtype)
-    assert x.reshape(-1, 32).data_ptr() == wide.data_ptr()  # the rows are evenly spaced: nothing is copied
+def test_a_residual_may_become_the_result(dtype):
+    def in_place(x, w, r):
+        stream = 1 * r  # of the graph, as in the model: a leaf would refuse
+        y = op.linear(x, w, stream, overwrite=True)
+        assert y.data_ptr() == stream.data_ptr()
+        return y
+
+    check(in_place, make_inputs((3, 17), 37, 53, dtype), dtype)
+    x, w, r = make_inputs((4,), 8, 6, dtype)
+    spread = torch.zeros(4, 12, dtype=dtype, device=DEVICE)[:, ::2].copy_(r)
+    assert torch.equal(op.linear(x, w, spread, overwrite=True), op.linear(x, w, r))
+    assert torch.equal(spread, r), "not contiguous, so it is left alone"
+    kept = r.clone()
+    op.linear(x, w, r)
+    assert torch.equal(r, kept)
+
+
+@pytest.mark.parametrize("channels", [8, 37])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qkv_and_gate(dtype, channels):
+    for rows in [(3, 17), (1, 1)]:
+        check_projection(projection.qkv_projection, projection_inputs(rows, channels, dtype), dtype)
+
+
+def test_without_a_gate_it_is_one_product():
+    x, w, _ = projection_inputs((3, 17), 8, torch.float32)
+    qkv, gate = projection.qkv_projection(x, w)
+    assert gate is None
+    assert torch.equal(qkv, op.linear(x, w))
+
+
+@pytest.mark.parametrize("only", [0, 1], ids=["qkv", "gate"])
+def test_qkv_or_gate_alone_may_have_a_gradient(only):
+    def gradients(function, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in projection_inputs((3, 17), 8, torch.float32)]
+        out = function(*inputs)[only]
+        out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=dtype).view_as(out))
+        return [x.grad for x in inputs]
+
+    for got, truth in zip(
+        gradients(projection.qkv_projection, torch.float32),
+        gradients(projection.qkv_projection_ref, torch.float64), strict=True,
+    ):  # fmt: skip
+        assert (got is None) == (truth is None)
+        if truth is not None:
+            torch.testing.assert_close(got, truth.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,6 +146,22 @@ def test_mutants_fail(name, tmp_path):
     wrong = mutant(op, *MUTANTS[name], folder=tmp_path)
     with pytest.raises(AssertionError):
         check(wrong.linear, make_inputs((3, 17), 37, 53, torch.float32), torch.float32)
+
+
+PROJECTION_MUTANTS = {
+    "the gate's dx is lost": (("dx[:, :channels].addmm_(dgate, gate_weight)", "pass"),),
+    "the gate's dx replaces qkv's": (("dx[:, :channels].addmm_(", "dx[:, :channels].zero_().addmm_("),),
+    "the gate reads other channels": (("rows[:, : gate_weight.shape[1]]", "rows[:, -gate_weight.shape[1] :]"),),
+    "the gate's dW from other channels": (("x[:, :channels], main", "x[:, -channels:], main"),),
+    "dW without its last row": (("weight_grad(dqkv, x,", "weight_grad(dqkv[:-1], x[:-1],"),),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTION_MUTANTS)
+def test_projection_mutants_fail(name, tmp_path):
+    wrong = mutant(projection, *PROJECTION_MUTANTS[name], folder=tmp_path)
+    with pytest.raises(AssertionError):
+        check_projection(wrong.qkv_projection, projection_inputs((3, 17), 8, torch.float32), torch.float32)
 
 
 def test_a_gradient_that_overwrites_fails(tmp_path):
@@ -123,6 +194,11 @@ def test_bfloat16(rows, K, N):
     inputs = make_inputs(rows, K, N, torch.bfloat16)
     check(op.linear, inputs, torch.bfloat16)
     check_accumulation(op.linear, inputs, torch.bfloat16)
+
+
+@real_and_small("rows, K, N", [((8, 2048), 512, 1536), ((3, 333), 500, 100)], [((3, 17), 37, 53)])
+def test_qkv_and_gate_in_bfloat16(rows, K, N):
+    check_projection(projection.qkv_projection, projection_inputs(rows, 32, torch.bfloat16, K, N), torch.bfloat16)
 
 
 @real_and_small("rows, width, K", [((8, 2048), 512, 32)], [((3, 17), 96, 32)])

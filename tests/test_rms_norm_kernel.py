@@ -110,8 +110,8 @@ def test_x0_goes_through_layer_after_layer():
         return function
 
     inputs = [first, x0, *lambdas]
-    runs = (outputs_and_gradients(three_layers(f), inputs, d) for f, d in
-            ((op.rms_norm, torch.float32), (op.rms_norm_ref, torch.float32), (op.rms_norm_ref, torch.float64)))  # fmt: skip
+    functions = (op.rms_norm, torch.float32), (op.rms_norm_ref, torch.float32), (op.rms_norm_ref, torch.float64)
+    runs = (outputs_and_gradients(three_layers(function), inputs, dtype) for function, dtype in functions)
     for name, *values in zip(("x", "y", "dx", "dx0"), *runs, strict=False):
         assert_as_good(name, *values, factor=6)  # three times an op that may double the error
 
@@ -177,7 +177,8 @@ def test_errors_name_the_argument():
 
 def test_cost_counts_every_tensor_once():
     assert op.cost(10, 512) == (10 * (512 * 2 * 2 + 4), 10 * 512 * 4)  # x, y and rstd
-    assert op.cost(10, 512, has_x0=True, backward=True)[0] == 10 * (512 * 7 * 2 + 4)  # ds, dy, x, x0, dx, dx0 twice; rstd
+    mixed = op.cost(10, 512, has_x0=True, backward=True)
+    assert mixed[0] == 10 * (512 * 7 * 2 + 4)  # ds, dy, x, x0, dx, dx0 as read and written; rstd
 
 
 @real_and_small("shape", [(16, 2048, 512), (2, 2048, 1280), (1, 1, 512)], [(2, 9, 40), (1, 1, 8)])

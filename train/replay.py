@@ -20,7 +20,10 @@ from .runs import build_model, read_config
 from .step import TrainStep
 from .trainer import pick_device, pick_ops
 
-OPS = ("embedding", "rms_norm", "linear", "rotary_attention", "relu2_mlp", "linear_cross_entropy")
+OPS = (
+    "embedding", "rms_norm", "norm_factors", "qkv_projection", "rotary_attention", "linear", "relu2_mlp",
+    "norm_relu2_mlp", "linear_cross_entropy",
+)  # fmt: skip
 
 
 @contextmanager
@@ -47,29 +50,32 @@ def watching(see: Callable[[str, Tensor], None]) -> Iterator[None]:
             setattr(kernels, name, op)
 
 
-def activations(step: TrainStep, tokens: Tensor) -> list[tuple[str, Tensor]]:
-    """What each op of the forward of `tokens` [B, T + 1] returns, in its order, with the layer it belongs to."""
-    seen: list[tuple[str, Tensor]] = []
-    tokens, depth = tokens.to(step.device), step.model.config.depth
+def activations(step: TrainStep, tokens: Tensor) -> list[str]:
+    """What each op of the forward of `tokens` [B, T + 1] returns, in its order, with the layer it belongs to: a line a
+    tensor, taken at once, because a later op may write over it."""
+    seen: list[str] = []
+    tokens, depth, layer = tokens.to(step.device), step.model.config.depth, 0
 
     def see(op: str, tensor: Tensor) -> None:
-        layer = sum(name.startswith("relu2_mlp") for name, _ in seen)  # the last op of each
-        seen.append((f"{op}[{layer}]" if layer < depth and op != "embedding" else op, tensor))
+        nonlocal layer
+        seen.append(line(f"{op}[{layer}]" if layer < depth and op != "embedding" else op, tensor))
+        layer += op.endswith("relu2_mlp")  # the last op of each
 
     with torch.no_grad(), step.precision(), watching(see):
         step.model(tokens[:, :-1], tokens[:, 1:])
     return seen
 
 
-def table(title: str, rows: list[tuple[str, Tensor]]) -> str:
-    """One line a tensor: how many of its elements are not finite, and between what the others lie."""
-    lines = [f"{title:<40} {'not finite':>21} {'min':>11} {'max':>11}"]
-    for name, tensor in rows:
-        finite = tensor[torch.isfinite(tensor)].float()
-        ends = [f"{end.item():.4g}" for end in finite.aminmax()] if finite.numel() else ["n/a"] * 2
-        bad = tensor.numel() - finite.numel()
-        lines.append(f"  {name:<38} {f'{bad:,} of {tensor.numel():,}':>21} {ends[0]:>11} {ends[1]:>11}")
-    return "\n".join(lines)
+def line(name: str, tensor: Tensor) -> str:
+    """How many elements of a tensor are not finite, and between what the others lie."""
+    finite = tensor[torch.isfinite(tensor)].float()
+    ends = [f"{end.item():.4g}" for end in finite.aminmax()] if finite.numel() else ["n/a"] * 2
+    bad = tensor.numel() - finite.numel()
+    return f"  {name:<38} {f'{bad:,} of {tensor.numel():,}':>21} {ends[0]:>11} {ends[1]:>11}"
+
+
+def table(title: str, lines: list[str]) -> str:
+    return "\n".join([f"{title:<40} {'not finite':>21} {'min':>11} {'max':>11}", *lines])
 
 
 def replay(run: Path, wanted_device: str | None) -> bool:
@@ -90,11 +96,11 @@ def replay(run: Path, wanted_device: str | None) -> bool:
     print(f"FAIL: {now}" if finding else now)
     if now != failure.line:
         print(f"in the run it was: {failure.line}")
-    parts = [part for name, master in optimizer.masters.items() for part in layers(name, master)]
+    parts = [line(*part) for name, master in optimizer.masters.items() for part in layers(name, master)]
     print(table("parameters", parts))
     batch = failure.batches[finding.micro_batch if finding else -1]
     print(table(f"activations of batch {batch.index}, in order", activations(step, batch.tokens)))
-    gradients = [part for name, p in optimizer.parameters.items() for part in layers(name, p.main_grad)]
+    gradients = [line(*part) for name, p in optimizer.parameters.items() for part in layers(name, p.main_grad)]
     print(table(f"gradients after batch {batch.index}", gradients))
     return finding is not None
 

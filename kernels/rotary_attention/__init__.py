@@ -129,7 +129,7 @@ def rotary_attention(
         ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
         overwrite: the caller needs qkv no more, and the kernels may work in its memory instead of in a copy.
         grad_scale: [B, T], fp32. The kernels multiply the gradients of qkv and gate by it, token by token, while they
-            have them in registers: for a `norm_linear` before, which wants them so. References give them as they are.
+            have them in registers: for a `qkv_projection` with rstd. References give them as they are.
 
     Returns:
         [B, T, H·head_dim], in the dtype of `qkv`.
