@@ -33,6 +33,8 @@ def read(path: Path) -> dict:
                 tokens = step["config"]["device_batch_size"] * step["config"]["seq_len"]
                 name = f"step of {tokens:,}-token micro-steps, V = {step['model']['vocab_size']:,}"
                 times[name] = 1e9 / step["tokens_per_second"]
+            elif "options" in extra:
+                times[f"step {extra['flags']}"] = 1e9 / extra["options"]["tokens_per_second"]
         return {"device": content["machine_info"].get("device"), "date": content["datetime"], "times": times}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None

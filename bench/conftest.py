@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from bench import ceilings as measured_ceilings
-from bench.results import table
+from bench.results import step_table, table
 from train.runs import source_commit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = pytest.StashKey[list]()
+STEPS = pytest.StashKey[dict]()
 STARTED = pytest.StashKey[float]()
 
 
@@ -22,6 +23,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    config.stash[STEPS] = {}
     config.stash[STARTED] = time.monotonic()
 
 
@@ -53,6 +55,12 @@ def rows(request):
     return request.config.stash[ROWS]
 
 
+@pytest.fixture
+def steps(request):
+    """Whole steps by name, as bench/test_step.py measured them."""
+    return request.config.stash[STEPS]
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["device"] = measured_ceilings.device_name(DEVICE)
     machine_info["torch"] = torch.__version__
@@ -61,7 +69,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_benchmark_group_stats(config, benchmarks, group_by):
     """pytest-benchmark's own table is for what has none of ours."""
-    others = [b for b in benchmarks if "provider" not in b["extra_info"]]
+    others = [b for b in benchmarks if not {"provider", "step", "options"} & b["extra_info"].keys()]
     return [(None, others)] if others else []
 
 
@@ -70,6 +78,10 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.stash[ROWS]:
         terminalreporter.section(f"ops on {measured_ceilings.device_name(DEVICE)}")
         for line in table(config.stash[ROWS]):
+            terminalreporter.write_line(line)
+    if config.stash[STEPS]:
+        terminalreporter.section(f"whole steps on {measured_ceilings.device_name(DEVICE)}")
+        for line in step_table(config.stash[STEPS]):
             terminalreporter.write_line(line)
     reasons = {}
     for report in terminalreporter.stats.get("skipped", []):

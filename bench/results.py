@@ -84,11 +84,27 @@ def table(rows: list[dict]) -> list[str]:
             f"{r['percent_ceiling']:.0f}", f"{speed:.2f}x" if speed else "-", "; ".join(remarks),
         ])  # fmt: skip
         last = what
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    texts = 4  # the columns of words come first
+    return _aligned(lines, {0, 1, 2, 3, len(header) - 1})
+
+
+def step_table(steps: dict[str, dict]) -> list[str]:
+    """Whole steps by name, as bench/test_step.py measures them: aligned lines, a header first."""
+    lines = [["step", "ms", "update ms", "tokens/s", "MFU %", "peak MiB"]]
+    for name, step in steps.items():
+        mfu, peak = (step[key] for key in ("mfu_percent", "peak_mib"))
+        lines.append([
+            name, _digits(step["step_ms"]), _digits(step["update_ms"]), f"{step['tokens_per_second']:,.0f}",
+            "n/a" if mfu is None else f"{mfu:.1f}", "n/a" if peak is None else f"{peak:,.0f}",
+        ])  # fmt: skip
+    return _aligned(lines, {0})
+
+
+def _aligned(lines: list[list[str]], words: set[int]) -> list[str]:
+    """Columns of one width each; those of words to the left, those of numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i < texts or i == len(header) - 1 else cell.rjust(width)
+            cell.ljust(width) if i in words else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

@@ -3,7 +3,7 @@
 The step is the trainer's own: micro-steps, then the update, on random tokens. Its time is the host's, from one
 synchronisation to the next: gaps between kernels count. The ops are timed one by one at the shapes that they have in
 the step, as in test_ops.py. All of it is in the JSON that `--benchmark-json FILE` writes, and `python -m bench.roofline
---measured FILE` prints the gap of each op.
+--measured FILE` prints the gap of each op. The same step with other options of `train` follows, as a whole alone.
 """
 
 import dataclasses
@@ -28,6 +28,13 @@ PROVIDER = TRITON if DEVICE == "cuda" else EAGER
 CONFIG = resolve(TrainConfig(ops=PROVIDER.ops), DEVICE)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
+# References neither forget nor fuse, and a CPU has no graphs: there it is the same step twice.
+OPTIONS = {
+    "--recompute": {"recompute": True},
+    "--fused-norms": {"fused_norms": True},
+    "--recompute --fused-norms": {"recompute": True, "fused_norms": True},
+    "--no-graphs": {"graphs": False},
+} if DEVICE == "cuda" else {"--recompute": {"recompute": True}}  # fmt: skip
 
 
 def assert_step_is_right(step: TrainStep, tokens: torch.Tensor) -> None:
@@ -41,18 +48,18 @@ def assert_step_is_right(step: TrainStep, tokens: torch.Tensor) -> None:
     assert error < 2e-2, f"losses err by {error:.1e} of their norm: no time for a wrong step"
 
 
-def time_step(shape: GPTConfig) -> dict:
+def time_step(config: TrainConfig, shape: GPTConfig) -> dict:
     """The step, the update alone, and what they need."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()  # before the capture: a replay allocates nothing that would be seen
-    step, batches, values = make_step(CONFIG, shape, DTYPE)
+    step, batches, values = make_step(config, shape, DTYPE)
     assert_step_is_right(step, batches[0].tokens)
     loss, good = step(batches, values)
     assert good.item(), f"the step's loss is {loss.item()}"
     timing = time_synchronised(lambda: step(batches, values), DEVICE)
     peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
     update = time_synchronised((step.graphs or step).update, DEVICE)
-    pace = CONFIG.total_batch_size / timing.median
+    pace = config.total_batch_size / timing.median
     used = utilisation(shape, torch.device(DEVICE), pace)
     return {
         "timing": timing,
@@ -81,11 +88,12 @@ def time_ops(shape: GPTConfig) -> list[dict]:
 
 @pytest.mark.benchmark(timer=device_time)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_step(benchmark, ceilings, commit, vocab_size):
+def test_step(benchmark, ceilings, commit, steps, vocab_size):
     shape = CONFIG.model_config(vocab_size)
     with PROVIDER.active():
-        whole = time_step(shape)
+        whole = time_step(CONFIG, shape)
     replay(benchmark, whole.pop("timing"))
+    steps[f"V = {vocab_size:,}"] = whole
     benchmark.extra_info |= {
         "device": device_name(DEVICE),
         "commit": commit,
@@ -98,3 +106,14 @@ def test_step(benchmark, ceilings, commit, vocab_size):
             "parts": time_ops(shape),
         },
     }
+
+
+@pytest.mark.benchmark(timer=device_time)
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_options(benchmark, commit, steps, flags):
+    config, shape = dataclasses.replace(CONFIG, **OPTIONS[flags]), CONFIG.model_config(VOCAB_SIZES[0])
+    with PROVIDER.active():
+        whole = time_step(config, shape)
+    replay(benchmark, whole.pop("timing"))
+    steps[f"V = {VOCAB_SIZES[0]:,} {flags}"] = whole
+    benchmark.extra_info |= {"device": device_name(DEVICE), "commit": commit, "flags": flags, "options": whole}

@@ -22,7 +22,7 @@ from bench import test_ops as suite
 from bench.ceilings import Ceilings
 from bench.conftest import out_of_time
 from bench.providers import COMPILE, EAGER, TRITON, Provider, assert_right, providers
-from bench.results import relative_speeds, row, table
+from bench.results import relative_speeds, row, step_table, table
 from bench.roofline import Op
 from bench.timing import Timing, device_time, replay, time_call
 from kernels.common import use_kernels
@@ -170,6 +170,16 @@ def test_figures_of_a_row():
     assert got["GB/s"] == pytest.approx(num_bytes / 0.5e-3 / 1e9)
     assert got["percent_ceiling"] == pytest.approx(100 * num_bytes / 2e9 / 0.5e-3)
     assert got["percent_datasheet"] == pytest.approx(100 * num_bytes / 4.8e12 / 0.5e-3)
+
+
+def test_whole_steps_stand_below_each_other():
+    step = {"step_ms": 210.4, "update_ms": 0.61, "tokens_per_second": 1234567.8, "mfu_percent": 61.23}
+    step, on_cpu = {**step, "peak_mib": 25487}, {**step, "mfu_percent": None, "peak_mib": None}
+    assert step_table({"V = 8,192": step, "V = 8,192 --recompute": on_cpu}) == [
+        "step                    ms  update ms   tokens/s  MFU %  peak MiB",
+        "V = 8,192              210      0.610  1,234,568   61.2    25,487",
+        "V = 8,192 --recompute  210      0.610  1,234,568    n/a       n/a",
+    ]
 
 
 def test_the_table_keeps_what_is_compared_together():
