@@ -38,7 +38,7 @@ def add(ledger: Ledger, *entries: dict) -> list[dict]:
     rows = []
     for one in entries:
         with ledger.locked():
-            row = one | dataclasses.asdict(judge(one, ledger.runs()))
+            row = one | dataclasses.asdict(judge(one, ledger.runs(one)))
             ledger.append(row)
         rows.append(row)
     return rows

@@ -125,3 +125,15 @@ def test_a_resumed_run_counts_as_what_it_ended_as(tmp_path):
     assert rows[0]["status"] == "crash"
     assert [(run["run"], run["outcome"]) for run in ledger.runs()] == [("a", "finished"), ("b", "interrupted")]
     assert len((tmp_path / "results.tsv").read_text().splitlines()) == 4
+
+
+def test_a_run_killed_between_its_row_and_its_summary_counts_once(tmp_path):
+    """Resumed, it comes to its end again, and is judged as it was: it is no repeat of itself."""
+    ledger = Ledger(tmp_path)
+    resumed = {"config": {"resume": "runs/b"}}
+    *_, first, again = add(ledger, entry("a", 1.0), entry("b", 0.9), entry("b", 0.9, **resumed))
+    for key in ("status", "verdict", "note"):
+        assert again[key] == first[key]
+    assert [(run["run"], run["val_bpb"]) for run in ledger.runs()] == [("a", 1.0), ("b", 0.9)]
+    add(ledger, entry("c", 0.8), entry("c", 0.85))  # two runs in folders of one name, the first of which was deleted
+    assert [run["val_bpb"] for run in ledger.runs()] == [1.0, 0.9, 0.8, 0.85]

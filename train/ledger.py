@@ -61,14 +61,28 @@ class Ledger:
         entries = [_parse(line) for line in lines if line.strip()]
         return [entry for entry in entries if entry is not None], entries.count(None)
 
-    def runs(self) -> list[dict]:
-        """The runs, oldest first; one that was interrupted and resumed appears as what it ended as."""
+    def runs(self, new: dict | None = None) -> list[dict]:
+        """The runs, oldest first; one that went on after its row was written appears as what it ended as. `new`: the
+        entry that is about to be added, and is not among them."""
         runs = [entry for entry in self.entries()[0] if entry["kind"] == RUN]
-        last = {entry["run"]: i for i, entry in enumerate(runs)}
-        return [entry for i, entry in enumerate(runs) if entry["outcome"] != "interrupted" or last[entry["run"]] == i]
+        return standing(runs) if new is None else standing([*runs, new])[:-1]
 
     def holdout_uses(self) -> int:
         return sum(entry["kind"] == HOLDOUT for entry in self.entries()[0])
+
+
+def standing(runs: list[dict]) -> list[dict]:
+    """Without the rows that a later one of the same run takes the place of: those of an interrupted run, and every one
+    before a resumption. A run that was killed between its row and its summary has a finished one there."""
+    kept, later, resumed = [], set(), set()
+    for entry in reversed(runs):
+        run = entry["run"]
+        if run not in resumed and not (entry.get("outcome") == "interrupted" and run in later):
+            kept.append(entry)
+        later.add(run)
+        if (entry.get("config") or {}).get("resume"):
+            resumed.add(run)
+    return kept[::-1]
 
 
 def tsv_line(entry: dict) -> str:

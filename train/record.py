@@ -153,7 +153,7 @@ class Record:
         self.written = True
         try:
             with ledger.locked():
-                judgement = judge(entry, ledger.runs())
+                judgement = judge(entry, ledger.runs(entry))
                 entry |= dataclasses.asdict(judgement)
                 ledger.append(entry)
         except OSError as error:  # a full disk, or a folder that cannot be written to: the run itself is whole
