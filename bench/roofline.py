@@ -66,7 +66,6 @@ class Op:
             "polar_express": {},
             "adamw": {"copy_itemsize": itemsize % 4},
             "muon": {"copy_itemsize": itemsize % 4},
-            "rotary_attention": {"element_size": itemsize, "backward": backward},
         }.get(self.module, {"itemsize": itemsize, "backward": backward})
         # Not by attribute: the door of `kernels` has the op under the module's name.
         return import_module(f"kernels.{self.module}").cost(*self.sizes, **dict(self.flags), **more)

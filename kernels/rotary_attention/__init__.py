@@ -152,7 +152,7 @@ def cost(
     head_dim: int,
     window: int,
     has_ve: bool = False,
-    element_size: int = 2,
+    itemsize: int = 2,
     backward: bool = False,
 ) -> tuple[int, int]:
     """(bytes, FLOPs) of the op itself: every input read once, every output written once, only visited pairs counted.
@@ -166,4 +166,4 @@ def cost(
     value = num_kv_heads * (head_dim + 1) if has_ve else 0
     out = num_heads * head_dim
     elements = 2 * (qkv + value + out) if backward else qkv + value + out
-    return batch * seq_len * elements * element_size, (5 if backward else 2) * 2 * head_dim * pairs
+    return batch * seq_len * elements * itemsize, (5 if backward else 2) * 2 * head_dim * pairs
