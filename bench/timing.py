@@ -93,19 +93,25 @@ def _event_times(call: Callable[[], object], rounds: int) -> list[float]:
 
 
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-    """The call as a graph, None where it cannot be one (it waits for the device, say)."""
-    graph = torch.cuda.CUDAGraph()
+    """The call as a graph, None where it waits for the device and so cannot be one.
+
+    That is found out before the capture: one that fails leaves PyTorch (seen in the sources of 2.11) with an allocator
+    and a generator that still believe in it, and everything after it in the process fails.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # on a stream of its own first, as capture asks
-    torch.cuda.current_stream().wait_stream(side)
-    try:
-        with torch.cuda.graph(graph):
+    with torch.cuda.stream(side):  # on a stream of its own first, as capture asks
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+        except RuntimeError:
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        call()
     return graph
 
 
