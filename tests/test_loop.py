@@ -278,10 +278,10 @@ def test_the_loop_waits_for_nothing_but_its_clock(graphs):
     else:
         step.rehearse(SHAPE, 2, values)
     batches = [next(generator) for generator in [endless_batches("cuda")] for _ in range(12)]
-    seen = Recorder()
+    state, clock, seen = RunState(step.optimizer, iter(batches), Budget(1.0, steps=6)), DeviceClock(), Recorder()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train(CONFIG, step, iter(batches), Budget(1.0, steps=6), DeviceClock(), seen)
+        train(CONFIG, step, state, clock, seen, Pauses(state, clock, math.inf), lambda: False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen.steps == [*range(6)]
