@@ -184,6 +184,20 @@ def test_a_window_off_by_one_is_found(wrong, block_masks, monkeypatch):
     assert flex_error(300, 150, block_masks) > 1e-3
 
 
+def test_a_compiled_model_scores_rows_of_any_length(monkeypatch, block_masks):
+    """As on a GPU, where there are masks for the length trained on alone, and the audit scores rows of a few tokens."""
+    monkeypatch.setattr(compiled_attention, "compiled_attention", lambda device: "FlexAttention")
+    step = random_step("compile")
+    step.forward = train.compiled._compile(step.model, backend="eager")
+    for T in (32, 5):
+        tokens = torch.randint(SHAPE.vocab_size, (3, T), generator=torch.Generator().manual_seed(T))
+        losses = step.token_losses(tokens, tokens)
+        kernels.set_ops("reference")
+        with torch.no_grad():
+            torch.testing.assert_close(losses, step.model(tokens, tokens, reduction="none"))
+        kernels.set_ops("compile")
+
+
 @pytest.mark.parametrize(("T", "window"), [(300, 128), (300, 127), (1024, 512), (1024, 1024)])
 def test_block_masks_skip_what_the_window_does_not_reach(T, window):
     """The blocks that a kernel visits are those with a visible pair; those it does not mask have no other."""

@@ -48,8 +48,11 @@ def prepare_compiled_attention(seq_len: int, windows: list[int], device: torch.d
 
 
 def flex_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """`window_attention_ref` by FlexAttention; `prepare_compiled_attention` comes first."""
-    mask = _block_masks[q.shape[1], window, q.device]
+    """`window_attention_ref` by FlexAttention, for the lengths that `prepare_compiled_attention` has made masks for; by
+    itself for others, which are few and short rows: an audit's."""
+    mask = _block_masks.get((q.shape[1], window, q.device))
+    if mask is None:
+        return window_attention_ref(q, k, v, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, head_dim]
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1]).transpose(1, 2)
 
