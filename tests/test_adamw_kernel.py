@@ -23,15 +23,17 @@ def kernels_everywhere(monkeypatch):
 
 def make_group(shapes, copy_dtype):
     """masters, grads, exp_avgs, exp_avg_sqs, copies: mid-training, gradients of very different size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)  # there: tables of 67M elements take a CPU many seconds
 
     def tensors(scale=1.0):
-        return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+        return [torch.randn(shape, generator=generator, device=DEVICE) * scale for shape in shapes]
 
-    grads = [g * 10.0 ** torch.randint(-8, 3, g.shape, generator=generator) for g in tensors()]
+    def sizes(shape):
+        return 10.0 ** torch.randint(-8, 3, shape, generator=generator, device=DEVICE)
+
+    grads = [g * sizes(g.shape) for g in tensors()]
     group = [tensors(), grads, tensors(0.1), [t.square() for t in tensors(0.1)]]
-    copies = [None if copy_dtype is None else torch.zeros(shape, dtype=copy_dtype) for shape in shapes]
-    return [[None if t is None else t.to(DEVICE) for t in part] for part in [*group, copies]]
+    return [*group, [None if copy_dtype is None else torch.zeros(s, dtype=copy_dtype, device=DEVICE) for s in shapes]]
 
 
 def two_steps(update, group, dtype, apply=True):

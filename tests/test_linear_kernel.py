@@ -31,11 +31,9 @@ def kernels_everywhere(monkeypatch):
 
 def make_inputs(rows, K, N, dtype, residual=True):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(*rows, K), (N, K), (*rows, N)]
-    scales = [1.0, K**-0.5, 2.0]
-    x, w, r = (s * torch.randn(shape, generator=generator) for shape, s in zip(shapes, scales, strict=True))
-    inputs = [x, w, r] if residual else [x, w]
-    return [t.to(DEVICE, dtype) for t in inputs]
+    sized = [((*rows, K), 1.0), ((N, K), K**-0.5), ((*rows, N), 2.0)]
+    sized = sized if residual else sized[:2]
+    return [(scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype) for shape, scale in sized]
 
 
 def check(function, inputs, dtype, truth_dtype=torch.float64, reference=op.linear_ref):
