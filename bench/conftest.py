@@ -38,6 +38,18 @@ def _within_its_time(request):
         pytest.skip(f"--bench-seconds {limit:g} are over")
 
 
+@pytest.fixture(autouse=True)
+def _the_gpu_survives(request):
+    """A kernel that reads or writes where it may not breaks the GPU for its process: nothing after it has a time."""
+    yield
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            pytest.exit(f"{request.node.nodeid} broke the GPU for this process ({reason})", returncode=1)
+
+
 @pytest.fixture(scope="session")
 def ceilings():
     """Of this device, measured before the first op."""

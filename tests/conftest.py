@@ -45,6 +45,20 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.OK
 
 
+@pytest.fixture(autouse=True)
+def _the_gpu_survives(request):
+    """A kernel that reads or writes where it may not breaks the GPU for its process: all that follows would fail with
+    it. Memory goes back, because other processes test beside this one (bench/gpu_tests.py)."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            pytest.exit(f"{request.node.nodeid} broke the GPU for this process ({reason})", returncode=1)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder prepared from a few hundred short documents: 512 tokens of vocabulary, some 40,000 of text."""

@@ -1,0 +1,90 @@
+"""The tests that need a GPU, each file in a process of its own, some at a time: `python -m bench.gpu_tests [FILE ...]`.
+
+A kernel that reads or writes where it may not breaks the GPU for the whole of its process, and one that never ends
+holds it for ever: here only the rest of its own file is lost. And a process compiles one kernel after the other, so
+that several use several cores. What pytest prints is shown file by file, as they end.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from prepare.arguments import Parser
+
+ROOT = Path(__file__).parents[1]
+WORKERS = 4  # their largest tests, 36 GB and three below 20, may meet on a GPU of 80 GB
+LIMIT = 130.0  # seconds a file
+# The longest first, by what they have to compile; what tests times comes last, alone.
+LONGEST = ("test_rotary_attention_kernel.py", "test_compile_ops.py", "test_kernels_together.py", "test_adamw_kernel.py")
+ALONE = ("test_bench_suite.py",)
+PYTEST = ("-m", "gpu", "--tb=short", "--durations=3", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
+
+
+@dataclass
+class Result:
+    file: Path
+    state: str  # "ok", "FAILED (exit code)" or "timed out"
+    seconds: float
+    output: str
+
+    @property
+    def last_line(self) -> str:
+        return next((line for line in reversed(self.output.splitlines()) if line.strip()), "")
+
+
+def files() -> list[Path]:
+    """Those with a test that needs a GPU, the longest first."""
+    marks = ("mark.gpu\n", "@real_and_small(")
+    found = [path for path in (ROOT / "tests").glob("test_*.py") if any(m in path.read_text("utf-8") for m in marks)]
+    order = {name: i for i, name in enumerate(LONGEST)}
+    return sorted(found, key=lambda path: (order.get(path.name, len(order)), path.name))
+
+
+def run(file: Path, limit: float) -> Result:
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", str(file), *PYTEST]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", timeout=limit,
+        )  # fmt: skip
+        state, output = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})", done.stdout
+    except subprocess.TimeoutExpired as error:
+        state, output = "timed out", (error.stdout or b"").decode(errors="replace")
+    return Result(file, state, time.monotonic() - start, output)
+
+
+def run_all(paths: list[Path], limit: float, workers: int = WORKERS) -> Iterator[Result]:
+    """The results as they come."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = [pool.submit(run, path, limit) for path in paths if path.name not in ALONE]
+        yield from (future.result() for future in as_completed(waiting))
+    yield from (run(path, limit) for path in paths if path.name in ALONE)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Exit codes: 0 every file passed; 1 one did not; 2 bad arguments."""
+    parser = Parser(prog="python -m bench.gpu_tests", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="default: all that have such tests")
+    parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for each file (default: {LIMIT:g})")
+    options = parser.parse_args(args)
+    results = []
+    for result in run_all([path.resolve() for path in options.files] or files(), options.limit):
+        results.append(result)
+        print(f"== {result.file.name}: {result.state}, {result.seconds:.0f} s\n{result.output}", flush=True)
+    width = max(len(result.file.name) for result in results)
+    for result in results:
+        print(f"{result.file.name:<{width}}  {result.state:<12} {result.seconds:>4.0f} s  {result.last_line[:80]}")
+    failed = [result.file.name for result in results if result.state != "ok"]
+    print(f"{len(results)} files, {len(failed)} not well{': ' * bool(failed)}{' '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
