@@ -1,14 +1,16 @@
-"""Finished runs side by side: `python -m bench.runs RUN RUN ... [--agree [NATS]]`.
+"""Runs side by side: `python -m bench.runs RUN RUN ... [--agree [NATS]] [--steps N]`.
 
-Prints what the summaries of the runs' folders hold. With `--agree` also their losses step by step, the first run's
-against each other's: exit code 1 where two differ by more than NATS at a step that both have. Runs to compare so are
-made with `--steps`, one seed and one data folder; what differs between them then is rounding, and it grows.
+Prints what the summaries of the runs' folders hold; of a run that did not come to its end, its steps and their usual
+pace. With `--agree` also their losses step by step, the first run's against each other's: exit code 1 where two differ
+by more than NATS at a step that both have. Runs to compare so are made with `--steps`, one seed and one data folder;
+what differs between them then is rounding, and it grows. What cannot be read or compared is said and left out.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 from prepare import InputError
 from prepare.arguments import Parser
@@ -26,16 +28,43 @@ NATS = 0.02  # chosen, not yet measured: a bf16 loss of 65,536 tokens rounds to 
 
 
 def read_run(folder: Path) -> tuple[dict, list[float]]:
-    """A run's summary (empty where it has not finished) and its losses by step. Raises InputError."""
+    """A run's summary (what its steps say where it has not finished) and its losses by step. Raises InputError."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = [json.loads(line)["loss"] for line in lines]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses = [row["loss"] for row in rows]
         path = folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, losses
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else unfinished(rows)
+        return summary, losses
     except OSError:
         raise InputError(f"{folder} is no run's folder: it has no metrics.jsonl") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder} does not hold together as a run: train it again") from None
+
+
+def unfinished(rows: list[dict]) -> dict:
+    """Steps and their median pace, in the words of a summary: the first steps compile, and do not move it."""
+    if not rows:
+        return {}
+    found = {"num_steps": len(rows), "tokens_per_second": f"{median(row['tokens_per_second'] for row in rows):.0f}"}
+    if rows[-1]["mfu"] is not None:
+        found["mfu_percent"] = f"{median(row['mfu'] for row in rows):.2f}"
+    return found
+
+
+def read_runs(folders: list[Path], at_least: int) -> dict[str, tuple[dict, list[float]]]:
+    """Those that can be read, by name; to be compared, `at_least` 2, those with a step. Raises InputError."""
+    runs = {}
+    for folder in folders:
+        try:
+            summary, losses = read_run(folder)
+            if at_least > 1 and not losses:
+                raise InputError(f"{folder} has no step")
+            runs[folder.name] = summary, losses
+        except InputError as error:
+            print(f"left out: {error}")
+    if len(runs) < at_least:
+        raise InputError("no run to show" if at_least == 1 else "--agree needs two runs or more, each with a step")
+    return runs
 
 
 def summary_table(runs: dict[str, dict]) -> list[str]:
@@ -59,18 +88,17 @@ def main(args: list[str] | None = None) -> int:
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--agree", type=float, nargs="?", const=NATS, metavar="NATS", help=f"default: {NATS}")
+    parser.add_argument("--steps", type=int, metavar="N", help="compare the losses of the first N alone")
     options = parser.parse_args(args)
     try:
-        runs = {path.name: read_run(path) for path in options.runs}
-        if options.agree is not None and (len(runs) < 2 or not all(losses for _, losses in runs.values())):
-            raise InputError("--agree needs two runs or more, with a step each and names of their own")
+        runs = read_runs(options.runs, 1 if options.agree is None else 2)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(summary_table({name: summary for name, (summary, _) in runs.items()})))
     if options.agree is None:
         return 0
-    names, losses = list(runs), [losses for _, losses in runs.values()]
+    names, losses = list(runs), [losses[: options.steps] for _, losses in runs.values()]
     print("step  " + "  ".join(f"{name:>12}" for name in names))
     for step, row in enumerate(zip(*losses, strict=False)):
         print(f"{step:>4}  " + "  ".join(f"{loss:>12.6f}" for loss in row))

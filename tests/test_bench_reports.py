@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, profile, runs
+from bench import compare, gpu_tests, profile, runs
 from prepare import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -158,8 +158,8 @@ def test_bad_traces_are_one_line(tmp_path, capsys):
 
 def make_run(folder: Path, losses: list[float], **summary) -> str:
     folder.mkdir()
-    lines = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(losses)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [{"step": i, "loss": loss, "tokens_per_second": 100.0 * i, "mfu": 10.0 * i} for i, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
     return str(folder)
@@ -176,12 +176,27 @@ def test_runs_agree_step_by_step_or_do_not(tmp_path, capsys):
     assert runs.main([first, near, far, "--agree"]) == 1
     assert "DISAGREE" in capsys.readouterr().out
     assert runs.main([first, far, "--agree", "0.6"]) == 0
+    assert runs.main([first, far, "--agree", "--steps", "1"]) == 0
     broken = make_run(tmp_path / "broken", [9.0, float("nan"), 7.0])
     assert runs.main([first, broken, "--agree"]) == 1
     capsys.readouterr()
     assert runs.main([first, "--agree"]) == 2
     assert runs.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert runs.main([first, make_run(tmp_path / "stillborn", []), "--agree"]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_a_run_that_did_not_finish_shows_its_pace_and_hides_no_other(tmp_path, capsys):
+    make_run(tmp_path / "cut", [9.0, 8.0, 7.0, 6.0, 5.0])
+    make_run(tmp_path / "whole", [9.0], tokens_per_second="7")
+    (tmp_path / "empty").mkdir()
+    assert runs.main([str(tmp_path / name) for name in ("empty", "cut", "whole")]) == 0
+    note, header, cut, whole = capsys.readouterr().out.splitlines()
+    assert note.startswith("left out: ")
+    assert dict(zip(header.split(), cut.split(), strict=False))["tok/s"] == "200"
+    assert cut.split()[:3] == ["cut", "200", "20.00"]
+    assert whole.split()[1] == "7"
+    assert runs.main([str(tmp_path / name) for name in ("empty", "cut", "whole")] + ["--agree"]) == 0
 
 
 def shell(script: str, **environment: str) -> subprocess.CompletedProcess:
@@ -214,6 +229,27 @@ def test_parts_go_on_after_one_that_fails(tmp_path):
     ]  # fmt: skip
     assert last.startswith("5 parts, 3 not well")
     assert (tmp_path / "bad.log").read_text() == "broken\n"
+
+
+def test_files_of_gpu_tests_fail_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it starts in half the time
+    paths = []
+    for name, body in {"good": "pass", "bad": "assert 1 == 2", "broken": "os._exit(9)"}.items():
+        paths.append(tmp_path / f"test_{name}.py")
+        paths[-1].write_text(f"import os, pytest\n@pytest.mark.gpu\ndef test_it():\n    {body}\n")
+    assert gpu_tests.main([*map(str, paths)]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    states = {name: rest[:12].strip() for name, rest in (line.split(maxsplit=1) for line in lines[-3:])}
+    assert states == {"test_good.py": "ok", "test_bad.py": "FAILED (1)", "test_broken.py": "FAILED (9)"}
+    assert last.startswith("3 files, 2 not well: ")
+    assert any("assert 1 == 2" in line for line in lines)
+    assert gpu_tests.run(paths[0], limit=0.1).state == "timed out"
+
+
+def test_every_kernel_has_tests_for_a_gpu():
+    names = [path.name for path in gpu_tests.files()]
+    assert names[0] == gpu_tests.LONGEST[0]
+    assert {*gpu_tests.LONGEST, *gpu_tests.ALONE, "test_loop.py", "test_mlp_kernel.py"} <= {*names}
 
 
 def test_first_runs_wants_a_prepared_folder(tmp_path):
