@@ -28,7 +28,7 @@ PYTEST = ("-m", "gpu", "--tb=short", "--durations=3", "-p", "no:cacheprovider", 
 @dataclass
 class Result:
     file: Path
-    state: str  # "ok", "FAILED (exit code)" or "timed out"
+    state: str  # "ok", "FAILED (exit code)", "timed out" or "cut off", where all of it was interrupted
     seconds: float
     output: str
 
@@ -63,7 +63,10 @@ def run_all(paths: list[Path], limit: float, workers: int = WORKERS) -> Iterator
     """The results as they come."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = [pool.submit(run, path, limit) for path in paths if path.name not in ALONE]
-        yield from (future.result() for future in as_completed(waiting))
+        try:
+            yield from (future.result() for future in as_completed(waiting))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     yield from (run(path, limit) for path in paths if path.name in ALONE)
 
 
@@ -74,10 +77,13 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="default: all that have such tests")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for each file (default: {LIMIT:g})")
     options = parser.parse_args(args)
-    results = []
-    for result in run_all([path.resolve() for path in options.files] or files(), options.limit):
-        results.append(result)
-        print(f"== {result.file.name}: {result.state}, {result.seconds:.0f} s\n{result.output}", flush=True)
+    paths, results = [path.resolve() for path in options.files] or files(), []
+    try:
+        for result in run_all(paths, options.limit):
+            results.append(result)
+            print(f"== {result.file.name}: {result.state}, {result.seconds:.0f} s\n{result.output}", flush=True)
+    except KeyboardInterrupt:
+        results += [Result(path, "cut off", 0.0, "") for path in paths if path not in {r.file for r in results}]
     width = max(len(result.file.name) for result in results)
     for result in results:
         print(f"{result.file.name:<{width}}  {result.state:<12} {result.seconds:>4.0f} s  {result.last_line[:80]}")
