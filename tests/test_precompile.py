@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import run_main
 
+import train.trainer
 from train import precompile
 from train.config import TrainConfig, resolve
 
@@ -69,3 +71,13 @@ def test_a_second_run_starts_no_process_where_the_first_did_its_work(monkeypatch
     second, other = precompile.Precompiler(config, 8192, 90), precompile.Precompiler(config, 32768, 90)
     assert len(second._processes) == (0 if code == 0 else 3)
     assert len(other._processes) == 3
+
+
+def test_a_head_start_that_failed_is_said_and_the_run_goes_on(corpus, tmp_path, monkeypatch, capsys):
+    class Failed:
+        def wait(self) -> bool:
+            return False
+
+    monkeypatch.setattr(train.trainer, "precompiler", lambda config, vocab_size: Failed())
+    assert run_main(corpus, tmp_path / "run", "--steps", "1") == 0
+    assert capsys.readouterr().err.startswith("note: kernels were not compiled ahead")

@@ -190,8 +190,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         optimizer = Optimizer(model, config, forward_dtype)
         step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
         with record.timed("compile"):
-            if kernels_compile:
-                kernels_compile.wait()
+            if kernels_compile and not kernels_compile.wait():
+                print("note: kernels were not compiled ahead: each is when it is first launched", file=sys.stderr)
         check_batch_fits(config, model, step.precision(), available_bytes(device))
         stack.enter_context(out_of_memory_is_input_error(config, step))
         loader = stack.enter_context(closing(Loader(
