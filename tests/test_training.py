@@ -124,6 +124,12 @@ def test_two_micro_batches_of_four_rows_are_one_of_eight(corpus):
         torch.testing.assert_close(p[clear], q[clear], rtol=0, atol=2e-2 * 0.04, msg=name)
 
 
+def test_whoever_makes_a_step_multiplies_as_a_run_does():
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    TrainStep(make_step().model, None)
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+
+
 def test_the_precision_of_a_gpu():
     """bf16 parameters and activations, fp32 masters and gradients: the step of a GPU, here on a CPU."""
     full, half = make_step(), make_step(torch.bfloat16)

@@ -23,6 +23,9 @@ class TrainStep:
 
     def __init__(self, model: GPT, optimizer: Optimizer | None, autocast: bool = False):
         """`optimizer` None: for evaluation alone."""
+        # The parts of a split sum are added in fp32 and rounded once, as everywhere else. Here, so that evaluations,
+        # replays and benchmarks of a step multiply as the run does: the setting is the process's.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
         self.device = model.wte.device
         self.forward = compiled(model)

@@ -168,8 +168,6 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         if device == "cpu":
             keep_freed_memory()
         forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        # The parts of a split sum are added in fp32 and rounded once, as everywhere else.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         data = open_data(config.data, device)
         model_config = config.model_config(data.vocab_size)
         fingerprint = {
