@@ -15,8 +15,9 @@ if [ "$DEVICE" = cpu ]; then
   ops+=(-k "norm or none")
 fi
 
-# Triton compiles its launchers, and torch.compile much, with a C compiler and Python's headers.
-part machine 20 bash -c 'nvidia-smi; ${CC:-cc} --version | head -n 1; "$0" -c "
+# Triton compiles its launchers, and torch.compile much, with a C compiler and Python's headers. The first import of
+# PyTorch on a new machine reads gigabytes: it is paid here.
+part machine 60 bash -c 'nvidia-smi; ${CC:-cc} --version | head -n 1; "$0" -c "
 import os, sysconfig, torch, triton
 header = os.path.join(sysconfig.get_paths()[\"include\"], \"Python.h\")
 print(header, \"is there\" if os.path.exists(header) else \"is MISSING\")

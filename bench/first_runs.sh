@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first training runs on a GPU: 60 s on the kernels, 60 s compiled, 20 s on the references; whether the three agree
-# step by step; the ten largest kernels. Under 8 minutes, whatever happens.
+# step by step; the largest kernels. Under 8 minutes, whatever happens.
 #
 #   bench/first_runs.sh DATA             a prepared folder, or TIMEBOX_DATA=folder; OUT=folder PY=python DEADLINE=seconds
 #   DEVICE=cpu bench/first_runs.sh DATA  the same parts on a CPU, tiny, all on the references: does this script work?
@@ -34,7 +34,7 @@ run() { # NAME LIMIT OPS ARGUMENTS...
 run run-triton 120 "${ops[0]}" "${long[@]}"
 run agree-triton 45 "${ops[0]}" "${agree[@]}"
 run agree-reference 50 "${ops[2]}" "${agree[@]}"
-part profile 45 "$PY" -m bench.profile --ops "${ops[0]}" --save "$OUT/trace.json"
+part profile 45 "$PY" -m bench.profile --ops "${ops[0]}" --rows 30 --save "$OUT/trace.json"
 run run-reference 65 "${ops[2]}" "${short[@]}"
 # It compiles for some two minutes: the step, the update, the evaluation, the audit's shapes.
 run run-compile 260 "${ops[1]}" "${long[@]}"
