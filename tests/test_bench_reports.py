@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import compare, gpu_tests, profile, runs
 from prepare import InputError
@@ -154,6 +155,12 @@ def test_bad_traces_are_one_line(tmp_path, capsys):
     for name in ("none.json", "bad.json", "empty.json"):
         assert profile.main(["--trace", str(tmp_path / name)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
+def test_graphs_want_a_gpu(capsys):
+    assert profile.main(["--graphs"]) == 2
+    assert capsys.readouterr().err.startswith("error: --graphs needs a CUDA device")
 
 
 def make_run(folder: Path, losses: list[float], **summary) -> str:
