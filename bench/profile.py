@@ -1,8 +1,8 @@
 """Where a step's time goes: the ten largest kernels, by torch.profiler.
 
 `python -m bench.profile [--ops triton|compile|reference] [--vocab-size V] [--device-batch-size B] [--steps N]
-[--graphs]` runs steps of the default configuration on random tokens. On a CPU it lists PyTorch's operators by their own time.
-`--save FILE` keeps the trace (Chrome's JSON), `--trace FILE` reads one instead of running anything.
+[--graphs]` runs steps of the default configuration on random tokens. On a CPU it lists PyTorch's operators by their own
+time. `--save FILE` keeps the trace (Chrome's JSON), `--trace FILE` reads one instead of running anything.
 
 The steps are launched kernel by kernel, which hides behind the kernels at the default batch: what CUPTI records of a
 replayed graph is said to be wrong up to CUDA 13.0 (pytorch/kineto #1165). `--graphs` replays all the same.

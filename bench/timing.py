@@ -96,8 +96,8 @@ def _event_times(call: Callable[[], object], rounds: int) -> list[float]:
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     """The call as a graph, None where it waits for the device and so cannot be one.
 
-    That is found out before the capture: one that fails leaves PyTorch (seen in the sources of 2.11) with an allocator
-    and a generator that still believe in it, and everything after it in the process fails.
+    That is found out before the capture: one that fails leaves allocator and generator of PyTorch 2.11 in the belief
+    that it goes on (the allocator's is mended by pytorch/pytorch #180395), and what follows in the process fails.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
