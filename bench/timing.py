@@ -99,17 +99,19 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     That is found out before the capture: one that fails leaves allocator and generator of PyTorch 2.11 in the belief
     that it goes on (the allocator's is mended by pytorch/pytorch #180395), and what follows in the process fails.
     """
-    side = torch.cuda.Stream()
+    side, waits = torch.cuda.Stream(), False
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # on a stream of its own first, as capture asks
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
         except RuntimeError:
-            return None
+            waits = True
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
+    if waits:
+        return None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         call()
