@@ -118,6 +118,7 @@ class GPT(nn.Module):
         weight = kernels.layer_weight
         tables = [weight(self.wte), *(weight(self.value_embeddings, j) for j in range(len(self.config.ve_layers)))]
         x, *values = kernels.embedding(tokens, tables)
+        values = list(values)  # PyTorch 2.11's tracer takes it for a tuple
         _, x0 = kernels.rms_norm(x)
         x = x0
         for i in range(self.config.depth):
