@@ -61,6 +61,24 @@ def test_what_is_free_now_is_what_counts(corpus, tmp_path, capsys, monkeypatch):
     assert "use --device-batch-size 2\n" in refused(corpus, tmp_path / "run", capsys, *rows)
 
 
+def test_a_capture_that_runs_out(corpus, tmp_path, capsys, monkeypatch):
+    """The error that it ends with is another, and so is that of whatever is tried on the device afterwards."""
+
+    def unusable(*_):
+        raise RuntimeError("captures_underway")
+
+    def capture(self, *_):
+        monkeypatch.setattr(memory, "activation_bytes", unusable)
+        try:
+            raise ERRORS["cuda"]
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(TrainStep, "micro_step", capture)
+    rows = ["--device-batch-size", "8", "--total-batch-size", str(8 * 32)]
+    assert "use --device-batch-size 4\n" in refused(corpus, tmp_path / "run", capsys, *rows)
+
+
 def test_not_even_one_row(corpus, tmp_path, capsys, monkeypatch):
     def full(self, *_):
         monkeypatch.setattr(memory, "activation_bytes", full)

@@ -162,8 +162,16 @@ def mend_by_batch(config: TrainConfig, rows: int) -> str:
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, of PyTorch on a CPU, of Python."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of PyTorch on a CPU, of Python; also where a capture that ended for it raises an error of its own."""
+    if says_out_of_memory(error):
+        return True
+    context = error.__context__ if isinstance(error, RuntimeError) and not error.__suppress_context__ else None
+    return context is not None and is_out_of_memory(context)
+
+
+def says_out_of_memory(error: BaseException) -> bool:
+    """By itself, whatever came before it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
@@ -191,9 +199,7 @@ def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterat
     try:
         per_row, fixed = bytes_of_rows(step.model, step.precision())
         rows = min(int((available_bytes(config.device) - fixed) // per_row), config.device_batch_size - 1)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        rows = 0
+    except Exception as error:  # not for want of memory: what a capture broke off in may be of no more use
+        rows = 0 if says_out_of_memory(error) else config.device_batch_size - 1
     line = f"out of memory on {config.device} with {config.device_batch_size} rows of {config.seq_len} tokens"
     raise InputError(f"{line}{mend_by_batch(config, rows)}") from None
