@@ -91,12 +91,13 @@ ALIGNMENT = 16  # bytes: what a vector load needs
 
 
 @functools.cache
-def _address_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The table on the device and the blocks in all. Kept for ever: a captured step may replay its address."""
+def _address_table(rows: tuple[tuple[int, ...], ...], block: int, device: torch.device) -> tuple[Tensor, int]:
+    """The table on the device, and how many blocks of `block` elements there are in all. Kept for ever: a captured step
+    may replay its address."""
     blocks, table = 0, []
     for *addresses, size in rows:
         table.append((*addresses, size, blocks))
-        blocks += triton.cdiv(size, BLOCK)
+        blocks += triton.cdiv(size, block)
     return torch.tensor(table, dtype=torch.int64, device=device), blocks
 
 
@@ -140,7 +141,7 @@ def _launch(
         addresses = [_check(f"{name}[{i}]", tensor, master) for name, tensor in named.items()]
         addresses.append(0 if copy is None else _check(f"copies[{i}]", copy, master, tuple(copy_dtypes)))
         rows.append((*addresses, master.numel()))
-    table, blocks = _address_table(tuple(rows), masters[0].device)
+    table, blocks = _address_table(tuple(rows), BLOCK, masters[0].device)
     copy_dtype = getattr(tl, _TL_DTYPES[copy_dtypes.pop()]) if copy_dtypes else None
     _adamw_kernel[(blocks,)](
         table, hyper, apply, len(rows), 1 - betas[0], 1 - betas[1], eps,

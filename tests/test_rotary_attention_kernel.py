@@ -18,7 +18,7 @@ from kernels.rotary_attention import (
     tiles,
     visited_tiles,
 )
-from kernels.rotary_attention.tiles import Config, Tiles
+from kernels.rotary_attention.tiles import Config, Rows, Tiles
 from tests.kernel_checks import (
     DEVICE,
     assert_as_good,
@@ -31,7 +31,7 @@ from tests.kernel_checks import (
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="patches the interpreter")
 
 real_config = tiles.config
-SMALL_TILES = Config(8, Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
+SMALL_TILES = Config(Rows(8, 4), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_output_and_gradients_fp16(T, H, KVH, head_dim, window, has_ve):
 
 
 def test_tiles_wider_than_long(monkeypatch):
-    shapes = Config(4, Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1))
+    shapes = Config(Rows(4, 4), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1))
     monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: shapes)
     check(random_inputs(1, 100, 2, 1, 16, True), 2, 37, 16, torch.float32)
 

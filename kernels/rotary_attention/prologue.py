@@ -92,13 +92,13 @@ def prologue_fwd_(
     head_dim = 2 * cos.shape[-1]
     norm_heads, ve_heads = num_heads + num_kv_heads, 0 if ve is None else num_kv_heads
     rstd = torch.empty(B, T, norm_heads, dtype=torch.float32, device=qkv.device)
-    rows = tiles.config(head_dim, qkv.dtype).prologue_rows
-    _prologue_kernel[(triton.cdiv(B * T, rows),)](
+    block = tiles.config(head_dim, qkv.dtype).prologue
+    _prologue_kernel[(triton.cdiv(B * T, block.rows),)](
         qkv, cos, sin, ve, gate, rstd,
         B * T, T, qkv.stride(0), qkv.stride(1),
         0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
         0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1), EPS,
-        NORM_HEADS=norm_heads, VE_HEADS=ve_heads, HEAD_DIM=head_dim, BLOCK_T=rows, num_warps=4,
+        NORM_HEADS=norm_heads, VE_HEADS=ve_heads, HEAD_DIM=head_dim, BLOCK_T=block.rows, num_warps=block.num_warps,
     )  # fmt: skip
     torch.autograd.graph.increment_version(qkv)
     return rstd

@@ -21,8 +21,16 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+class Rows(NamedTuple):
+    """Tile of the prologue. It works in place, and no element may have two threads: rows·head_dim / 2, which are held
+    at once, must be no fewer than threads."""
+
+    rows: int  # tokens a program
+    num_warps: int
+
+
 class Config(NamedTuple):
-    prologue_rows: int  # tokens a program; 16 at least: it works in place, and no element may have two threads
+    prologue: Rows
     forward: Tiles
     dq: Tiles
     dkv: Tiles
@@ -30,15 +38,16 @@ class Config(NamedTuple):
 
 def config(head_dim: int, dtype: torch.dtype) -> Config:
     """Tile sizes by registers, spills and shared memory (99 KiB on sm_89); not yet by times."""
+    prologue = Rows(16, 4)
     if dtype.itemsize > 2:  # fp32 has no tensor-core product that rounds like fp32: right, not fast
         small = Tiles(16, 16, 4, 1)
-        return Config(16, small, small, small)
+        return Config(prologue, small, small, small)
     # Two stages: with three, ptxas serialises the products on sm_90 (C7515). Four warps instead of eight spill.
     forward = Tiles(128, 64, 8, 2)
     if gpu_arch() in (90, 100, 103):
-        return Config(16, forward, Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+        return Config(prologue, forward, Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
     # Without wgmma both factors of a product pass through registers: these are the largest tiles that do not spill.
-    return Config(16, forward, Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2))
+    return Config(prologue, forward, Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2))
 
 
 @triton.jit
