@@ -41,25 +41,25 @@ class Timing:
         return (deciles[-1] - deciles[0]) / self.median
 
 
-def time_call(call: Callable[[], object], device: str) -> Timing:
-    """Times `call` on "cuda" or "cpu", after warming it up."""
+def time_call(call: Callable[[], object], device: str, seconds: float = SECONDS) -> Timing:
+    """Times `call` on "cuda" or "cpu", after warming it up: calls of about so many seconds in all."""
     for _ in range(WARM_UP):
         call()
-    return _time_on_gpu(call) if device == "cuda" else _time_on_host(call)
+    return _time_on_gpu(call, seconds) if device == "cuda" else _time_on_host(call, seconds)
 
 
-def _rounds(seconds: float) -> int:
+def _rounds(once: float, seconds: float) -> int:
     least, most = ROUNDS
-    return max(least, min(most, int(SECONDS / max(seconds, 1e-9))))
+    return max(least, min(most, int(seconds / max(once, 1e-9))))
 
 
-def _time_on_host(call: Callable[[], object]) -> Timing:
+def _time_on_host(call: Callable[[], object], seconds: float = SECONDS) -> Timing:
     def once() -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
-    return Timing([once() for _ in range(_rounds(once()))], "host clock")
+    return Timing([once() for _ in range(_rounds(once(), seconds))], "host clock")
 
 
 def time_synchronised(call: Callable[[], object], device: str) -> Timing:
@@ -118,7 +118,7 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     return graph
 
 
-def _time_on_gpu(call: Callable[[], object]) -> Timing:
+def _time_on_gpu(call: Callable[[], object], seconds: float) -> Timing:
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -127,8 +127,8 @@ def _time_on_gpu(call: Callable[[], object]) -> Timing:
     # Where launches bound it, the two are the same but for noise and the head start that the overwriting gives.
     bound = host > LAUNCHES * first
     if bound and (graph := _captured(call)) is not None:
-        return Timing(_event_times(graph.replay, _rounds(first)), "graph")
-    return Timing(_event_times(call, _rounds(first)), "events, bound by launches" if bound else "events")
+        return Timing(_event_times(graph.replay, _rounds(first, seconds)), "graph")
+    return Timing(_event_times(call, _rounds(first, seconds)), "events, bound by launches" if bound else "events")
 
 
 _now = 0.0
