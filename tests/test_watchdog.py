@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import re
 import os
 import subprocess
 import sys
@@ -56,11 +57,12 @@ def test_a_run_that_hangs_is_ended(small_data, tmp_path, where):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     if where == "Python's lock":
-        assert "Timeout (0:00:0" in err  # faulthandler's own word: no thread of Python's could run
+        assert "Timeout (0:0" in err  # faulthandler's own word: no thread of Python's could run
         assert "in called" in err
     else:
         last = out.splitlines()[-1]
-        assert last.startswith(("FAIL: no step for 2 s; ", "FAIL: no step for 3 s; "))
+        # Two seconds, or ten of this machine's steps where those take longer: beside other work they may.
+        assert int(re.match(r"FAIL: no step for (\d+) s; ", last)[1]) >= 2
         assert f"python -m train --resume {tmp_path / 'run'}" in last
         assert err.count("this is where every thread stands") == 1
         assert "thread MainThread:" in err
