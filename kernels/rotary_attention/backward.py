@@ -131,17 +131,18 @@ def _dkv_run(
     q_ptr += start * q_stride
     do_ptr += start * do_stride
     for m0 in range(start, stop, BLOCK_M):
+        # lse and delta come straight into registers: asked for first, while the copies of q and do are waited for.
         if MASKED:
             live = m0 + offs_m < seq_len
-            q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
-            do = tl.load(do_ptr + do_offs, mask=live[:, None], other=0.0)
             lse = tl.load(lse_ptr + m0 + offs_m, mask=live, other=0.0)
             delta = tl.load(delta_ptr + m0 + offs_m, mask=live, other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
+            do = tl.load(do_ptr + do_offs, mask=live[:, None], other=0.0)
         else:
-            q = tl.load(q_ptr + q_offs)
-            do = tl.load(do_ptr + do_offs)
             lse = tl.load(lse_ptr + m0 + offs_m)
             delta = tl.load(delta_ptr + m0 + offs_m)
+            q = tl.load(q_ptr + q_offs)
+            do = tl.load(do_ptr + do_offs)
         # -lse and -delta start the accumulators: subtracted later, they would hold 32 registers a thread and spill.
         scores = tl.dot(k, tl.trans(q), tl.broadcast_to(-lse[None, :], (BLOCK_N, BLOCK_M)), input_precision="ieee")
         scores *= scale_log2
@@ -213,7 +214,6 @@ def _attention_dkv_kernel(
             Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
 
-    tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
     if HAS_VE:
         offs_t = n0 + rows.to(tl.int64)
         ve_offs = batch * ve_stride_b + offs_t[:, None] * ve_stride_t + kv_head * HEAD_DIM + offs_d
@@ -229,6 +229,7 @@ def _attention_dkv_kernel(
         grad_scale = tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
         rstd *= grad_scale
         dv *= grad_scale[:, None]
+    tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
     tl.store(dv_ptr + tile + rows[:, None] * DQKV_STRIDE + offs_d, dv, mask=live[:, None])
     table = n0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
