@@ -63,7 +63,7 @@ class Instruction:
         if product := PRODUCT.match(self.mnemonic):
             # K of a product is 32 bytes in every dtype; a descriptor in A's place says that A is in shared memory.
             return 32 * (int(product[1]) + 64 * (re.match(r"\s*R\d+, gdesc", self.operands) is not None))
-        if self.never or not (self.kind == "shared" or self.mnemonic.startswith("LDGSTS")):
+        if not (self.kind == "shared" or self.mnemonic.startswith("LDGSTS")):
             return 0
         if matrices := re.search(r"\.M88\.(\d)", self.mnemonic):
             return 128 * 4 * int(matrices[1])
