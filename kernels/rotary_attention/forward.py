@@ -51,6 +51,12 @@ def _fwd_run(
             scores -= higher[:, None]
             peak = higher
         p = tl.exp2(scores)
+        # Weights are summed as they are multiplied, rounded: where one key is all there is, out is its very value. To
+        # bf16 by hand: a conversion with two uses is made number by number, in the slow pipe that exp2 needs too.
+        if v.dtype == tl.bfloat16:
+            p = ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        else:
+            p = p.to(v.dtype).to(tl.float32)
         total += tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, total, peak
@@ -97,9 +103,6 @@ def _attention_fwd_kernel(
         CAUSAL=True, WINDOWED=False, STAGES=STAGES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
-    # Weights are multiplied rounded and summed as they are: rounded for both, each is converted alone, not two at once.
-    # Where a query sees but itself, its sum is rounded too: out is its very value then, and its score has no gradient.
-    total = tl.where(tl.minimum(offs_m, window) == 0, total.to(out_ptr.dtype.element_ty).to(tl.float32), total)
     total = tl.where(live, total, 1.0)  # rows past the end may have seen no key
     out_ptr += (batch * seq_len * NUM_HEADS + head) * HEAD_DIM
     out_offs = offs_m.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d[None, :]
