@@ -4,7 +4,8 @@
 configuration on tensors of device "meta": nothing is allocated and nothing runs, but each kernel is compiled exactly as
 the step would launch it. It prints what each costs on that architecture, and exits with 1 on a spill that
 `ALLOWED_SPILLS` does not name, on more shared memory than there is, and on a matrix product without wgmma on sm_90.
-Architectures are compiled side by side, a process each, and reported in the order in which they were named.
+Architectures are compiled side by side, a process each, and reported in the order in which they were named. `--loops`
+adds a row for every loop around products on sm_90: its instructions by class, and what bounds it (`bench/sass.py`).
 """
 
 import argparse
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import sass
 from prepare.arguments import Parser
 from train.config import TrainConfig, resolve
 from train.memory import LiveBytes
@@ -107,15 +109,21 @@ def recording(arch: int) -> Iterator[Counter]:
         JITFunction.run = launch
 
 
-def usage(kernel, launches: int) -> Usage:
-    """What the assembler made of a compiled kernel."""
+def cuobjdump_path() -> Path:
+    """The one in Triton's wheel."""
     import triton
 
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def usage(kernel, launches: int) -> Usage:
+    """What the assembler made of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        report = subprocess.run(
+            [cuobjdump_path(), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     ir = kernel.asm.get("ttir", "") + kernel.asm.get("ttgir", "")
     return Usage(
@@ -145,14 +153,29 @@ def report(usages: list[Usage], arch: int) -> list[str]:
     return faults
 
 
-def compile_step(arch: int, vocab_size: int, **flags: bool) -> int:
+def report_loops(usages: list[tuple[Usage, object]], arch: int) -> None:
+    """The loops of the matrix kernels among these, each with what was compiled."""
+    kernels = []
+    for u, kernel in usages:
+        if u.is_matrix:
+            code = sass.instructions(sass.disassembled(kernel.asm["cubin"], cuobjdump_path()))
+            kernels.append((u.name, u.ctas_per_sm(arch) * u.warps / 4, sass.loops(code)))
+    sass.print_loops(kernels)
+
+
+def compile_step(arch: int, vocab_size: int, loops: bool = False, **flags: bool) -> int:
     """Compiles, reports, and returns the exit code."""
     with recording(arch) as launches, LiveBytes() as memory:
         walk_step(resolve(TrainConfig(**flags), "cuda"), vocab_size)
-    usages = sorted((usage(kernel, count) for kernel, count in launches.items()), key=lambda u: u.name)
+    found = [(usage(kernel, count), kernel) for kernel, count in launches.items()]
+    found.sort(key=lambda pair: pair[0].name)
+    usages = [u for u, _ in found]
     print(f"sm_{arch}, V = {vocab_size}: {sum(launches.values())} launches of {len(usages)} compiled kernels in a step")
     print(f"memory at the peak: {memory.peak / 2**20:,.0f} MiB, counted, not measured")
-    return 1 if report(usages, arch) else 0
+    faults = report(usages, arch)
+    if loops:
+        report_loops(found, arch)
+    return 1 if faults else 0
 
 
 def compile_apart(arch: int, vocab_sizes: list[int], flags: list[str]) -> list[subprocess.CompletedProcess]:
@@ -177,13 +200,14 @@ def main(args: list[str] | None = None) -> int:
     for flag in FLAGS:
         parser.add_argument(flag, action="append_const", dest="flags", const=flag, default=[],
                             help=f"the step of `train {flag}`")  # fmt: skip
+    parser.add_argument("--loops", action="store_true", help="also the loops around products, and what bounds them")
     options = parser.parse_args(args)
     if len(options.arch) == len(options.vocab_size) == 1 and "TRITON_INTERPRET" not in os.environ:
         flags = {flag[2:].replace("-", "_"): True for flag in options.flags}
-        return compile_step(options.arch[0], options.vocab_size[0], **flags)
-    codes = []
+        return compile_step(options.arch[0], options.vocab_size[0], options.loops, **flags)
+    codes, flags = [], options.flags + ["--loops"] * options.loops
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for runs in pool.map(lambda arch: compile_apart(arch, options.vocab_size, options.flags), options.arch):
+        for runs in pool.map(lambda arch: compile_apart(arch, options.vocab_size, flags), options.arch):
             for run in runs:
                 print(run.stdout, end="", flush=True)
                 codes.append(run.returncode)

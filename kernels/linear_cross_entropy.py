@@ -41,8 +41,10 @@ def linear_cross_entropy_ref(
 @triton.jit
 def _softcap_exp(z, softcap):
     """tanh(z / c) and e^(c·tanh(z / c)), of any size of z: where e^(2z/c) is infinite, tanh is 1."""
-    tanh = 1.0 - 2.0 / (1.0 + tl.exp(z * (2.0 / softcap)))
-    return tanh, tl.exp(softcap * tanh)
+    # By exp2: exp guards against results that are too small for fp32, and takes four more instructions each time.
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(z * (2.0 * LOG2_E / softcap)))
+    return tanh, tl.exp2((softcap * LOG2_E) * tanh)
 
 
 @triton.jit
@@ -53,8 +55,8 @@ def _dlogits(tanh, exp, offs, target, inverse_sum):
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, targets_ptr, losses_ptr, logits_stride_m, V, softcap,
-    IGNORED: tl.constexpr, HAS_GRAD: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, targets_ptr, losses_ptr, logits_stride_m, softcap,
+    V: tl.constexpr, IGNORED: tl.constexpr, HAS_GRAD: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss, and with HAS_GRAD count·dz in place of z. A row of one block is read once and kept."""
     row = tl.program_id(0).to(tl.int64)
@@ -106,7 +108,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, softcap: flo
     """Writes the losses of [rows, V] products z, and with `has_grad` their unscaled gradient in place of them."""
     rows, V = logits.shape
     _cross_entropy_kernel[(rows,)](
-        logits, targets, losses, logits.stride(0), V, softcap, IGNORED=IGNORED, HAS_GRAD=has_grad, **_config(V)
+        logits, targets, losses, logits.stride(0), softcap,
+        V=V, IGNORED=IGNORED, HAS_GRAD=has_grad, **_config(V),
     )
 
 

@@ -215,6 +215,17 @@ def test_visited_tiles_are_those_that_the_window_touches(by_query):
     assert full.count(False) > full.count(True)
 
 
+def test_which_windows_have_tiles_that_both_edges_cut():
+    for block_m, block_n in ((16, 16), (32, 16), (16, 32)):
+        distances = torch.arange(block_m)[:, None] - torch.arange(block_n)
+        # By how much a tile's queries may begin behind its keys: with some distances below 0 and some past the window.
+        tiles_distances = [distances + behind for behind in range(-block_m, block_m + block_n)]
+        for window in range(2 * (block_m + block_n)):
+            cut_by_both = any((tile < 0).any() and (tile > window).any() for tile in tiles_distances)
+            assert Tiles(block_m, block_n, 4, 1).both_edges(window) or not cut_by_both
+    assert not Tiles(128, 64, 8, 2).both_edges(1024)
+
+
 @interpreted
 @pytest.mark.parametrize("window", [0, 20, 64])
 def test_kernels_multiply_only_visited_tiles(window, monkeypatch):
@@ -257,12 +268,14 @@ MUTANTS = [
     (prologue, "_prologue_kernel", "v + weight[:, None] * ve", "v + weight[:, None] * ve * 0.5"),
     (prologue, "rotary_norm_bwd", "dy1 - y1 * mean", "dy1"),
     (prologue, "rotary_norm_bwd", "du1 * sin + du2 * cos", "du2 * cos - du1 * sin"),
-    (forward, "_fwd_run", "distance <= window", "distance < window"),
-    (forward, "_fwd_run", "distance >= 0", "distance > -2"),
+    (forward, "_fwd_run", "offs_m - n0 - window", "offs_m - n0 - window + 1"),
+    (forward, "_fwd_run", "<= (offs_m - n0)", "<= (offs_m - n0 + 1)"),
+    (forward, "_attention_fwd_kernel", "CAUSAL=NARROW", "CAUSAL=False"),
     (forward, "_attention_fwd_kernel", "head // GROUP * HEAD_DIM", "head % (NUM_HEADS // GROUP) * HEAD_DIM"),
     (forward, "key_runs", "m0 + BLOCK_M - 1 - window", "m0 - window"),
     (backward, "_dq_run", "(dp - delta[:, None])", "dp"),
-    (backward, "_dq_run", "distance <= window", "distance <= window + 1"),
+    (backward, "_dq_run", "offs_m - n0 - window", "offs_m - n0 - window - 1"),
+    (backward, "_attention_dq_kernel", "CAUSAL=NARROW", "CAUSAL=False"),
     (backward, "_attention_dq_kernel", "dq * scale", "dq"),
     (backward, "_dkv_run", "tl.broadcast_to(-delta[None, :]", "tl.broadcast_to(0.0 * delta[None, :]"),
     (backward, "_dkv_run", "(distance >= 0) &", ""),

@@ -24,7 +24,8 @@ from .tiles import key_runs, query_runs
 @triton.jit
 def _dq_run(
     dq, q, do, lse, delta, k_ptr, v_ptr, start, stop, m0, seq_len, window, scale_log2,
-    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, MASKED: tl.constexpr,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of one run of tiles to dq (without the factor 1/√head_dim)."""
@@ -34,8 +35,8 @@ def _dq_run(
     k_offs = offs_n[:, None] * K_STRIDE + offs_d[None, :]
     v_offs = offs_n[:, None] * V_STRIDE + offs_d[None, :]
     k_stride, v_stride = tl.full((), K_STRIDE, tl.int64), tl.full((), V_STRIDE, tl.int64)
-    for n0 in range(start, stop, BLOCK_N):
-        if MASKED:
+    for n0 in tl.range(start, stop, BLOCK_N, num_stages=None if CAUSAL or WINDOWED else STAGES):
+        if CAUSAL or WINDOWED:
             live = (n0 + offs_n < seq_len)[:, None]
             k = tl.load(k_ptr + n0 * k_stride + k_offs, mask=live, other=0.0)
             v = tl.load(v_ptr + n0 * v_stride + v_offs, mask=live, other=0.0)
@@ -43,9 +44,10 @@ def _dq_run(
             k = tl.load(k_ptr + n0 * k_stride + k_offs)
             v = tl.load(v_ptr + n0 * v_stride + v_offs)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            distance = offs_m[:, None] - (n0 + offs_n)[None, :]
-            scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
+        if CAUSAL:
+            scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
+        if WINDOWED:
+            scores = tl.where(offs_n[None, :] >= (offs_m - n0 - window)[:, None], scores, float("-inf"))
         p = tl.exp2(scores)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
@@ -59,7 +61,7 @@ def _attention_dq_kernel(
     seq_len, window, q_stride_b, v_stride_b, scale, scale_log2,
     Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NARROW: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, the longest rows first."""
     KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
@@ -93,15 +95,18 @@ def _attention_dq_kernel(
     start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
     dq = _dq_run(
         dq, q, do, lse, delta, k_ptr, v_ptr, start, full, m0, seq_len, window, scale_log2,
-        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=NARROW, WINDOWED=True, STAGES=STAGES,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
         dq, q, do, lse, delta, k_ptr, v_ptr, full, diagonal, m0, seq_len, window, scale_log2,
-        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=False, WINDOWED=False, STAGES=STAGES,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
         dq, q, do, lse, delta, k_ptr, v_ptr, diagonal, stop, m0, seq_len, window, scale_log2,
-        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=True, WINDOWED=False, STAGES=STAGES,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
     rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + head, mask=live, other=0.0)
@@ -131,17 +136,18 @@ def _dkv_run(
     q_ptr += start * q_stride
     do_ptr += start * do_stride
     for m0 in range(start, stop, BLOCK_M):
+        # lse and delta come straight into registers: asked for first, while the copies of q and do are waited for.
         if MASKED:
             live = m0 + offs_m < seq_len
-            q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
-            do = tl.load(do_ptr + do_offs, mask=live[:, None], other=0.0)
             lse = tl.load(lse_ptr + m0 + offs_m, mask=live, other=0.0)
             delta = tl.load(delta_ptr + m0 + offs_m, mask=live, other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
+            do = tl.load(do_ptr + do_offs, mask=live[:, None], other=0.0)
         else:
-            q = tl.load(q_ptr + q_offs)
-            do = tl.load(do_ptr + do_offs)
             lse = tl.load(lse_ptr + m0 + offs_m)
             delta = tl.load(delta_ptr + m0 + offs_m)
+            q = tl.load(q_ptr + q_offs)
+            do = tl.load(do_ptr + do_offs)
         # -lse and -delta start the accumulators: subtracted later, they would hold 32 registers a thread and spill.
         scores = tl.dot(k, tl.trans(q), tl.broadcast_to(-lse[None, :], (BLOCK_N, BLOCK_M)), input_precision="ieee")
         scores *= scale_log2
@@ -213,7 +219,6 @@ def _attention_dkv_kernel(
             Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
 
-    tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
     if HAS_VE:
         offs_t = n0 + rows.to(tl.int64)
         ve_offs = batch * ve_stride_b + offs_t[:, None] * ve_stride_t + kv_head * HEAD_DIM + offs_d
@@ -229,6 +234,7 @@ def _attention_dkv_kernel(
         grad_scale = tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
         rstd *= grad_scale
         dv *= grad_scale[:, None]
+    tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
     tl.store(dv_ptr + tile + rows[:, None] * DQKV_STRIDE + offs_d, dv, mask=live[:, None])
     table = n0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
@@ -261,6 +267,7 @@ def attention_bwd(
         T, window, q.stride(0), v.stride(0), scale, scale * LOG2_E,
         Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_GRAD_SCALE=grad_scale is not None,
+        NARROW=block.both_edges(window), STAGES=block.full_stages,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     block = config.dkv

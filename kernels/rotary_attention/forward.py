@@ -20,7 +20,8 @@ LOG2_E = math.log2(math.e)
 @triton.jit
 def _fwd_run(
     acc, total, peak, q, k_ptr, v_ptr, start, stop, m0, seq_len, window, scale_log2,
-    RUNNING_MAX: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, MASKED: tl.constexpr,
+    RUNNING_MAX: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of one run of tiles to the unnormalised output, the sum of exponentials and the peak."""
@@ -30,8 +31,8 @@ def _fwd_run(
     k_offs = offs_n[:, None] * K_STRIDE + offs_d[None, :]
     v_offs = offs_n[:, None] * V_STRIDE + offs_d[None, :]
     k_stride, v_stride = tl.full((), K_STRIDE, tl.int64), tl.full((), V_STRIDE, tl.int64)
-    for n0 in range(start, stop, BLOCK_N):
-        if MASKED:
+    for n0 in tl.range(start, stop, BLOCK_N, num_stages=None if CAUSAL or WINDOWED else STAGES):
+        if CAUSAL or WINDOWED:
             live = (n0 + offs_n < seq_len)[:, None]
             k = tl.load(k_ptr + n0 * k_stride + k_offs, mask=live, other=0.0)
             v = tl.load(v_ptr + n0 * v_stride + v_offs, mask=live, other=0.0)
@@ -39,19 +40,25 @@ def _fwd_run(
             k = tl.load(k_ptr + n0 * k_stride + k_offs)
             v = tl.load(v_ptr + n0 * v_stride + v_offs)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            distance = offs_m[:, None] - (n0 + offs_n)[None, :]
-            scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
+        if CAUSAL:
+            scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
+        if WINDOWED:
+            scores = tl.where(offs_n[None, :] >= (offs_m - n0 - window)[:, None], scores, float("-inf"))
         if RUNNING_MAX:
             higher = tl.maximum(peak, tl.max(scores, axis=1))
             total *= tl.exp2(peak - higher)
             acc *= tl.exp2(peak - higher)[:, None]
             scores -= higher[:, None]
             peak = higher
-        # Weights are summed as they are multiplied, rounded: where one key is all there is, out is its very value.
-        p = tl.exp2(scores).to(v.dtype)
-        total += tl.sum(p.to(tl.float32), axis=1)
-        acc = tl.dot(p, v, acc, input_precision="ieee")
+        p = tl.exp2(scores)
+        # Weights are summed as they are multiplied, rounded: where one key is all there is, out is its very value. To
+        # bf16 by hand: a conversion with two uses is made number by number, in the slow pipe that exp2 needs too.
+        if v.dtype == tl.bfloat16:
+            p = ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        else:
+            p = p.to(v.dtype).to(tl.float32)
+        total += tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, total, peak
 
 
@@ -60,7 +67,8 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     seq_len, window, q_stride_b, v_stride_b, scale_log2, least,
     RUNNING_MAX: tl.constexpr, Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NARROW: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Neighbours share a head, the longest rows first."""
     blocks = tl.cdiv(seq_len, BLOCK_M)
@@ -81,18 +89,18 @@ def _attention_fwd_kernel(
     start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
     acc, total, peak = _fwd_run(
         acc, total, peak, q, k_ptr, v_ptr, start, full, m0, seq_len, window, scale_log2,
-        RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE,
+        CAUSAL=NARROW, WINDOWED=True, STAGES=STAGES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     acc, total, peak = _fwd_run(
         acc, total, peak, q, k_ptr, v_ptr, full, diagonal, m0, seq_len, window, scale_log2,
-        RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=False,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE,
+        CAUSAL=False, WINDOWED=False, STAGES=STAGES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     acc, total, peak = _fwd_run(
         acc, total, peak, q, k_ptr, v_ptr, diagonal, stop, m0, seq_len, window, scale_log2,
-        RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, MASKED=True,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE,
+        CAUSAL=True, WINDOWED=False, STAGES=STAGES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
     total = tl.where(live, total, 1.0)  # rows past the end may have seen no key
@@ -118,7 +126,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
         q, k, v, out, lse,
         T, min(window, T), q.stride(0), v.stride(0), scale_log2, least,
         RUNNING_MAX=q.dtype == torch.float16, Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
-        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim,
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, NARROW=block.both_edges(window), STAGES=block.full_stages,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return out, lse

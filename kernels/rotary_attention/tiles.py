@@ -19,6 +19,11 @@ class Tiles(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    full_stages: int | None = None  # of the loop over full tiles, where it is not num_stages
+
+    def both_edges(self, window: int) -> bool:
+        """Whether both edges of the window may cut one tile: then the tiles at its far edge need both masks."""
+        return window < self.block_m + self.block_n
 
 
 class Rows(NamedTuple):
@@ -42,10 +47,12 @@ def config(head_dim: int, dtype: torch.dtype) -> Config:
     if dtype.itemsize > 2:  # fp32 has no tensor-core product that rounds like fp32: right, not fast
         small = Tiles(16, 16, 4, 1)
         return Config(prologue, small, small, small)
-    # Two stages: with three, ptxas serialises the products on sm_90 (C7515). Four warps instead of eight spill.
+    # Four warps instead of eight spill.
     forward = Tiles(128, 64, 8, 2)
     if gpu_arch() in (90, 100, 103):
-        return Config(prologue, forward, Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+        # A third stage, so that a tile's copies have more than one product's time to arrive. Not where a mask is: there
+        # ptxas serialises the products (C7515), and dK/dV spills.
+        return Config(prologue, Tiles(128, 64, 8, 2, 3), Tiles(128, 64, 8, 2, 3), Tiles(64, 128, 8, 2))
     # Without wgmma both factors of a product pass through registers: these are the largest tiles that do not spill.
     return Config(prologue, forward, Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2))
 
