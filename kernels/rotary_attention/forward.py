@@ -52,7 +52,8 @@ def _fwd_run(
             peak = higher
         p = tl.exp2(scores)
         # Weights are summed as they are multiplied, rounded: where one key is all there is, out is its very value. To
-        # bf16 by hand: a conversion with two uses is made number by number, in the slow pipe that exp2 needs too.
+        # bf16 by hand: a conversion with two uses is made number by number, in the slow pipe that exp2 needs too. A NaN
+        # of all ones becomes 0 by it; a key that is not a number is still found out by its own query, and by dQ.
         if v.dtype == tl.bfloat16:
             p = ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
         else:
