@@ -87,6 +87,7 @@ def check(inputs, H, window, head_dim, dtype, op=rotary_attention, truth_dtype=t
         (1, 50, 2, 2, 16, 0, False),
         (1, 50, 3, 1, 16, 1, True),
         (1, 49, 2, 1, 32, 1000, True),
+        (1, 20, 2, 1, 16, 1000, True),  # shorter than a tile of queries, in a window wider than any tile
     ],
 )
 def test_output_and_gradients(B, T, H, KVH, head_dim, window, has_ve):

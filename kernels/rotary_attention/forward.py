@@ -117,7 +117,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
     q: [B, T, H·head_dim]; k, v: [B, T, KVH·head_dim]. q and k are slices of one tensor, so that they share strides.
     """
     B, T, width = q.shape
-    num_heads, group = width // head_dim, width // k.shape[-1]
+    num_heads, group, window = width // head_dim, width // k.shape[-1], min(window, T)
     out = torch.empty(B, T, width, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, num_heads, T, dtype=torch.float32, device=q.device)
     block = tiles.config(head_dim, q.dtype).forward
@@ -125,7 +125,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
     least = -1.01 * head_dim * scale_log2  # q and k are rounded: 1 % below what their norms allow
     _attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         q, k, v, out, lse,
-        T, min(window, T), q.stride(0), v.stride(0), scale_log2, least,
+        T, window, q.stride(0), v.stride(0), scale_log2, least,
         RUNNING_MAX=q.dtype == torch.float16, Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, NARROW=block.both_edges(window), STAGES=block.full_stages,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,

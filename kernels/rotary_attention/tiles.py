@@ -22,7 +22,8 @@ class Tiles(NamedTuple):
     full_stages: int | None = None  # of the loop over full tiles, where it is not num_stages
 
     def both_edges(self, window: int) -> bool:
-        """Whether both edges of the window may cut one tile: then the tiles at its far edge need both masks."""
+        """Whether both edges of the window may cut one tile: then the tiles at its far edge need both masks. `window`
+        as the kernel gets it, no more than seq_len: that edge is where `key_runs` puts it."""
         return window < self.block_m + self.block_n
 
 
