@@ -45,29 +45,39 @@ def files() -> list[Path]:
     return sorted(found, key=lambda path: (order.get(path.name, len(order)), path.name))
 
 
-def run(file: Path, limit: float) -> Result:
+def run(file: Path, limit: float, running: set[subprocess.Popen]) -> Result:
+    """`running` has its process as long as there is one."""
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", str(file), *PYTEST]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", timeout=limit,
-        )  # fmt: skip
-        state, output = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})", done.stdout
-    except subprocess.TimeoutExpired as error:
-        state, output = "timed out", (error.stdout or b"").decode(errors="replace")
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace",
+    ) as process:  # fmt: skip
+        running.add(process)
+        try:
+            output, _ = process.communicate(timeout=limit)
+            state = "ok" if process.returncode == 0 else f"FAILED ({process.returncode})"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            state = "timed out"
+        finally:
+            running.discard(process)
     return Result(file, state, time.monotonic() - start, output)
 
 
 def run_all(paths: list[Path], limit: float, workers: int = WORKERS) -> Iterator[Result]:
     """The results as they come."""
+    running: set[subprocess.Popen] = set()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(run, path, limit) for path in paths if path.name not in ALONE]
+        waiting = [pool.submit(run, path, limit, running) for path in paths if path.name not in ALONE]
         try:
             yield from (future.result() for future in as_completed(waiting))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    yield from (run(path, limit) for path in paths if path.name in ALONE)
+            for process in [*running]:  # one that a kernel holds hears no interrupt, and all would wait for it
+                process.kill()
+    yield from (run(path, limit, running) for path in paths if path.name in ALONE)
 
 
 def main(args: list[str] | None = None) -> int:

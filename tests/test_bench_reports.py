@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -250,7 +253,29 @@ def test_files_of_gpu_tests_fail_alone(tmp_path, capsys, monkeypatch):
     assert states == {"test_good.py": "ok", "test_bad.py": "FAILED (1)", "test_broken.py": "FAILED (9)"}
     assert last.startswith("3 files, 2 not well: ")
     assert any("assert 1 == 2" in line for line in lines)
-    assert gpu_tests.run(paths[0], limit=0.1).state == "timed out"
+    assert gpu_tests.run(paths[0], 0.1, set()).state == "timed out"
+
+
+def test_interrupted_gpu_tests_name_what_they_did_not_come_to(tmp_path):
+    """Within seconds, although one file hears no interrupt, as where a kernel never ends; and it does not live on."""
+    pid = tmp_path / "pid"
+    deaf = f"signal.signal(signal.SIGINT, signal.SIG_IGN); open({str(pid)!r}, 'w').write(str(os.getpid())); "
+    for name, body in {"a": deaf + "time.sleep(60)", "b": "pass", "c": "time.sleep(60)"}.items():
+        path = tmp_path / f"test_{name}.py"
+        path.write_text(f"import os, pytest, signal, time\n@pytest.mark.gpu\ndef test_it():\n    {body}\n")
+    command = [sys.executable, "-m", "bench.gpu_tests", *map(str, sorted(tmp_path.glob("test_*.py")))]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("== test_b.py: ok, ")
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert out.splitlines()[-1] == "3 files, 2 not well: test_a.py test_c.py"
+    assert out.count("cut off") == 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_every_kernel_has_tests_for_a_gpu():
