@@ -36,7 +36,7 @@ def device_peak(name: str) -> float | None:
 def matrix_parameters(config: GPTConfig) -> int:
     """Parameters that multiply every token: all but the embeddings (looked up) and the scalars."""
     counts = count_parameters(config)
-    return counts["total"] - counts["wte"] - counts["value_embeddings"] - counts["scalars"]
+    return counts["lm_head"] + counts["blocks"]
 
 
 def flops_per_token(config: GPTConfig) -> int:

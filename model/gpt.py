@@ -1,7 +1,8 @@
 """The GPT. Shapes: B batch, T time, D model width, H heads, KVH key-value heads, V vocabulary, L layers.
 
 Parameters of one kind are one tensor for all layers, [L, rows, cols]: the optimizer updates each stack as a batch.
-A new weight is one line in `parameter_shapes`, one in `init_weights`, and its use in `forward`.
+A new weight is one line in `parameter_shapes`, one in `init_weights`, its use in `features` or `_layer`, and its name
+where it is updated: in `BLOCK_WEIGHTS`, or in a group of the optimizer.
 """
 
 import math
@@ -39,9 +40,9 @@ SCALARS = ("lambda_r", "lambda_0")
 
 
 def count_parameters(config: GPTConfig) -> dict[str, int]:
-    """Parameters by kind: wte, value_embeddings, lm_head, blocks, scalars, and their total."""
+    """Parameters by kind: wte, value_embeddings, lm_head and every other table, blocks, scalars, and their total."""
     size = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    counts = {name: size[name] for name in ("wte", "value_embeddings", "lm_head")}
+    counts = {name: n for name, n in size.items() if name not in BLOCK_WEIGHTS + SCALARS}
     counts["blocks"] = sum(size[name] for name in BLOCK_WEIGHTS)
     counts["scalars"] = sum(size[name] for name in SCALARS)
     return {**counts, "total": sum(counts.values())}

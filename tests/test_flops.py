@@ -2,7 +2,7 @@
 
 import pytest
 
-from model import GPT, GPTConfig, flops_per_token, flops_per_token_causal, visited_pairs
+from model import GPT, GPTConfig, flops_per_token, flops_per_token_causal, gpt, visited_pairs
 from model.flops import device_peak, matrix_parameters
 from model.gpt import count_parameters
 
@@ -18,6 +18,17 @@ def test_parameters_by_kind_of_the_default():
 def test_count_is_what_the_module_holds():
     config = GPTConfig(vocab_size=300, seq_len=16, depth=3, d_model=192, head_dim=32, num_kv_heads=2)
     assert count_parameters(config)["total"] == sum(p.numel() for p in GPT(config).parameters())
+
+
+def test_a_new_table_is_counted_and_not_charged(monkeypatch):
+    config = GPTConfig()
+    shapes = gpt.parameter_shapes(config)
+    without = count_parameters(config), flops_per_token(config)
+    monkeypatch.setattr(gpt, "parameter_shapes", lambda config: shapes | {"bigrams": (1000, 512)})
+    counts = count_parameters(config)
+    assert counts["bigrams"] == 512_000
+    assert counts["total"] == without[0]["total"] + 512_000
+    assert flops_per_token(config) == without[1]
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 16])

@@ -9,6 +9,7 @@ import torch
 from kernels.muon import muon_update_ref, second_moment_shape
 from kernels.polar_express import COEFFICIENTS
 from model import GPT, GPTConfig
+from prepare import InputError
 from train.config import TrainConfig, resolve
 from train.optimizer import AdamWGroup, MuonGroup, Optimizer
 from train.schedule import StepValues
@@ -56,6 +57,13 @@ def test_every_parameter_is_in_one_group_with_its_rate():
     ]
     covered = sum(m.numel() for g in optimizer.groups if isinstance(g, AdamWGroup) for m in g.masters)
     assert covered + sum(g.master.numel() for g in muon) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_parameter_in_no_group_is_refused(monkeypatch):
+    """It would keep its initial values for ever, and nobody would notice."""
+    monkeypatch.setattr("train.optimizer.BLOCK_WEIGHTS", ("w_qkv", "w_out", "w_fc", "w_gate"))
+    with pytest.raises(InputError, match=r"no group updates w_proj:.*BLOCK_WEIGHTS"):
+        make()
 
 
 def test_q_k_and_v_are_three_matrices_also_where_they_are_alike():

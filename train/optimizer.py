@@ -12,6 +12,7 @@ from torch import Tensor
 import kernels
 from model import GPT
 from model.gpt import BLOCK_WEIGHTS
+from prepare import InputError
 
 from .config import TrainConfig
 from .schedule import StepValues
@@ -140,6 +141,12 @@ class Optimizer:
             for label, (master, grad, copy) in zip(labels, batches, strict=True):
                 lr = config.matrix_lr * max(1.0, master.shape[-2] / master.shape[-1]) ** 0.5
                 groups.append(MuonGroup(name, label, lr, master, grad, copy))
+        updated = {name for g in groups for name in (g.names if isinstance(g, AdamWGroup) else [g.name])}
+        if left_out := [name for name in self.parameters if name not in updated]:
+            raise InputError(
+                f"no group updates {', '.join(left_out)}: name a block's matrices in BLOCK_WEIGHTS of model/gpt.py, and"
+                " give tables and scalars a line in the groups of train/optimizer.py"
+            )
         return groups
 
     def state(self) -> dict[str, Tensor]:
