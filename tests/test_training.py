@@ -216,6 +216,12 @@ def test_sample_from_a_finished_run(finished, capsys):
     assert not any("<|" in text for text in outputs)
 
 
+def test_a_seed_that_no_generator_takes(finished, capsys):
+    for seed in ("-1", "9" * 30):
+        assert sample.main([str(finished), "--tokens", "1", "--device", "cpu", "--seed", seed]) == 2
+        assert capsys.readouterr().err.startswith("error: --seed")
+
+
 def test_special_tokens_are_never_drawn(finished, monkeypatch):
     model, tokenizer, _ = load_run(finished)
     special = list(range(tokenizer.bos, tokenizer.vocab_size))
@@ -260,6 +266,9 @@ def test_saved_weights_are_the_trained_ones(finished):
         (["--time-budget", "0"], "--time-budget"),
         (["--time-budget", "nan"], "--time-budget"),
         (["--steps", "0"], "--steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", "9" * 30], "--seed"),
+        (["--name", "a/b"], "--name"),
         (["--warmup-ratio", "0.8"], "--warmup-ratio"),
         (["--packing", "loose"], "--packing"),
         (["--data", "nowhere"], "nowhere"),
@@ -336,3 +345,4 @@ def test_help_names_every_option(capsys):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert all(f"--{f.replace('_', '-')}" in out for f in TrainConfig.__dataclass_fields__)
+    assert "20971520" in out.replace("\n", "")  # every digit of a default

@@ -7,11 +7,14 @@ chosen by measurement (bench/LOG.md).
 import argparse
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from model import GPTConfig
 from prepare import InputError
 from prepare.arguments import Parser
+
+MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
 
 DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -63,7 +66,7 @@ class TrainConfig:
                              " (default: triton on a GPU, else reference)",
                              choices=("triton", "reference", "compile"))  # fmt: skip
     graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
-    seed: int = option(42, "seed of the initial weights")
+    seed: int = option(42, "seed of the initial weights and of the order of the data")
 
     resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/",
                                 free=True)  # fmt: skip
@@ -80,8 +83,8 @@ class TrainConfig:
     head_dim: int | None = option(None, "width of a head")
     num_kv_heads: int = option(0, "key-value heads; 0: as many as heads")
     seq_len: int | None = option(None, "tokens a row")
-    recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15.8"
-                                    " instead of 25.5 GB at the GPU's defaults; not yet timed")  # fmt: skip
+    recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,759"
+                                    " instead of 25,487 MiB at the GPU's defaults; not yet timed")  # fmt: skip
     fused_norms: bool = option(False, "norms in the epilogues of the kernels' products: not yet measured")
     window_pattern: str = option("SSSL", "attention windows, repeated over the layers: S half, L all; the last is L")
 
@@ -174,6 +177,10 @@ def _check(config: TrainConfig) -> None:
             raise InputError(f"--{key.replace('_', '-')} {getattr(config, key)} must be at least {least}")
     if config.steps is not None and config.steps < 1:
         raise InputError(f"--steps {config.steps} must be at least 1")
+    if not 0 <= config.seed <= MAX_SEED:
+        raise InputError(f"--seed {config.seed} must be from 0 to {MAX_SEED}")
+    if config.name != Path(config.name).name:
+        raise InputError(f"--name {config.name!r} must be a part of one folder's name: --run-dir takes a path")
     if not 0 < config.time_budget < float("inf"):
         raise InputError(f"--time-budget {config.time_budget:g} must be a positive number of seconds")
     if not config.checkpoint_every < float("inf"):
@@ -208,10 +215,10 @@ def parse_given(args: list[str] | None = None) -> dict[str, Any]:
     for f in dataclasses.fields(TrainConfig):
         kind = next((t for t in get_args(hints[f.name]) if t is not type(None)), hints[f.name])
         text = f.metadata["help"]
-        by_device = [f"{device} {d[f.name]:g}" for device, d in DEVICE_DEFAULTS.items() if f.name in d]
+        by_device = [f"{device} {d[f.name]:.10g}" for device, d in DEVICE_DEFAULTS.items() if f.name in d]
         if by_device:
             text += f" (default: {', '.join(by_device)})"
-        elif f.default is not None:
+        elif f.default not in (None, ""):
             text += f" (default: {f.default})"
         flag = "--" + f.name.replace("_", "-")
         if kind is bool:

@@ -64,7 +64,8 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise InputError(f"the run folder {self.path} is not empty: choose another --run-dir")
+            what = "not empty" if self.path.is_dir() else "a file"
+            raise InputError(f"the run folder {self.path} is {what}: choose another --run-dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             sync(self.path.parent)
@@ -198,7 +199,9 @@ def build_model(shape: GPTConfig, weights: dict[str, torch.Tensor], device: str,
     allocated."""
     wanted = parameter_shapes(shape)
     if {name: tuple(w.shape) for name, w in weights.items()} != wanted:
-        raise InputError(f"the weights in {folder} are not those of the model in its config.json; {_MEND}")
+        raise InputError(
+            f"the weights in {folder} are not those of model/gpt.py as it is: go back to the run's commit, or {_MEND}"
+        )
     model = GPT(shape, device=device)
     model.load_state_dict(weights)
     return model

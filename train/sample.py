@@ -7,8 +7,9 @@ from torch import Tensor
 
 from model import GPT
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
+from .config import MAX_SEED
 from .runs import load_run
 from .trainer import pick_device
 
@@ -48,12 +49,14 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=200, help="how many to generate (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest; 0: from all (default: 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
     options = parser.parse_args(args)
     try:
         if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < float("inf"):
             raise InputError("--tokens, --top-k and --temperature must not be negative")
+        if not 0 <= options.seed <= MAX_SEED:
+            raise InputError(f"--seed {options.seed} must be from 0 to {MAX_SEED}")
         model, tokenizer, _ = load_run(options.run, pick_device(options.device))
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
         prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]
@@ -69,4 +72,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
