@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as TokenizersTokenizer
 
@@ -106,6 +107,17 @@ def test_a_model_that_modeling_py_does_not_know_is_refused(finished, tmp_path, m
     monkeypatch.setattr(GPT, "features", lambda self, tokens: 1.01 * honest(self, tokens))
     assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 2
     assert "other logits than model/gpt.py" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_in_one_line(finished, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("train.export.save_file", full)
+    assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "make room" in error
+    assert error.count("\n") == 1
 
 
 def test_a_folder_in_use_is_left_alone(finished, tmp_path, capsys):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kernels.common import EPS
@@ -18,7 +19,7 @@ from kernels.linear_cross_entropy import SOFTCAP
 from model import GPT
 from model.config import GATE_CHANNELS
 from prepare import InputError, Tokenizer
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 from prepare.tokenizer import byte_of_char
 
 from .runs import load_run, write_json
@@ -47,10 +48,13 @@ def export(run: str | Path, to: Path) -> float:
     Raises InputError where `to` is in use, or where modeling.py does not compute what model/gpt.py does.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to} is not empty: choose another folder for --to")
+        raise InputError(f"{to} is {'not empty' if to.is_dir() else 'a file'}: choose another folder for --to")
     model, tokenizer, _ = load_run(run)
     to.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, to / "model.safetensors")
+    try:
+        save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, to / "model.safetensors")
+    except SafetensorError as error:  # a full disk is no OSError to it
+        raise InputError(f"the weights cannot be written to {to} ({error}): make room or name another folder") from None
     (to / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     write_json(to / "config.json", exported_config(model, tokenizer))
     (to / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False), encoding="utf-8")
@@ -138,4 +142,4 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
