@@ -17,7 +17,7 @@ import torch
 
 from bench.timing import time_call
 from model.flops import device_peak
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 # Bytes/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DATASHEET_BANDWIDTHS = {
@@ -102,4 +102,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.results import OURS
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 5.0  # percent
@@ -111,4 +111,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -23,7 +23,7 @@ import torch
 import kernels
 from bench.steps import make_step
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 from train.config import TrainConfig, resolve
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -194,4 +194,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

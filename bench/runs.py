@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 COLUMNS = {
     "tokens_per_second": "tok/s",
@@ -112,4 +112,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

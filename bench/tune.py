@@ -30,7 +30,7 @@ from bench.tiles import compile_all, launches_of, prepared, step_targets
 from bench.timing import time_call
 from bench.tuned import HEADER, Trial, Tuned, as_json, line_of, one_line, report_gains, report_offline
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 from train.provenance import versions
 from train.runs import source_commit
 
@@ -212,4 +212,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

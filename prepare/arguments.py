@@ -2,6 +2,10 @@
 
 import argparse
 import difflib
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,3 +22,13 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ": --help lists all"))
         return parsed
+
+
+def command(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with `main`'s exit code: without a traceback also after Ctrl-C (130), and where nobody reads the
+    output any more, as in `| head -n 1` (141)."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 from .judge import Experiment, differences, experiments, numbers
 from .ledger import Ledger
@@ -65,4 +65,4 @@ def compare(a: Experiment, b: Experiment) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -18,7 +18,7 @@ import torch
 
 from model import GPT
 from prepare import Dataset, InputError, default_folder
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 from prepare.home import home
 
 from .config import TrainConfig, resolve
@@ -232,4 +232,4 @@ def batch(device: str, vocab_size: int) -> Finding:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

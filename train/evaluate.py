@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from prepare import Dataset, InputError, evaluate_bpb
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 from .audit import audit
 from .config import TrainConfig
@@ -29,7 +29,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--data", help="prepared folder (default: the one the run was trained on)")
     parser.add_argument("--eval-tokens", type=int, help="0: all (default: as the run)")
     parser.add_argument("--device-batch-size", type=int, help="rows at a time (default: as the run)")
-    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
     options = parser.parse_args(args)
     try:
         return evaluate(options)
@@ -107,4 +107,4 @@ def recorded_fingerprint(run: Path) -> dict | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

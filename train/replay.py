@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 from .config import TrainConfig
 from .failure import find, layers, read_failure
@@ -124,4 +124,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 from .judge import CRASH, DISCARD, KEEP, Experiment, believable, differences, experiments, numbers
 from .ledger import Ledger
@@ -243,4 +243,4 @@ def label(axes, keeps: Sequence[tuple[float, float, float, str]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
