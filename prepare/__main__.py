@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary folders are removed
     try:
         return _run(_parser().parse_args(argv))
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -42,6 +42,8 @@ def _run(args: argparse.Namespace) -> int:
     from .build import prepare, summary
     from .dataset import Dataset
 
+    if args.source != "climbmix" and (args.shards, args.base_url) != (None, None):
+        raise InputError("--shards and --base-url are for --source climbmix: leave them out, or name that source")
     # What is not given is left to the defaults of `prepare`.
     folder = prepare(**{name: value for name, value in vars(args).items() if value is not None})
     print(summary(Dataset.open(folder, verify=False).manifest, folder))

@@ -237,3 +237,8 @@ def test_help_does_not_wait_for_torch():
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--vocab-size" in result.stdout
+
+
+def test_options_of_another_source_are_refused(tmp_path, capsys):
+    assert main(["--source", str(tmp_path), "--shards", "3", "--out", str(tmp_path / "out")]) == 2
+    assert "--source climbmix" in capsys.readouterr().err
