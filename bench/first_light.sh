@@ -7,6 +7,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 source bench/parts.sh
+require_device
 
 tests=(-m bench.gpu_tests)
 ops=(bench/test_ops.py --benchmark-only --bench-seconds 110 -vv)

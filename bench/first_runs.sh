@@ -12,6 +12,7 @@ if [ -z "$data" ] || [ ! -f "$data/manifest.json" ]; then
   exit 2
 fi
 source bench/parts.sh
+require_device
 
 ops=(triton compile reference)
 long=(--time-budget 60 --eval-tokens 5242880)

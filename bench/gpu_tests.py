@@ -12,9 +12,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from prepare.arguments import Parser
+import torch
+
+from prepare.arguments import Parser, command
 
 ROOT = Path(__file__).parents[1]
 WORKERS = 4  # their largest tests, 36 GB and three below 20, may meet on a GPU of 80 GB
@@ -87,6 +90,12 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="default: all that have such tests")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for each file (default: {LIMIT:g})")
     options = parser.parse_args(args)
+    if find_spec("pytest") is None:
+        parser.error("pytest is missing: `make test` installs it, or pip install -e '.[dev]'")
+    if not options.files and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device here: `make test` runs what runs without one")
+    if missing := [path for path in options.files if not path.is_file()]:
+        parser.error(f"{missing[0]} does not exist: name files of tests/")
     paths, results = [path.resolve() for path in options.files] or files(), []
     try:
         for result in run_all(paths, options.limit):
@@ -103,4 +112,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

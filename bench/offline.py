@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import sass
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 from train.config import TrainConfig, resolve
 from train.memory import LiveBytes
 from train.precompile import AbsentGpu, walk_step
@@ -204,6 +204,8 @@ def main(args: list[str] | None = None) -> int:
                             help=f"the step of `train {flag}`")  # fmt: skip
     parser.add_argument("--loops", action="store_true", help="also the loops around products, and what bounds them")
     options = parser.parse_args(args)
+    if bad := [size for size in options.vocab_size if not 1 <= size <= 65536]:
+        parser.error(f"--vocab-size {bad[0]} must be from 1 to 65,536")
     if len(options.arch) == len(options.vocab_size) == 1 and "TRITON_INTERPRET" not in os.environ:
         flags = {flag[2:].replace("-", "_"): True for flag in options.flags}
         return compile_step(options.arch[0], options.vocab_size[0], options.loops, **flags)
@@ -217,4 +219,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

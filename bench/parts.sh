@@ -12,6 +12,14 @@ if [ "$DEVICE" = cpu ]; then
   export CUDA_VISIBLE_DEVICES=
 fi
 
+# Ends the script where what it measures is not there.
+require_device() {
+  if [ "$DEVICE" = cuda ] && ! "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: PyTorch sees no CUDA device here: DEVICE=cpu takes the same parts on a CPU, small" >&2
+    exit 2
+  fi
+}
+
 # part NAME LIMIT COMMAND...: at most LIMIT seconds, and never past the deadline.
 part() {
   local name=$1 limit=$2 start=$SECONDS code=0 state

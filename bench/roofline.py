@@ -23,7 +23,7 @@ from model.config import GATE_CHANNELS
 from model.flops import H100_PEAK
 from model.gpt import BLOCK_WEIGHTS, parameter_shapes
 from prepare import InputError
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 from train.config import TrainConfig, resolve
 
 # H200: 790 TFLOP/s and 4.3 TB/s (of 4.8) have been measured by others on one. H100: the same rate, and the same nine
@@ -236,14 +236,19 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="config.json of a run, instead of --depth and --vocab-size")
     parser.add_argument("--measured", type=Path, help="JSON of bench/test_step.py: the gap of each op, largest first")
     options = parser.parse_args(args)
+    if options.vocab_size is not None and not 1 <= options.vocab_size <= 65536:
+        parser.error(f"--vocab-size {options.vocab_size} must be from 1 to 65,536")
     try:
         if options.measured:
             step = read_step(options.measured, options.vocab_size)
             report_measured(step, GPUS[options.gpu] if options.gpu else Ceilings(**step["ceilings"]))
             return 0
         if options.config:
-            saved = json.loads(options.config.read_text(encoding="utf-8"))
-            config, model = TrainConfig(**saved["config"]), GPTConfig(**saved["model"])
+            try:
+                saved = json.loads(options.config.read_text(encoding="utf-8"))
+                config, model = TrainConfig(**saved["config"]), GPTConfig(**saved["model"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"--config {options.config} is no config.json of a run ({error})") from None
         else:
             config = resolve(TrainConfig(depth=options.depth), "cuda")
             model = config.model_config(options.vocab_size or 8192)
@@ -255,4 +260,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

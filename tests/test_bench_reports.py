@@ -278,6 +278,29 @@ def test_interrupted_gpu_tests_name_what_they_did_not_come_to(tmp_path):
         os.kill(int(pid.read_text()), 0)
 
 
+def test_what_needs_a_gpu_says_so_at_once(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        gpu_tests.main([])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("error: PyTorch sees no CUDA device")
+    with pytest.raises(SystemExit):
+        gpu_tests.main(["nowhere.py"])
+    assert "nowhere.py does not exist" in capsys.readouterr().err
+    done = shell("bench/first_light.sh", PY=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [("print('line\\n' * 100_000)", 141), ("raise KeyboardInterrupt", 130), ("return 2", 2)]
+)
+def test_a_command_ends_without_a_traceback(body, code):
+    """141: nobody reads on after the first line."""
+    source = f"from prepare.arguments import command\ndef main():\n    {body}\ncommand(main)"
+    done = shell(f'{{ "{sys.executable}" -c "{source}"; echo $? >&2; }} | head -n 1')
+    assert done.stderr == f"{code}\n"
+
+
 def test_every_kernel_has_tests_for_a_gpu():
     names = [path.name for path in gpu_tests.files()]
     assert names[0] == gpu_tests.LONGEST[0]

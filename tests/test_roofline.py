@@ -176,6 +176,13 @@ def test_bad_measurements_are_one_line(tmp_path, capsys):
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
-    assert roofline.main(["--config", str(tmp_path / "none.json")]) == 2
-    assert roofline.main(["--depth", "0"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    (tmp_path / "other.json").write_text("{}")
+    bad = [["--config", str(tmp_path / "none.json")], ["--config", str(tmp_path / "other.json")], ["--depth", "0"]]
+    for args in bad:
+        assert roofline.main(args) == 2
+        error = capsys.readouterr().err
+        assert args[-1] in error
+        assert error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        roofline.main(["--vocab-size", "0"])
+    assert "--vocab-size 0" in capsys.readouterr().err
