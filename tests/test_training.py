@@ -247,6 +247,17 @@ def test_evaluate_a_finished_run(finished, corpus, capsys):
     assert Dataset.open(corpus).split("holdout").sha256 in out
 
 
+def test_a_look_at_the_holdout_that_cannot_be_counted_shows_nothing(finished, monkeypatch, capsys):
+    def read_only(*_):
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr("train.ledger.Ledger.append", read_only)
+    assert evaluate.main([str(finished), "--holdout", "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+
+
 def test_saved_weights_are_the_trained_ones(finished):
     model, tokenizer, _ = load_run(finished)
     assert tokenizer.vocab_size == 512

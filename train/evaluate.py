@@ -64,11 +64,13 @@ def evaluate(options) -> int:
         score, data, split="holdout" if options.holdout else "val", seq_len=config.seq_len, batch_size=rows,
         max_tokens=tokens or None, packing=config.packing, device=device,
     )  # fmt: skip
+    if options.holdout:  # a look that cannot be counted shows nothing
+        uses = count_holdout_use(Path(options.run), evaluation.bpb, evaluation.fingerprint)
     print(f"{'holdout' if options.holdout else 'val'}_bpb: {evaluation.bpb:.6f}")
     for key, value in {"unigram_bpb": f"{evaluation.unigram_bpb:.6f}", **evaluation.fingerprint}.items():
         print(f"{key}: {value}")
     if options.holdout:
-        print(f"holdout_uses: {count_holdout_use(Path(options.run), evaluation.bpb, evaluation.fingerprint)}")
+        print(f"holdout_uses: {uses}")
     if not options.audit:
         return 0
     found = audit(
