@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from kernel_checks import DEVICE
 pytest.importorskip("triton")
 import kernels
 from bench import tiles, timing, tune
+from bench.roofline import micro_step_ops
 from bench.targets import polar_express
 from bench.tiles import compile_all, launches_of, prepared, tiled
 from bench.tune import difference, nan_filled
 from bench.tuned import Trial, Tuned, label, line_of, shared_lines
+from model.config import GATE_CHANNELS
 from train.config import TrainConfig, resolve
 from train.precompile import walk_step
 
@@ -81,21 +84,54 @@ def test_a_tile_reaches_the_kernel_and_changes_no_result(name, monkeypatch):
             assert difference(launches.outputs, present.outputs) < TOLERANCE
 
 
-def test_every_kernel_of_a_step_has_a_target():
-    """But for those that are too short to matter."""
+@pytest.fixture
+def counted(monkeypatch):
+    """Launches by kernel; none of them runs."""
     met = Counter()
 
     def run(self, *args, grid, warmup, **kwargs):
         met[self.__name__] += 1
 
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in _kinds():
-            patch.setattr(kind, "run", run)
-        walk_step(config_of(rows=8), 100)
-        walk_step(replace(config_of(rows=8), fused_norms=True), 100)
-    tuned_kernels = {kernel for target in SMALL.values() for kernel in target.kernels}
+    for kind in _kinds():
+        monkeypatch.setattr(kind, "run", run)
+    return met
+
+
+@pytest.mark.parametrize("fused_norms", [False, True])
+def test_every_kernel_of_a_step_has_a_target_that_counts_its_launches(counted, fused_norms):
+    """But for those that are too short to matter."""
+    config = replace(config_of(rows=8), fused_norms=fused_norms)
+    walk_step(config, 100)
+    step = counted.copy()
+    kernels.set_ops("triton")  # which the walk took back
+    expected = Counter()
+    for target in small_targets(config).values():
+        if target.fused_norms <= fused_norms:
+            for launch in launches_of(target, prepared(target, "meta", torch.bfloat16), None)[0].again:
+                expected[launch.kernel.__name__, target.fused_norms] += config.grad_accum_steps * target.calls
     short = {"_dlambda_kernel", "_norm_ratio_kernel", "_rstd_kernel", "_scale_kernel", "_sum_of_squares_kernel"}
-    assert met.keys() - short == tuned_kernels
+    assert {name for name, _ in expected} == step.keys() - short
+    updates = [target for target in SMALL.values() if target.name.startswith(("polar", "muon", "adamw"))]
+    of_an_update = {kernel for target in updates for kernel in target.kernels}
+    for (name, fused), launches in expected.items():
+        if name in of_an_update:  # whose small groups are left out
+            assert 0 < launches <= step[name], name
+        elif fused == fused_norms:  # what the default step launches is counted there
+            assert launches == step[name], name
+
+
+def test_rates_are_of_what_the_ops_cost():
+    config = config_of()
+    flops = Counter()
+    for op in micro_step_ops(config, config.model_config(100)):
+        flops[op.module] += op.count * op.cost()[1]
+    ours = {name: target.calls * target.flops for name, target in small_targets(config).items()}
+    assert ours["attention-forward"] == flops["rotary_attention"]
+    assert ours["attention-dq"] + ours["attention-dkv"] == 14 / 4 * flops["rotary_attention"]  # as launched
+    assert ours["mlp-fc-forward"] + ours["mlp-proj-forward"] == flops["mlp"]
+    assert ours["mlp-proj-backward"] == ours["norm-mlp-fc-backward"] == ours["mlp-fc-forward"]
+    gates = 2 * config.micro_batch_tokens * 2 * GATE_CHANNELS
+    assert ours["norm-qkv-forward"] == flops["qkv_projection"] - gates
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -333,3 +369,26 @@ def test_what_crashes_the_compiler_is_left_out(monkeypatch, tmp_path):
     found = compile_all(jobs, 90, 8192, tmp_path)
     assert [line.get("tile") for line in found] == ["a", "b", None, "c", None, "d", None]
     assert {line["fault"] for line in found if "tile" not in line} == {"the compiler crashes (-11)"}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A command in place of the process that compiles."""
+    popen = subprocess.Popen
+
+    def put(*command: str) -> None:
+        monkeypatch.setattr(tiles.subprocess, "Popen", lambda _, **options: popen(command, **options))
+
+    return put
+
+
+def test_what_hangs_is_ended(compiler, monkeypatch, tmp_path):
+    compiler("sleep", "60")
+    monkeypatch.setattr(tiles, "STUCK", 1.0)
+    assert compile_all([("adamw", None)], 90, 8192, tmp_path) == [{"fault": "the compiler hangs"}]
+
+
+def test_what_fails_otherwise_is_no_fault_of_a_tile(compiler, tmp_path):
+    compiler("sh", "-c", "echo no; exit 1")
+    with pytest.raises(RuntimeError, match="compiling failed: no"):
+        compile_all([("adamw", None)], 90, 8192, tmp_path)
