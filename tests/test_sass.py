@@ -72,6 +72,9 @@ def test_a_row_says_what_bounds_the_loop(capsys):
     row = capsys.readouterr().out.split("\n")[1].split()
     assert row[:5] == ["_kernel", "2", "15", "2", "0.79"]
     assert row[-7:] == ["192", "192", "32", "30", "tensor", "100%", "86%"]
+    plain = LISTING.replace("MUFU.EX2", "FADD").replace("F2F.BF16.F32", "FADD")
+    sass.print_loops([("_kernel", 2.0, sass.loops(sass.instructions(plain)))])
+    assert capsys.readouterr().out.split("\n")[1].split()[-5:] == ["0", "30", "tensor", "100%", "86%"]
 
 
 PROGRAM = """

@@ -329,6 +329,17 @@ def test_bad_arguments_are_one_line(monkeypatch, capsys, args, words):
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("args", "words"), [
+    (["--arch", "90"], "--arch goes with --offline"),
+    ([], "this GPU is an sm_75, and the limits of 80, "),
+])  # fmt: skip
+def test_a_gpu_that_is_not_known(monkeypatch, capsys, args, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert tune.main(args) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_offline(monkeypatch, capsys, tmp_path):
     """For sm_90: a tile, one that is no power of two, and one with more elements than there are registers."""
     target = next(target for target in tiles.step_targets(8192) if target.name == "adamw")
