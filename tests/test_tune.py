@@ -236,8 +236,11 @@ def test_the_whole_way(steady, monkeypatch, capsys, tmp_path):
         present = {"rms_norm._config(64)": {"BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 4}}
         return [spills if tile == norm.tiles[1] else {"fault": None, "asked": present} for _, tile in jobs]
 
+    given, tune_one = [], tune.tune
+    monkeypatch.setattr(tune, "tune", lambda *args: given.append(args[-1]) or tune_one(*args))
     monkeypatch.setattr(tune, "compile_all", compile_all)
     assert tune.main(["--json", str(tmp_path / "out.json"), "--seconds", "60"]) == 0
+    assert all(seconds <= share for seconds, share in zip(given, (20.0, 30.0, 60.0), strict=True))
     first, device, header, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{3 + len(failing.tiles) + 1} candidates for 3 kernels, ")  # 32 rows are the present tile
     assert first.endswith("; 1 struck out")
@@ -256,6 +259,7 @@ def test_the_whole_way(steady, monkeypatch, capsys, tmp_path):
     assert norm_row["best"] == {"BLOCK_M": 2, "num_warps": 4}
     assert norm_row["gain_ms"] == pytest.approx(2000)
     assert [trial["fault"] for trial in norm_row["trials"]] == [None, None, "spills", None]
+    assert [trial["ms"] is None for trial in norm_row["trials"]] == [False, False, True, False]
     assert norm_row["trials"][0]["tile"] == {"BLOCK_M": 32, "num_warps": 4}
     assert adamw_row["best"] is None
     assert softmax_row["gain_ms"] == 0
