@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from kernel_checks import DEVICE
 pytest.importorskip("triton")
 import kernels
 from bench import tiles, timing, tune
+from bench.offline import Usage
 from bench.roofline import micro_step_ops
 from bench.targets import polar_express
 from bench.tiles import compile_all, launches_of, prepared, tiled
@@ -362,6 +364,21 @@ def test_offline(monkeypatch, capsys, tmp_path):
     assert odd["fault"].startswith("does not compile: ")
     assert "bytes of spills, 0 allowed" in large["fault"]
     assert large["compiled"]["stack"] > 0
+
+
+def test_of_a_tiles_variants_the_worst_counts(monkeypatch):
+    light = Usage("_adamw_kernel", 1, warps=8, registers=40, stack=0, shared=0, is_matrix=False, wgmma=0)
+    heavy = replace(light, registers=200, stack=16, shared=1024)
+    other = replace(heavy, name="_another_kernel", stack=999)
+    monkeypatch.setattr(tiles, "recording", lambda arch: nullcontext(Counter([light, heavy, other])))
+    monkeypatch.setattr(Usage, "metadata", property(lambda usage: usage), raising=False)  # each is its own kernel
+    monkeypatch.setattr(tiles, "launches_of", lambda *_: (None, {}))
+    monkeypatch.setattr(tiles, "usage", lambda kernel, launches: kernel)
+    assert tiles.compile_one(SMALL["adamw"], None, None, 90) == {
+        "registers": 200, "stack": 16, "shared": 1024, "ctas_per_sm": heavy.ctas_per_sm(90), "asked": {},
+        "fault": "_adamw_kernel: 16 bytes of spills, 0 allowed",
+    }  # fmt: skip
+    assert heavy.ctas_per_sm(90) < light.ctas_per_sm(90)
 
 
 def test_what_crashes_the_compiler_is_left_out(monkeypatch, tmp_path):
