@@ -301,6 +301,12 @@ def test_a_command_ends_without_a_traceback(body, code):
     assert done.stderr == f"{code}\n"
 
 
+def test_what_tests_time_comes_last_and_alone(monkeypatch):
+    monkeypatch.setattr(gpu_tests, "run", lambda path, limit, running: gpu_tests.Result(path, "ok", 0.0, ""))
+    paths = [Path(name) for name in (*gpu_tests.ALONE, "test_a.py")]
+    assert [result.file.name for result in gpu_tests.run_all(paths, 1.0)] == ["test_a.py", *gpu_tests.ALONE]
+
+
 def test_every_kernel_has_tests_for_a_gpu():
     names = [path.name for path in gpu_tests.files()]
     assert names[0] == gpu_tests.LONGEST[0]

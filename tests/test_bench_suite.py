@@ -221,6 +221,8 @@ def test_a_call_is_timed_by_what_it_takes(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     took = time_call(lambda: now.__setitem__(0, now[0] + 0.125), "cpu")
     assert took.seconds == [0.125] * timing.ROUNDS[0]
+    took = time_call(lambda: now.__setitem__(0, now[0] + 0.125), "cpu", seconds=1.25)
+    assert took.seconds == [0.125] * 10
 
 
 def test_ceilings_count_bytes_read_and_written(monkeypatch, tmp_path, capsys):

@@ -190,6 +190,10 @@ def test_what_an_op_returned_is_seen_before_another_writes_over_it(fused_norms):
         replay.kernels.set_ops(ops)
         seen[ops] = [line.split() for line in replay.activations(step, tokens)]
     replay.kernels.set_ops(None)
+    names = [name for name, *_ in seen["triton"]]
+    norm, block = ("norm_factors", "norm_relu2_mlp") if fused_norms else ("rms_norm", "relu2_mlp")
+    assert {f"{norm}[0]", f"{norm}[1]", f"{block}[0]", f"{block}[1]"} <= {*names}
+    assert names[-2:] == ["rms_norm", "linear_cross_entropy"]
     for reference, kernel in zip(*seen.values(), strict=True):
         assert kernel[:4] == reference[:4]
         assert [float(x) for x in kernel[4:]] == pytest.approx([float(x) for x in reference[4:]], rel=2e-3, abs=1e-4)

@@ -31,6 +31,15 @@ def normed_products(x, weight, gate_weight):
     return kernels.qkv_projection(x, weight, gate_weight, draw(5).exp())
 
 
+def factors(*inputs):
+    s, again, _, x0 = kernels.norm_factors(*inputs)
+    return s, again, x0
+
+
+def in_place(x, weight, residual):
+    return kernels.linear(x, weight, 1 * residual, overwrite=True)
+
+
 def loss(x, weight):
     return kernels.linear_cross_entropy(x, weight, torch.arange(12, device=DEVICE))
 
@@ -50,7 +59,9 @@ OPS = {
     "rms_norm of a mix": (
         kernels.rms_norm, lambda: [draw(4, 24), draw(4, 24), draw(4, 24), scalar(1.25), scalar(-0.5)], [3, 4]
     ),
+    "norm_factors": (factors, lambda: [draw(4, 24), draw(4, 24) + 1, scalar(1.25), scalar(-0.5)], [2, 3]),
     "linear": (kernels.linear, lambda: [draw(5, 24), draw(16, 24), draw(5, 16)], [1]),
+    "linear over its residual": (in_place, lambda: [draw(5, 24), draw(16, 24), draw(5, 16)], [1]),
     "relu2_mlp": (kernels.relu2_mlp, lambda: [draw(5, 16), draw(32, 16), draw(16, 32), draw(5, 16)], [1, 2]),
     "relu2_mlp that forgets": (
         lambda *inputs: kernels.relu2_mlp(*inputs, recompute=True),

@@ -3,6 +3,7 @@
 Kills are of real processes. `TIMEBOX_KILLS=50 pytest tests/test_kills.py` makes as many as it says.
 """
 
+import json
 import os
 import random
 import shutil
@@ -11,9 +12,11 @@ import threading
 import time
 from pathlib import Path
 
-from tiny_run import TINY, assert_same, start
+from tiny_run import TINY, assert_same, run_main, start
 
+import train.__main__
 from train.checkpoint import checkpoint_folders, read_checkpoint
+from train.ledger import Ledger
 
 KILLS = int(os.environ.get("TIMEBOX_KILLS", "4"))
 
@@ -74,3 +77,18 @@ def test_killed_at_random_moments(corpus, tmp_path):
     assert torn >= (KILLS + 2) // 3
     assert_same(folder, tmp_path / "whole")
     print(f"{KILLS} of {KILLS} kills survived, {torn} of them while a checkpoint was being written")
+
+
+def test_killed_between_its_row_and_its_summary(corpus, tmp_path):
+    """It comes to its end a second time, and is judged as it was: not as two runs."""
+    for seed in ("1", "2"):
+        folder = tmp_path / f"seed-{seed}"
+        assert run_main(corpus, folder, "--steps", "3", "--keep-checkpoints", "--seed", seed) == 0
+    summary = folder / "summary.json"
+    first = json.loads(summary.read_text())
+    assert "against seed-1: 1 and 1 runs" in first["verdict"]
+    summary.unlink()
+    assert train.__main__.main(["--resume", str(folder)]) == 0
+    again = json.loads(summary.read_text())
+    assert [again[key] for key in ("status", "verdict")] == [first[key] for key in ("status", "verdict")]
+    assert len(Ledger.beside(folder).runs()) == 2

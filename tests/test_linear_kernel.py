@@ -75,7 +75,7 @@ def test_a_residual_may_become_the_result(dtype):
     def in_place(x, w, r):
         stream = 1 * r  # of the graph, as in the model: a leaf would refuse
         y = op.linear(x, w, stream, overwrite=True)
-        assert y.data_ptr() == stream.data_ptr()
+        assert y is stream, "whoever holds it holds the result, with its history"
         return y
 
     check(in_place, make_inputs((3, 17), 37, 53, dtype), dtype)
@@ -86,6 +86,14 @@ def test_a_residual_may_become_the_result(dtype):
     kept = r.clone()
     op.linear(x, w, r)
     assert torch.equal(r, kept)
+
+
+def test_an_overwritten_residual_is_refused_by_whoever_kept_it():
+    x, w, r = make_inputs((4,), 8, 6, torch.float32)
+    stream = r.requires_grad_().exp()  # keeps its result
+    y = op.linear(x, w, stream, overwrite=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("channels", [8, 37])

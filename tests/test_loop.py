@@ -187,10 +187,10 @@ def no_launches(monkeypatch):
     kernels.set_ops(None)
 
 
-def device_step() -> tuple[TrainStep, torch.Tensor]:
+def device_step(**options: bool) -> tuple[TrainStep, torch.Tensor]:
     """The default GPU configuration at full size, on a device without memory; and a micro-batch of its tokens."""
-    config = resolve(TrainConfig(), "cuda")
-    model = GPT(config.model_config(8192), device="meta")
+    config = resolve(TrainConfig(**options), "cuda")
+    model = GPT(config.model_config(8192), device="meta", **config.model_options)
     tokens = torch.empty(config.device_batch_size, config.seq_len + 1, dtype=torch.int32, device="meta")
     return TrainStep(model, Optimizer(model, config, torch.bfloat16)), tokens
 
@@ -221,13 +221,15 @@ class Passes(TorchDispatchMode):
     ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
 
 
-def test_beside_the_ops_nothing_passes_over_the_stream(no_launches):
+@pytest.mark.parametrize("fused_norms", [False, True])
+def test_beside_the_ops_nothing_passes_over_the_stream(no_launches, fused_norms):
     """A sum that autograd makes of two gradients of the stream is 0.8 GB moved: each has to be an op's own."""
-    step, tokens = device_step()
+    step, tokens = device_step(fused_norms=fused_norms)
     with Passes(tokens[:, :-1].numel() * step.model.config.d_model) as passes:
         step.micro_step(tokens, 2)
-    # In every layer qkv, and dx of qkv, of attention's output and of the MLP; the logits in eight chunks.
-    products = {"mm": 4 * 8 + 8, "addmm_": 8}
+    # In every layer dx of qkv and of attention's output, and where no norm is in them qkv and dx of the MLP; the logits
+    # in eight chunks. A stream that is kept in two factors is copied before attention's output is added to it.
+    products = {"mm": 2 * 8 + 8, "addmm": 8} if fused_norms else {"mm": 4 * 8 + 8, "addmm_": 8}
     # Before the first layer x is x0, and two gradients meet; the head's dx is scaled by what comes back for the loss.
     assert dict(passes.counts) == {**products, "add": 1, "mul": 1}
 

@@ -98,8 +98,8 @@ def test_architectures_are_reported_in_their_order_and_the_worst_code_counts(mon
     monkeypatch.setattr(offline, "compile_apart", run)
     assert offline.main(["--arch", "90", "80", "--vocab-size", "1", "2"]) == 1
     assert capsys.readouterr().out.split("\n")[:-1] == ["90 1", "90 2", "80 1", "80 2"]
-    assert offline.main(["--arch", "90", "89", "--fused-norms"]) == 0
-    assert capsys.readouterr().out == "90 8192 --fused-norms\n89 8192 --fused-norms\n"
+    assert offline.main(["--arch", "90", "89", "--loops", "--fused-norms"]) == 0
+    assert capsys.readouterr().out == "90 8192 --fused-norms --loops\n89 8192 --fused-norms --loops\n"
 
 
 def test_an_allowed_spill_is_no_fault(monkeypatch):

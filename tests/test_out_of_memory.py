@@ -79,6 +79,15 @@ def test_a_capture_that_runs_out(corpus, tmp_path, capsys, monkeypatch):
     assert "use --device-batch-size 4\n" in refused(corpus, tmp_path / "run", capsys, *rows)
 
 
+def test_an_error_that_hides_what_came_before_speaks_for_itself():
+    try:
+        raise ERRORS["cuda"]
+    except RuntimeError:
+        with pytest.raises(RuntimeError) as other:
+            raise RuntimeError("another") from None
+    assert not memory.is_out_of_memory(other.value)
+
+
 def test_not_even_one_row(corpus, tmp_path, capsys, monkeypatch):
     def full(self, *_):
         monkeypatch.setattr(memory, "activation_bytes", full)

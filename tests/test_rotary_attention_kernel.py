@@ -179,6 +179,20 @@ def test_strided_inputs(T, dtype):
             assert torch.equal(a, b)
 
 
+@real_and_small("T, head_dim", [(333, 128)], [(21, 16)])
+@pytest.mark.parametrize("part", ["all of it", "its key"])
+def test_a_token_that_is_not_a_number_is_found(part, T, head_dim):
+    """On a GPU a NaN is all ones, and as a weight rounds to 0: then it is the query's own row, or dQ, that says so."""
+    qkv = random_inputs(1, T, 1, 1, head_dim, False)[0].bfloat16()
+    qkv[0, T // 2, slice(None) if part == "all of it" else slice(head_dim, 2 * head_dim)] = float("nan")
+    cos, sin = rotary_tables(T, head_dim, device=DEVICE)
+    out = rotary_attention(qkv.requires_grad_(), cos, sin, 1, T)
+    (dqkv,) = torch.autograd.grad(out.sum(), qkv)
+    assert not dqkv.isfinite().all()
+    if part == "all of it":
+        assert out[0, T // 2].isnan().all()
+
+
 REPEATED = [(8, 2048, 128, 1024, torch.bfloat16)]
 
 

@@ -72,6 +72,9 @@ def test_a_row_says_what_bounds_the_loop(capsys):
     row = capsys.readouterr().out.split("\n")[1].split()
     assert row[:5] == ["_kernel", "2", "15", "2", "0.79"]
     assert row[-7:] == ["192", "192", "32", "30", "tensor", "100%", "86%"]
+    plain = LISTING.replace("MUFU.EX2", "FADD").replace("F2F.BF16.F32", "FADD")
+    sass.print_loops([("_kernel", 2.0, sass.loops(sass.instructions(plain)))])
+    assert capsys.readouterr().out.split("\n")[1].split()[-5:] == ["0", "30", "tensor", "100%", "86%"]
 
 
 PROGRAM = """
@@ -92,7 +95,10 @@ def _product_kernel(x_ptr, out_ptr, K, N: tl.constexpr):
 x, out = (torch.empty(2**20, device="meta", dtype=d) for d in (torch.bfloat16, torch.float32))
 with offline.recording(90) as launches:
     _product_kernel[(1,)](x, out, 32, N=64)
-offline.report_loops([(offline.usage(kernel, 1), kernel) for kernel in launches], 90)
+(kernel,) = launches
+usage = offline.usage(kernel, 1)
+print(usage.ctas_per_sm(90) * usage.warps)
+offline.report_loops([(usage, kernel)], 90)
 """
 
 
@@ -103,8 +109,9 @@ def test_a_compiled_loop_is_found(tmp_path):
     script.write_text(PROGRAM, encoding="utf-8")
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    _, row = run.stdout.strip().split("\n")
+    resident, _, row = run.stdout.strip().split("\n")
     name, warps, instructions, products, mflop, *_ = row.split()
+    assert 4 * float(warps) == int(resident) > 4  # on four sub-partitions; more than one CTA fits
     assert name == "_product_kernel"
     assert int(products) == 4  # 64 x 64 x 64 by one warp group, 16 of K at a time
     assert float(mflop) == pytest.approx(float(warps) * 2 * 64**3 / 1e6, abs=0.01)

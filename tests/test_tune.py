@@ -2,7 +2,9 @@
 
 import json
 import math
+import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,10 +15,13 @@ from kernel_checks import DEVICE
 pytest.importorskip("triton")
 import kernels
 from bench import tiles, timing, tune
+from bench.offline import Usage
+from bench.roofline import micro_step_ops
 from bench.targets import polar_express
 from bench.tiles import compile_all, launches_of, prepared, tiled
 from bench.tune import difference, nan_filled
 from bench.tuned import Trial, Tuned, label, line_of, shared_lines
+from model.config import GATE_CHANNELS
 from train.config import TrainConfig, resolve
 from train.precompile import walk_step
 
@@ -81,21 +86,54 @@ def test_a_tile_reaches_the_kernel_and_changes_no_result(name, monkeypatch):
             assert difference(launches.outputs, present.outputs) < TOLERANCE
 
 
-def test_every_kernel_of_a_step_has_a_target():
-    """But for those that are too short to matter."""
+@pytest.fixture
+def counted(monkeypatch):
+    """Launches by kernel; none of them runs."""
     met = Counter()
 
     def run(self, *args, grid, warmup, **kwargs):
         met[self.__name__] += 1
 
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in _kinds():
-            patch.setattr(kind, "run", run)
-        walk_step(config_of(rows=8), 100)
-        walk_step(replace(config_of(rows=8), fused_norms=True), 100)
-    tuned_kernels = {kernel for target in SMALL.values() for kernel in target.kernels}
+    for kind in _kinds():
+        monkeypatch.setattr(kind, "run", run)
+    return met
+
+
+@pytest.mark.parametrize("fused_norms", [False, True])
+def test_every_kernel_of_a_step_has_a_target_that_counts_its_launches(counted, fused_norms):
+    """But for those that are too short to matter."""
+    config = replace(config_of(rows=8), fused_norms=fused_norms)
+    walk_step(config, 100)
+    step = counted.copy()
+    kernels.set_ops("triton")  # which the walk took back
+    expected = Counter()
+    for target in small_targets(config).values():
+        if target.fused_norms <= fused_norms:
+            for launch in launches_of(target, prepared(target, "meta", torch.bfloat16), None)[0].again:
+                expected[launch.kernel.__name__, target.fused_norms] += config.grad_accum_steps * target.calls
     short = {"_dlambda_kernel", "_norm_ratio_kernel", "_rstd_kernel", "_scale_kernel", "_sum_of_squares_kernel"}
-    assert met.keys() - short == tuned_kernels
+    assert {name for name, _ in expected} == step.keys() - short
+    updates = [target for target in SMALL.values() if target.name.startswith(("polar", "muon", "adamw"))]
+    of_an_update = {kernel for target in updates for kernel in target.kernels}
+    for (name, fused), launches in expected.items():
+        if name in of_an_update:  # whose small groups are left out
+            assert 0 < launches <= step[name], name
+        elif fused == fused_norms:  # what the default step launches is counted there
+            assert launches == step[name], name
+
+
+def test_rates_are_of_what_the_ops_cost():
+    config = config_of()
+    flops = Counter()
+    for op in micro_step_ops(config, config.model_config(100)):
+        flops[op.module] += op.count * op.cost()[1]
+    ours = {name: target.calls * target.flops for name, target in small_targets(config).items()}
+    assert ours["attention-forward"] == flops["rotary_attention"]
+    assert ours["attention-dq"] + ours["attention-dkv"] == 14 / 4 * flops["rotary_attention"]  # as launched
+    assert ours["mlp-fc-forward"] + ours["mlp-proj-forward"] == flops["mlp"]
+    assert ours["mlp-proj-backward"] == ours["norm-mlp-fc-backward"] == ours["mlp-fc-forward"]
+    gates = 2 * config.micro_batch_tokens * 2 * GATE_CHANNELS
+    assert ours["norm-qkv-forward"] == flops["qkv_projection"] - gates
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -200,8 +238,11 @@ def test_the_whole_way(steady, monkeypatch, capsys, tmp_path):
         present = {"rms_norm._config(64)": {"BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 4}}
         return [spills if tile == norm.tiles[1] else {"fault": None, "asked": present} for _, tile in jobs]
 
+    given, tune_one = [], tune.tune
+    monkeypatch.setattr(tune, "tune", lambda *args: given.append(args[-1]) or tune_one(*args))
     monkeypatch.setattr(tune, "compile_all", compile_all)
     assert tune.main(["--json", str(tmp_path / "out.json"), "--seconds", "60"]) == 0
+    assert all(seconds <= share for seconds, share in zip(given, (20.0, 30.0, 60.0), strict=True))
     first, device, header, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{3 + len(failing.tiles) + 1} candidates for 3 kernels, ")  # 32 rows are the present tile
     assert first.endswith("; 1 struck out")
@@ -220,6 +261,7 @@ def test_the_whole_way(steady, monkeypatch, capsys, tmp_path):
     assert norm_row["best"] == {"BLOCK_M": 2, "num_warps": 4}
     assert norm_row["gain_ms"] == pytest.approx(2000)
     assert [trial["fault"] for trial in norm_row["trials"]] == [None, None, "spills", None]
+    assert [trial["ms"] is None for trial in norm_row["trials"]] == [False, False, True, False]
     assert norm_row["trials"][0]["tile"] == {"BLOCK_M": 32, "num_warps": 4}
     assert adamw_row["best"] is None
     assert softmax_row["gain_ms"] == 0
@@ -293,6 +335,17 @@ def test_bad_arguments_are_one_line(monkeypatch, capsys, args, words):
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("args", "words"), [
+    (["--arch", "90"], "--arch goes with --offline"),
+    ([], "this GPU is an sm_75, and the limits of 80, "),
+])  # fmt: skip
+def test_a_gpu_that_is_not_known(monkeypatch, capsys, args, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert tune.main(args) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_offline(monkeypatch, capsys, tmp_path):
     """For sm_90: a tile, one that is no power of two, and one with more elements than there are registers."""
     target = next(target for target in tiles.step_targets(8192) if target.name == "adamw")
@@ -311,6 +364,21 @@ def test_offline(monkeypatch, capsys, tmp_path):
     assert odd["fault"].startswith("does not compile: ")
     assert "bytes of spills, 0 allowed" in large["fault"]
     assert large["compiled"]["stack"] > 0
+
+
+def test_of_a_tiles_variants_the_worst_counts(monkeypatch):
+    light = Usage("_adamw_kernel", 1, warps=8, registers=40, stack=0, shared=0, is_matrix=False, wgmma=0)
+    heavy = replace(light, registers=200, stack=16, shared=1024)
+    other = replace(heavy, name="_another_kernel", stack=999)
+    monkeypatch.setattr(tiles, "recording", lambda arch: nullcontext(Counter([light, heavy, other])))
+    monkeypatch.setattr(Usage, "metadata", property(lambda usage: usage), raising=False)  # each is its own kernel
+    monkeypatch.setattr(tiles, "launches_of", lambda *_: (None, {}))
+    monkeypatch.setattr(tiles, "usage", lambda kernel, launches: kernel)
+    assert tiles.compile_one(SMALL["adamw"], None, None, 90) == {
+        "registers": 200, "stack": 16, "shared": 1024, "ctas_per_sm": heavy.ctas_per_sm(90), "asked": {},
+        "fault": "_adamw_kernel: 16 bytes of spills, 0 allowed",
+    }  # fmt: skip
+    assert heavy.ctas_per_sm(90) < light.ctas_per_sm(90)
 
 
 def test_what_crashes_the_compiler_is_left_out(monkeypatch, tmp_path):
@@ -333,3 +401,26 @@ def test_what_crashes_the_compiler_is_left_out(monkeypatch, tmp_path):
     found = compile_all(jobs, 90, 8192, tmp_path)
     assert [line.get("tile") for line in found] == ["a", "b", None, "c", None, "d", None]
     assert {line["fault"] for line in found if "tile" not in line} == {"the compiler crashes (-11)"}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A command in place of the process that compiles."""
+    popen = subprocess.Popen
+
+    def put(*command: str) -> None:
+        monkeypatch.setattr(tiles.subprocess, "Popen", lambda _, **options: popen(command, **options))
+
+    return put
+
+
+def test_what_hangs_is_ended(compiler, monkeypatch, tmp_path):
+    compiler("sleep", "60")
+    monkeypatch.setattr(tiles, "STUCK", 1.0)
+    assert compile_all([("adamw", None)], 90, 8192, tmp_path) == [{"fault": "the compiler hangs"}]
+
+
+def test_what_fails_otherwise_is_no_fault_of_a_tile(compiler, tmp_path):
+    compiler("sh", "-c", "echo no; exit 1")
+    with pytest.raises(RuntimeError, match="compiling failed: no"):
+        compile_all([("adamw", None)], 90, 8192, tmp_path)
