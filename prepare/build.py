@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
 from .errors import InputError, bad_path_is_input_error, full_disk_is_input_error
-from .files import sealed
+from .files import read_json, sealed
 from .home import DEFAULT_SOURCE, default_folder, downloads_folder
 from .shards import (
     FORMAT_VERSION,
@@ -44,16 +44,28 @@ def prepare(
     """Writes tokenizer, shards and manifest of `source` to `out` and returns it; raises InputError.
 
     `source` is `stdlib`, `climbmix` or a folder. `shards` and `base_url` matter to climbmix alone. The same text, seed
-    and library versions give the same bytes. A folder already there is replaced at the end, and kept on failure.
+    and library versions give the same bytes. A folder already there is replaced at the end, and kept on failure; where
+    `out` is not given, only one that was prepared from the same source.
     """
     check_vocab_size(vocab_size)
     if seed < 0:
         raise InputError(f"--seed is {seed}: it takes 0 or more")
-    out = Path(out).expanduser().absolute() if out else default_folder(source)
+    folder = Path(out).expanduser().absolute() if out else default_folder(source)
     with bad_path_is_input_error():
-        check_replaceable(out)
-        _build(open_source(source, shards=shards, base_url=base_url), out, vocab_size, seed)
-    return out
+        check_replaceable(folder)
+        text = open_source(source, shards=shards, base_url=base_url)
+        if out is None:
+            _check_same_source(folder, text)
+        _build(text, folder, vocab_size, seed)
+    return folder
+
+
+def _check_same_source(folder: Path, text: Source) -> None:
+    """Raises InputError where `folder` holds another source of the same base name: runs may have been trained on it."""
+    if (folder / MANIFEST).exists():
+        there = read_json(folder / MANIFEST, "remove that folder, or name another with --out").get("source")
+        if there != text.name:
+            raise InputError(f"{folder} was prepared from {there}: name another folder for {text.name} with --out")
 
 
 def _build(text: Source, out: Path, vocab_size: int, seed: int) -> None:

@@ -110,6 +110,21 @@ def test_an_existing_folder_is_replaced(corpus, folder):
     assert os.listdir(folder.parent) == [folder.name]
 
 
+def test_a_source_of_the_same_name_replaces_nothing_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMEBOX_HOME", str(tmp_path / "home"))
+    for parent in "ab":
+        (tmp_path / parent / "texts").mkdir(parents=True)
+        for i in range(40):
+            (tmp_path / parent / "texts" / f"{i}.txt").write_text(f"{parent} text, number {i} of many " * 20)
+    folder = prepare(str(tmp_path / "a" / "texts"), vocab_size=280)
+    before = files_of(folder)
+    with pytest.raises(InputError, match=r"home/texts was prepared from .*/a/texts: .* for .*/b/texts with --out"):
+        prepare(str(tmp_path / "b" / "texts"), vocab_size=280)
+    assert files_of(folder) == before
+    assert prepare(str(tmp_path / "a" / "texts"), vocab_size=270) == folder
+    assert prepare(str(tmp_path / "b" / "texts"), folder, vocab_size=280) == folder  # asked for by name
+
+
 def test_a_folder_with_other_files_is_never_replaced(corpus, folder):
     (folder / "thesis.txt").write_text("ten years of work")
     with pytest.raises(InputError, match=r"thesis\.txt.*--out"):
