@@ -86,13 +86,18 @@ def test_a_tile_reaches_the_kernel_and_changes_no_result(name, monkeypatch):
             assert difference(launches.outputs, present.outputs) < TOLERANCE
 
 
+def flags(kwargs: dict) -> tuple:
+    return tuple((name, value) for name, value in kwargs.items() if name.startswith("HAS_"))
+
+
 @pytest.fixture
 def counted(monkeypatch):
-    """Launches by kernel; none of them runs."""
+    """Launches by kernel, and by its flags too; none of them runs."""
     met = Counter()
 
     def run(self, *args, grid, warmup, **kwargs):
         met[self.__name__] += 1
+        met[self.__name__, flags(kwargs)] += 1
 
     for kind in _kinds():
         monkeypatch.setattr(kind, "run", run)
@@ -104,15 +109,20 @@ def test_every_kernel_of_a_step_has_a_target_that_counts_its_launches(counted, f
     """But for those that are too short to matter."""
     config = replace(config_of(rows=8), fused_norms=fused_norms)
     walk_step(config, 100)
-    step = counted.copy()
+    step = Counter({name: count for name, count in counted.items() if isinstance(name, str)})
+    variants = counted.keys() - step.keys()
     kernels.set_ops("triton")  # which the walk took back
-    expected = Counter()
+    expected, tried = Counter(), set()
     for target in small_targets(config).values():
         if target.fused_norms <= fused_norms:
             for launch in launches_of(target, prepared(target, "meta", torch.bfloat16), None)[0].again:
                 expected[launch.kernel.__name__, target.fused_norms] += config.grad_accum_steps * target.calls
+                tried.add((launch.kernel.__name__, flags(launch.kwargs)))
     short = {"_dlambda_kernel", "_norm_ratio_kernel", "_rstd_kernel", "_scale_kernel", "_sum_of_squares_kernel"}
     assert {name for name, _ in expected} == step.keys() - short
+    if not fused_norms:  # a norm's backward without one of its gradients is as good as with all
+        assert tried <= variants
+        assert {name for name, _ in variants - tried} - short <= {"_rms_norm_bwd_kernel"}
     updates = [target for target in SMALL.values() if target.name.startswith(("polar", "muon", "adamw"))]
     of_an_update = {kernel for target in updates for kernel in target.kernels}
     for (name, fused), launches in expected.items():
