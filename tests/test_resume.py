@@ -18,6 +18,7 @@ import train.checkpoint
 import train.trainer
 from prepare import prepare
 from train.checkpoint import checkpoint_folders, read_checkpoint
+from train.ledger import Ledger
 from train.progress import Reporter
 
 STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints"]
@@ -344,8 +345,11 @@ def test_weights_that_find_no_room_are_told_with_the_way_on(stopped, whole, monk
     captured = capsys.readouterr()
     assert "No space left on device: 'model.safetensors.part'" in captured.err
     assert f"to go on from step 16: python -m train --resume {stopped}" in captured.out
+    (row,) = (run for run in Ledger.beside(stopped).runs() if run["run"] == stopped.name)
+    assert f"val_bpb:               {row['val_bpb']:.6f}\n" in captured.out  # the number is not lost with the files
     assert main("--resume", str(stopped)) == 0
     assert_same(stopped, whole)
+    assert [run["val_bpb"] for run in Ledger.beside(stopped).runs() if run["run"] == stopped.name] == [row["val_bpb"]]
 
 
 def wait_for_line(stream, beginning: str) -> None:

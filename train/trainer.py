@@ -237,7 +237,6 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
                 report.end()
 
         step.release()
-        folder.write_model(optimizer.masters)
         score = watchdog.watching(step.token_losses)
         with record.timed("evaluation"):
             evaluation = evaluate_bpb(
@@ -252,11 +251,12 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             )
         summary["total_seconds"] = f"{state.seconds:.1f}"
         summary |= record.finish(summary, evaluation, findings)
+        print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
+        folder.write_model(optimizer.masters)
         folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
         draw_curves(folder.path)
         if not config.keep_checkpoints:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        print_summary({**summary, "run": str(folder.path)})
         return summary
 
 
