@@ -46,7 +46,7 @@ SMALL |= {name: target for name, target in small_targets(config_of(rows=8)).item
 # What the kernels call a number of a tile, where it is not that number's own name.
 PARAMETERS = {
     "block_m": ("BLOCK_M",), "block_n": ("BLOCK_N",), "rows": ("BLOCK_T",), "NUM_WARPS": ("num_warps",),
-    "BLOCK": ("BLOCK", "BLOCK_R", "BLOCK_N"),
+    "BLOCK": ("BLOCK", "BLOCK_R", "BLOCK_N"), "full_stages": ("STAGES",),
 }  # fmt: skip
 
 
