@@ -1,8 +1,7 @@
-"""What `bench.tune` tunes: each kernel of a training step, at the step's shapes, with the tiles worth trying.
+"""What `bench.tune` tunes: each kernel of a training step, at the step's shapes, with its tiles of `bench.grids`.
 
 A target's `prepare` makes random inputs and gives a call that launches the kernel as the step does: through the op's
-launcher, or through autograd where the op has none of its own. What else such a call launches is not timed. Tiles are
-those that a Hopper GPU may like; what does not compile there, spills or does not fit is left to the compiler to say.
+launcher, or through autograd where the op has none of its own. What else such a call launches is not timed.
 """
 
 import math
@@ -10,13 +9,30 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from itertools import product
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 import kernels
+from bench.grids import (
+    ADAMW,
+    ATTENTION,
+    ATTENTION_DKV,
+    EMBEDDING,
+    GEMM,
+    LAST,
+    MEANS,
+    MUON,
+    NORM,
+    NORM_BACKWARD,
+    NORM_GEMM,
+    PROLOGUE,
+    SYMMETRIC,
+    Tile,
+    elements,
+    grid,
+)
 from bench.problems import ADAMW_BETAS, ADAMW_EPS, BF16_ITERATES
 from bench.roofline import update_ops
 from kernels.common import triton
@@ -41,7 +57,6 @@ fp32 = torch.float32
 TOLERANCE, ITERATES_TOLERANCE = 2.0**-8, BF16_ITERATES["polar_express"]
 
 Call = Callable[[], Iterable[Tensor]]
-Tile = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -84,76 +99,6 @@ class Target:
     bytes: float = 0.0
     tolerance: float = TOLERANCE
     fused_norms: bool = False
-
-
-def _grid(accept: Callable[[Tile], bool] = lambda tile: True, **values: Iterable) -> list[Tile]:
-    found = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
-    return [tile for tile in found if accept(tile)]
-
-
-def _elements(of: Callable[[Tile], int], least: int, most: int) -> Callable[[Tile], bool]:
-    """Whether a thread has from `least` to `most` of a tile's elements: vectors of 16 bytes, and registers to spare."""
-    return lambda tile: least <= of(tile) // (32 * tile["num_warps"]) <= most
-
-
-def _product_tiles(pipelines: tuple[tuple[int, int], ...], **values: Iterable) -> list[Tile]:
-    """Tiles of a product: the given sizes, 4 or 8 warps, and (BLOCK_K, stages).
-
-    A thread's share of the fp32 sums is 64 or 128 registers: with less, a factor's elements are read too often, with
-    more they spill. Stages have to fit into 227 KiB.
-    """
-    sides = list(values)
-
-    def area(tile):
-        return tile[sides[0]] * tile[sides[-1]]
-
-    return [
-        {**tile, "BLOCK_K": block_k, "num_stages": stages}
-        for tile in _grid(_elements(area, 64, 128), **values, num_warps=(4, 8))
-        for block_k, stages in pipelines
-        if (tile[sides[0]] + tile[sides[-1]]) * block_k * 2 * stages <= 227 * 1024
-    ]
-
-
-SIZES = (64, 128, 256)
-GEMM = _product_tiles(((32, 5), (64, 3), (64, 4), (128, 2)), BLOCK_M=SIZES, BLOCK_N=SIZES)
-# What they leave out spilled hundreds of bytes a thread, or took more than 227 KiB (bench/LOG.md, 2026-11-24).
-ATTENTION = _grid(
-    lambda tile: tile["block_m"] * min(tile["block_n"], 64) <= 1024 * tile["num_warps"]
-    and tile["block_n"] * tile["full_stages"] < 512
-    and tile["num_stages"] in (2, tile["full_stages"]),
-    block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4), full_stages=(2, 3, 4),
-)  # fmt: skip
-ATTENTION_DKV = _grid(
-    lambda tile: tile["block_m"] * tile["block_n"] <= 2048 or tile["num_warps"] == 8,
-    block_m=(32, 64), block_n=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4),
-)  # fmt: skip
-NORM_GEMM = [tile for tile in GEMM if tile["BLOCK_M"] * tile["BLOCK_N"] <= 64 * 32 * tile["num_warps"]]
-PROLOGUE = _grid(rows=(16, 32, 64), num_warps=(2, 4, 8))
-SYMMETRIC = _product_tiles(((32, 4), (64, 2), (64, 3), (64, 4), (128, 2)), BLOCK=(64, 128))
-LAST = _product_tiles(((64, 3), (64, 4), (128, 2)), BLOCK_M=(64, 128), BLOCK_N=SIZES)
-# Those of the norms are for rows of 512.
-NORM = _grid(_elements(lambda tile: tile["BLOCK_M"] * 512, 4, 64), BLOCK_M=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8))
-NORM_BACKWARD = _grid(
-    _elements(lambda tile: tile["BLOCK_M"] * 512, 8, 32), BLOCK_M=(1, 2, 4, 8), num_warps=(1, 2, 4, 8),
-    STEPS=(4, 8, 16),
-)  # fmt: skip
-EMBEDDING = _grid(
-    _elements(lambda tile: tile["BLOCK"] * tile["BLOCK_D"], 16, 32), BLOCK=(4, 8, 16, 32), BLOCK_D=(128, 256, 512),
-    num_warps=(1, 2, 4, 8),
-)  # fmt: skip
-MUON = _grid(
-    _elements(lambda tile: tile["BLOCK_R"] * tile["BLOCK_C"], 8, 32), BLOCK_R=(2, 4, 8, 16), BLOCK_C=(128, 256, 512),
-    num_warps=(4, 8),
-)  # fmt: skip
-MEANS = _grid(
-    _elements(lambda tile: tile["BLOCK_L"] * tile["BLOCK_N"], 8, 32), BLOCK_L=(2, 4, 8, 16), BLOCK_N=(128, 256, 512),
-    num_warps=(2, 4, 8),
-)  # fmt: skip
-ADAMW = _grid(
-    lambda tile: 4 <= tile["BLOCK"] // (32 * tile["NUM_WARPS"]) <= 16, BLOCK=(512, 1024, 2048, 4096),
-    NUM_WARPS=(2, 4, 8, 16),
-)  # fmt: skip
 
 
 def targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
@@ -333,7 +278,7 @@ def _head_and_embedding_targets(config: TrainConfig, model: GPTConfig) -> list[T
     whole = triton.next_power_of_2(V)
     softmax_tiles = [
         *({"ONE_BLOCK": True, "BLOCK_V": whole, "num_warps": warps} for warps in (4, 8, 16, 32)),
-        *_grid(_elements(lambda tile: tile["BLOCK_V"], 4, 32), ONE_BLOCK=(False,),
+        *grid(elements(lambda tile: tile["BLOCK_V"], 4, 32), ONE_BLOCK=(False,),
                BLOCK_V=[block for block in (1024, 2048, 4096, 8192) if block < whole], num_warps=(4, 8, 16)),
     ]  # fmt: skip
     look_ups = {"calls": tables, "module": embedding, "config": "_config", "tiles": EMBEDDING}
