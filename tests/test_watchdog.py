@@ -18,23 +18,25 @@ TINY = [
     "--device-batch-size", "2", "--total-batch-size", "32", "--checkpoint-every", "0",
 ]  # fmt: skip
 
-# Each makes the step after the fourth hang, in a way of its own; all but the last let other threads run.
+# Each makes a step after the fourth hang, in a way of its own; all but the last let other threads run. The last would
+# stop the thread that writes the checkpoint as well, so the hang waits until there is one.
 HANGS = {
-    "the loader": "Loader._pack = after_4(Loader._pack, lambda: threading.Event().wait())",
-    "C code": "TrainStep.micro_step = after_4(TrainStep.micro_step, lambda: ctypes.CDLL(None).sleep(1000))",
-    "Python's lock": "TrainStep.micro_step = after_4(TrainStep.micro_step, lambda: ctypes.PyDLL(None).sleep(1000))",
+    "the loader": "Loader._pack = late(Loader._pack, lambda: threading.Event().wait())",
+    "C code": "TrainStep.micro_step = late(TrainStep.micro_step, lambda: ctypes.CDLL(None).sleep(1000))",
+    "Python's lock": "TrainStep.micro_step = late(TrainStep.micro_step, lambda: ctypes.PyDLL(None).sleep(1000))",
 }
 PROGRAM = """
-import ctypes, sys, threading
+import ctypes, pathlib, sys, threading
 import train.watchdog
 from prepare import Loader
 from train.__main__ import main
 from train.step import TrainStep
 
-def after_4(function, hang):
+def late(function, hang):
     calls = iter(range(10**9))
+    checkpoints = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1], "checkpoints")
     def called(*args):
-        if next(calls) == 4:
+        if next(calls) >= 4 and any(path.suffix != ".part" for path in checkpoints.glob("*")):
             hang()
         return function(*args)
     return called
@@ -68,7 +70,7 @@ def test_a_run_that_hangs_is_ended(small_data, tmp_path, where):
         assert "thread MainThread:" in err
         stuck = "loader" if where == "the loader" else "MainThread"
         stack = err.partition(f"thread {stuck}:")[2].partition("\nthread ")[0]
-        assert "in after_4.<locals>.called" in stack
+        assert "in late.<locals>.called" in stack
         assert "in <lambda>" in stack
     # The files are whole, and the run goes on from the checkpoint that it has.
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
