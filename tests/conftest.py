@@ -59,6 +59,25 @@ def _the_gpu_survives(request):
             pytest.exit(f"{request.node.nodeid} broke the GPU for this process ({reason})", returncode=1)
 
 
+PRETENDED = [] if torch.cuda.is_available() else ["pretended"]
+
+
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), *PRETENDED])
+def gpu(request, monkeypatch):
+    """A CUDA device: the real one, or one that is pretended, on which the references run, for want of time."""
+    if request.param == "real":
+        yield
+        return
+    from pretend_gpu import PretendGpu
+
+    import kernels
+
+    with PretendGpu(monkeypatch) as device:
+        kernels.set_ops("reference")
+        yield device
+        kernels.set_ops(None)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder prepared from a few hundred short documents: 512 tokens of vocabulary, some 40,000 of text."""

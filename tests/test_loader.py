@@ -296,8 +296,7 @@ def test_an_exception_in_the_thread_reaches_the_consumer_as_itself(tmp_path, mon
     assert not loader_threads()
 
 
-@pytest.mark.gpu
-def test_batches_arrive_on_the_gpu(tmp_path):
+def test_batches_arrive_on_the_gpu(gpu, tmp_path):
     split = make_split(tmp_path, LENGTHS)
     with Loader(split, 4, 16, bos=BOS) as on_cpu, Loader(split, 4, 16, bos=BOS, device="cuda", prefetch=4) as on_gpu:
         for _ in range(200):

@@ -26,8 +26,8 @@ CONFIG = resolve(
 )
 
 
-def make_step(device="cpu", forward_dtype=torch.float32, config=CONFIG) -> TrainStep:
-    model = GPT(config.model_config(512))
+def make_step(device="cpu", forward_dtype=torch.float32, config=CONFIG, vocab_size=512) -> TrainStep:
+    model = GPT(config.model_config(vocab_size))
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # away from initialisation, where most gradients are zero
@@ -248,9 +248,8 @@ def test_waiting_is_found(no_launches, monkeypatch, op):
         step.update()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("micro_steps", [1, 2])
-def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
+def test_eager_and_replayed_steps_give_the_same_bits(gpu, micro_steps):
     """Over steps of changing rate, momentum and decay; a rehearsal and a bad step in between change nothing."""
     eager, replayed = (make_step("cuda", torch.bfloat16) for _ in range(2))
     values = [StepValues(i, lr_multiplier=1 / (i + 1), momentum=0.85 + i / 100, weight_decay=0.2 - i / 50)
@@ -269,9 +268,8 @@ def test_eager_and_replayed_steps_give_the_same_bits(micro_steps):
             assert torch.equal(a, b), f"{name} after step {i}"
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
-def test_the_loop_waits_for_nothing_but_its_clock(graphs):
+def test_the_loop_waits_for_nothing_but_its_clock(gpu, graphs):
     """CUDA's own word for it: in this mode PyTorch raises on every call that makes the host wait."""
     step = make_step("cuda", torch.bfloat16)
     values = StepValues(0, 1.0, 0.85, 0.2)
