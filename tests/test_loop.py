@@ -255,7 +255,7 @@ def test_eager_and_replayed_steps_give_the_same_bits(gpu, micro_steps):
     values = [StepValues(i, lr_multiplier=1 / (i + 1), momentum=0.85 + i / 100, weight_decay=0.2 - i / 50)
               for i in range(5)]  # fmt: skip
     replayed.capture(SHAPE, micro_steps, values[0])
-    batches = endless_batches("cuda")
+    batches, kept = endless_batches("cuda"), []
     for i, value in enumerate(values):
         taken = [next(batches) for _ in range(micro_steps)]
         if i == 2:
@@ -266,6 +266,8 @@ def test_eager_and_replayed_steps_give_the_same_bits(gpu, micro_steps):
         assert torch.equal(loss, loss_replayed)
         for (name, a), b in zip(eager.optimizer.masters.items(), replayed.optimizer.masters.values(), strict=True):
             assert torch.equal(a, b), f"{name} after step {i}"
+        kept.append((loss_replayed, loss.item()))
+    assert all(loss.item() == then for loss, then in kept)  # no later step has written over it
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -285,5 +287,11 @@ def test_the_loop_waits_for_nothing_but_its_clock(gpu, graphs):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen.steps == [*range(6)]
-    assert all(math.isfinite(loss) for loss in seen.losses)
     assert all(seconds > 0 for seconds in seen.seconds)
+    # As a step that is waited for before the next one is sent.
+    plain, budget = make_step("cuda", torch.bfloat16), Budget(1.0, steps=6)
+    for i in range(6):
+        loss, _ = plain(batches[2 * i : 2 * i + 2], step_values(CONFIG, i, budget.progress(i)))
+        assert seen.losses[i] == loss.item()
+    for a, b in zip(step.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(a, b)
