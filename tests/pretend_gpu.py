@@ -29,8 +29,11 @@ from train.precompile import AbsentGpu
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
-PROPERTIES = SimpleNamespace(name="NVIDIA H100 (pretended)", total_memory=80 * 2**30, multi_processor_count=132)
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100 (pretended)", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
+)
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+INDEXED = {"index", "index_put_"}  # with indices from either side
 # Products of 16-bit factors that are summed and kept in fp32, which only CUDA has.
 WIDE_PRODUCTS = {
     aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
@@ -236,7 +239,8 @@ class PretendGpu(TorchDispatchMode):
             return self.copy(*args, **kwargs)
         if name == "_to_copy":
             return self._to_copy(*args, **kwargs)
-        if strangers := [t for t in tensors if t.dim() and not self.owns(t)]:
+        strangers = [t for t in tensors if t.dim() and not self.owns(t)]
+        if strangers and name not in INDEXED:
             raise RuntimeError(f"{name}: all tensors should be on cuda:0, and {len(strangers)} are on the CPU")
         if func.is_view or name in ("detach", "set_"):
             return func(*args, **kwargs)
