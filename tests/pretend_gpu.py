@@ -30,8 +30,9 @@ from train.precompile import AbsentGpu
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 PROPERTIES = SimpleNamespace(
-    name="NVIDIA H100 (pretended)", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
-)
+    name="NVIDIA H100 (pretended)", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132,
+    L2_cache_size=2**20,
+)  # fmt: skip
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 INDEXED = {"index", "index_put_"}  # with indices from either side
 # Products of 16-bit factors that are summed and kept in fp32, which only CUDA has.
@@ -41,11 +42,16 @@ WIDE_PRODUCTS = {
 }
 
 
-class Stream:
-    """Work that was sent and is not done yet, in order; during a capture, what was sent goes to `tape` instead."""
+class OfTheGpu:
+    gpu: "PretendGpu"  # there is one at a time
 
-    def __init__(self, gpu: "PretendGpu"):
-        self.gpu, self.queue, self.tape = gpu, deque(), None
+
+class Stream(OfTheGpu):
+    """Work that was sent and is not done yet, in order; during a capture, what is sent goes to `tape` instead."""
+
+    def __init__(self, device=None):
+        self.queue, self.tape = deque(), None
+        self.gpu.streams.append(self)
 
     def send(self, work: Callable[[], None]) -> None:
         (self.queue if self.tape is None else self.tape).append(work)
@@ -55,7 +61,7 @@ class Stream:
             self.queue.popleft()()
 
     def record_event(self) -> "Event":
-        event = Event(self.gpu)
+        event = Event()
         event.record(self)
         return event
 
@@ -76,9 +82,9 @@ class Mark:
         self.time = perf_counter()
 
 
-class Event:
-    def __init__(self, gpu: "PretendGpu", enable_timing: bool = False):
-        self.gpu, self.stream, self.mark = gpu, gpu.default, Mark()
+class Event(OfTheGpu):
+    def __init__(self, enable_timing: bool = False):
+        self.stream, self.mark = self.gpu.default, Mark()
 
     def record(self, stream: Stream | None = None) -> None:
         self.stream, self.mark = stream or self.gpu.current_stream(), Mark()
@@ -94,9 +100,9 @@ class Event:
         return 1e3 * (end.mark.time - self.mark.time)
 
 
-class Graph:
-    def __init__(self, gpu: "PretendGpu"):
-        self.gpu, self.tape = gpu, []
+class Graph(OfTheGpu):
+    def __init__(self):
+        self.tape = []
 
     def pool(self) -> int:
         return id(self)
@@ -112,8 +118,9 @@ class PretendGpu(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.default = Stream(self)
-        self.streams = [self.default]
+        OfTheGpu.gpu = self
+        self.streams: list[Stream] = []
+        self.default = Stream()
         self.waited: Counter[str] = Counter()
         self.may_wait = True
         self._local = threading.local()
@@ -136,7 +143,7 @@ class PretendGpu(TorchDispatchMode):
     @contextmanager
     def capture(self, graph: Graph, pool=None, stream=None, capture_error_mode="global") -> Iterator[None]:
         self.synchronize()
-        with self.stream(stream or Stream(self)):
+        with self.stream(stream or Stream()):
             self.current_stream().tape = graph.tape
             try:
                 yield
@@ -338,10 +345,6 @@ class PretendGpu(TorchDispatchMode):
             with gpu:
                 run_thread(thread)
 
-        def new_stream(device=None):
-            gpu.streams.append(Stream(gpu))
-            return gpu.streams[-1]
-
         patch.setattr(InterpretedFunction, "run", launch)
         patch.setattr(triton.runtime.driver, "_active", AbsentGpu(90))
         patch.setattr(threading.Thread, "run", in_thread)
@@ -352,10 +355,10 @@ class PretendGpu(TorchDispatchMode):
             "get_device_capability": lambda device=None: (9, 0),
             "get_device_properties": lambda device=None: PROPERTIES,
             "mem_get_info": lambda: (70 * 2**30, 80 * 2**30), "max_memory_allocated": lambda: 2**30,
-            "empty_cache": lambda: None, "get_rng_state": generator.clone, "set_rng_state": lambda state: None,
-            "synchronize": self.synchronize, "Stream": new_stream, "stream": self.stream,
-            "current_stream": self.current_stream, "Event": lambda **kwargs: Event(gpu, **kwargs),
-            "CUDAGraph": lambda: Graph(gpu), "graph": self.capture,
+            "empty_cache": lambda: None, "reset_peak_memory_stats": lambda: None,
+            "get_rng_state": generator.clone, "set_rng_state": lambda state: None,
+            "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": self.capture, "stream": self.stream,
+            "current_stream": self.current_stream, "synchronize": self.synchronize,
             "set_sync_debug_mode": lambda mode: setattr(gpu, "may_wait", mode != "error"),
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)

@@ -24,7 +24,7 @@ from bench.conftest import out_of_time
 from bench.providers import COMPILE, EAGER, TRITON, Provider, assert_right, providers
 from bench.results import relative_speeds, row, step_table, table
 from bench.roofline import Op
-from bench.timing import Timing, device_time, replay, time_call
+from bench.timing import Timing, _captured, device_time, replay, time_call
 from kernels.common import use_kernels
 from kernels.rotary_attention.reference import window_attention_ref
 from tests.kernel_checks import DEVICE, exact_bfloat16
@@ -343,6 +343,16 @@ def test_no_case_begins_after_its_time():
     assert not out_of_time(None, 0.0)
     assert not out_of_time(100.0, now)
     assert out_of_time(1.0, now - 2.0)
+
+
+def test_what_waits_is_no_graph(gpu):
+    x = torch.ones(4, device="cuda")
+    graph = _captured(lambda: x.neg_())
+    assert _captured(lambda: x.sum().item()) is None
+    before = x.tolist()
+    graph.replay()
+    assert x.tolist() == [-value for value in before]
+    assert time_call(lambda: x.neg_(), "cuda", 0.01).median > 0
 
 
 @pytest.mark.gpu
