@@ -6,6 +6,7 @@ that several use several cores. What pytest prints is shown file by file, as the
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -42,8 +43,8 @@ class Result:
 
 def files() -> list[Path]:
     """Those with a test that needs a GPU, the longest first."""
-    marks = ("mark.gpu\n", "@real_and_small(")
-    found = [path for path in (ROOT / "tests").glob("test_*.py") if any(m in path.read_text("utf-8") for m in marks)]
+    marks = re.compile(r"mark\.gpu\n|@real_and_small\(|def test_\w+\(gpu\b")
+    found = [path for path in (ROOT / "tests").glob("test_*.py") if marks.search(path.read_text("utf-8"))]
     order = {name: i for i, name in enumerate(LONGEST)}
     return sorted(found, key=lambda path: (order.get(path.name, len(order)), path.name))
 

@@ -19,30 +19,35 @@ if not torch.cuda.is_available():
 # A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_left_out = pytest.StashKey[int]()
+NO_GPU = not torch.cuda.is_available()
+_need_a_gpu = pytest.StashKey[list]()
 
 
 def pytest_collection_modifyitems(config, items):
     """Without a GPU the tests that need one are left out together: one line at the end, instead of a skip for each."""
-    if torch.cuda.is_available():
-        return
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[_left_out] = len(needs_gpu)
-    if needs_gpu:
-        config.hook.pytest_deselected(items=needs_gpu)
+    config.stash[_need_a_gpu] = needy = [item for item in items if item.get_closest_marker("gpu")]
+    if NO_GPU and needy:
+        config.hook.pytest_deselected(items=needy)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.stash.get(_left_out, 0):
-        terminalreporter.write_line(f"{config.stash[_left_out]} tests left out: they need a CUDA device")
+    if NO_GPU and (needy := config.stash.get(_need_a_gpu, [])):
+        terminalreporter.write_line(f"{len(needy)} tests left out: they need a CUDA device")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
     """`pytest tests -m gpu` has nothing left to run where there is no GPU, and that is no failure."""
-    if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash.get(_left_out, 0):
+    nothing = session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+    if nothing and NO_GPU and session.config.stash.get(_need_a_gpu, []):
         session.exitstatus = pytest.ExitCode.OK
+
+
+@pytest.fixture
+def gpu_test_files(request) -> set[str]:
+    """The names of the files with a test that needs a GPU, among those that this session was given."""
+    return {item.path.name for item in request.config.stash[_need_a_gpu]}
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +64,7 @@ def _the_gpu_survives(request):
             pytest.exit(f"{request.node.nodeid} broke the GPU for this process ({reason})", returncode=1)
 
 
-PRETENDED = [] if torch.cuda.is_available() else ["pretended"]
-
-
-@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), *PRETENDED])
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), *["pretended"] * NO_GPU])
 def gpu(request, monkeypatch):
     """A CUDA device: the real one, or one that is pretended, on which the references run, for want of time."""
     if request.param == "real":
