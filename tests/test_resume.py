@@ -109,14 +109,14 @@ def test_other_runs_continue_too(corpus, tmp_path, option):
 
 
 def test_the_budget_clock_goes_on(corpus, tmp_path):
-    folder = interrupt(corpus, tmp_path / "run", "--time-budget", "0.6", "--untimed-steps", "2", step=9)
+    folder = interrupt(corpus, tmp_path / "run", "--time-budget", "0.6", "--untimed-steps", "2", step=4)
     before = rows(folder)[-1]["timed_seconds"]
     time.sleep(0.7)  # what passes between the two is nobody's
     assert main("--resume", str(folder)) == 0
     seconds = [row["seconds"] for row in rows(folder)]
     timed = [row["timed_seconds"] for row in rows(folder)]
-    assert timed[9] == before
-    assert timed[10] == pytest.approx(before + seconds[10])
+    assert timed[4] == before > 0
+    assert timed[5] == pytest.approx(before + seconds[5])
     assert timed[-2] < 0.6 <= timed[-1]
     assert timed[-1] == pytest.approx(sum(seconds[2:]))
 
