@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import TINY, assert_same, losses, rows, run_main, start
@@ -20,6 +21,7 @@ from prepare import prepare
 from train.checkpoint import checkpoint_folders, read_checkpoint
 from train.ledger import Ledger
 from train.progress import Reporter
+from train.step import TrainStep
 
 STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints"]
 
@@ -108,17 +110,24 @@ def test_other_runs_continue_too(corpus, tmp_path, option):
     assert_same(folder, tmp_path / "whole")
 
 
-def test_the_budget_clock_goes_on(corpus, tmp_path):
-    folder = interrupt(corpus, tmp_path / "run", "--time-budget", "0.6", "--untimed-steps", "2", step=4)
-    before = rows(folder)[-1]["timed_seconds"]
-    time.sleep(0.7)  # what passes between the two is nobody's
+def test_the_budget_clock_goes_on(corpus, tmp_path, monkeypatch):
+    """By a clock on which every step takes 0.25 s, and which has gone on before the run does."""
+    clock = SimpleNamespace(lag=0, now=0.0, mark=lambda: clock.now, seconds=lambda start, end: end - start)
+    call = TrainStep.__call__
+
+    def step(*args, **kwargs):
+        clock.now += 0.25
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(train.trainer, "clock_of", lambda device: clock)
+    folder = interrupt(corpus, tmp_path / "run", "--time-budget", "2", "--untimed-steps", "2", step=5)
+    assert rows(folder)[-1]["timed_seconds"] == 4 * 0.25
+    clock.now += 1000  # what passes between the two is nobody's
     assert main("--resume", str(folder)) == 0
-    seconds = [row["seconds"] for row in rows(folder)]
-    timed = [row["timed_seconds"] for row in rows(folder)]
-    assert timed[4] == before > 0
-    assert timed[5] == pytest.approx(before + seconds[5])
-    assert timed[-2] < 0.6 <= timed[-1]
-    assert timed[-1] == pytest.approx(sum(seconds[2:]))
+    assert clock.now == 1000 + 10 * 0.25  # no step was made again
+    assert [row["seconds"] for row in rows(folder)] == [0.25] * 10
+    assert [row["timed_seconds"] for row in rows(folder)] == [0.0, 0.0, *(0.25 * i for i in range(1, 9))]
 
 
 def test_after_the_evaluation_only_the_weights_remain(corpus, tmp_path):
