@@ -12,6 +12,7 @@ from payloads import Payload
 from prepare_corpus import write_corpus
 
 from prepare import prepare
+from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -78,6 +79,18 @@ def gpu(request, monkeypatch):
         kernels.set_ops("reference")
         yield device
         kernels.set_ops(None)
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """Every op runs its kernels: what they leave unwritten is NaN, and interpreted bf16 is what a GPU's is."""
+    from kernels import set_ops  # imports Triton, which must know of its interpreter first
+
+    fill_empty_with_nan(monkeypatch)
+    exact_bfloat16(monkeypatch)
+    set_ops("triton")
+    yield
+    set_ops(None)
 
 
 @pytest.fixture(scope="session")

@@ -5,20 +5,12 @@ import importlib
 import pytest
 import torch
 
-from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, mutant, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, mutant, real_and_small
 
+pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.adamw")
 SHAPES = [(3, 347), (1,), (2, 1024), (5, 5, 5)]
 BETAS, EPS = (0.8, 0.95), 1e-10
-
-
-@pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    exact_bfloat16(monkeypatch)
-    set_ops("triton")
-    yield
-    set_ops(None)
 
 
 def make_group(shapes, copy_dtype):

@@ -6,27 +6,10 @@ import pytest
 import torch
 
 from kernels import layer_weight
-from kernels.common import set_ops
-from tests.kernel_checks import (
-    DEVICE,
-    assert_as_good,
-    exact_bfloat16,
-    fill_empty_with_nan,
-    mutant,
-    outputs_and_gradients,
-    real_and_small,
-)
+from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
 
+pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.embedding")
-
-
-@pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    fill_empty_with_nan(monkeypatch)
-    exact_bfloat16(monkeypatch)
-    set_ops("triton")
-    yield
-    set_ops(None)
 
 
 def make_tokens(vocab_size, shape, kind="frequent"):

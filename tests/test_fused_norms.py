@@ -9,14 +9,7 @@ import kernels
 from kernels.common import upcast
 from kernels.rotary_attention import rotary_attention_ref, rotary_tables
 from model import GPTConfig
-from tests.kernel_checks import (
-    DEVICE,
-    assert_as_good,
-    exact_bfloat16,
-    fill_empty_with_nan,
-    mutant,
-    outputs_and_gradients,
-)
+from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, mutant, outputs_and_gradients
 from tests.test_kernels_together import VALUES, random_batches, random_step
 from tests.test_mlp_kernel import SMALL_TILES
 from tests.weight_grads import accumulated_gradients
@@ -29,13 +22,9 @@ H, KVH, HEAD_DIM, WINDOW = 2, 1, 16, 9
 
 
 @pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    fill_empty_with_nan(monkeypatch)
+def small_tiles(kernels_everywhere, monkeypatch):
     for op in (mlp, projection):  # many tiles, and tails in every direction
         monkeypatch.setattr(op, "gemm_config", lambda N, K, dtype: SMALL_TILES)
-    kernels.set_ops("triton")
-    yield
-    kernels.set_ops(None)
 
 
 def draw(*shapes_and_scales, seed=0):
@@ -67,8 +56,7 @@ def test_mlp_outputs_and_gradients(dtype):
     check_mlp(mlp.norm_relu2_mlp, mlp_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
 
 
-def test_mlp_bfloat16(monkeypatch):
-    exact_bfloat16(monkeypatch)
+def test_mlp_bfloat16():
     check_mlp(mlp.norm_relu2_mlp, mlp_inputs((2, 35), 37, 91, torch.bfloat16), torch.bfloat16)
 
 

@@ -8,15 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from tests.kernel_checks import DEVICE, fill_empty_with_nan
+from tests.kernel_checks import DEVICE
 
-
-@pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    fill_empty_with_nan(monkeypatch)
-    kernels.set_ops("triton")
-    yield
-    kernels.set_ops(None)
+pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 
 
 def draw(*shape):

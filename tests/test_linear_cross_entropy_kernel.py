@@ -6,29 +6,13 @@ import pytest
 import torch
 
 from kernels.common import set_ops
-from tests.kernel_checks import (
-    DEVICE,
-    assert_as_good,
-    exact_bfloat16,
-    fill_empty_with_nan,
-    mutant,
-    outputs_and_gradients,
-    real_and_small,
-)
+from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
 from tests.weight_grads import accumulated_gradients
 
+pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.linear_cross_entropy")
 DTYPES = [torch.float32, torch.float16]
 LOOP = {"ONE_BLOCK": False, "BLOCK_V": 128, "num_warps": 4}
-
-
-@pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    fill_empty_with_nan(monkeypatch)
-    exact_bfloat16(monkeypatch)
-    set_ops("triton")
-    yield
-    set_ops(None)
 
 
 @pytest.fixture(params=["one block", "blocks"])

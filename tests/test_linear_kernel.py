@@ -5,28 +5,13 @@ import importlib
 import pytest
 import torch
 
-from kernels.common import set_ops
-from tests.kernel_checks import (
-    DEVICE,
-    assert_as_good,
-    fill_empty_with_nan,
-    mutant,
-    outputs_and_gradients,
-    real_and_small,
-)
+from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
 from tests.weight_grads import accumulated_gradients
 
+pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.linear")
 projection = importlib.import_module("kernels.qkv_projection")
 DTYPES = [torch.float32, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    fill_empty_with_nan(monkeypatch)
-    set_ops("triton")
-    yield
-    set_ops(None)
 
 
 def make_inputs(rows, K, N, dtype, residual=True):

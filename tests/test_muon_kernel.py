@@ -5,21 +5,12 @@ import importlib
 import pytest
 import torch
 
-from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, fill_empty_with_nan, mutant, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, mutant, real_and_small
 
+pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.muon")
 # Of one matrix with one singular value the error is one draw, and luck: there are many of those.
 SHAPES = [(2, 4, 32), (2, 45, 45), (2, 70, 29), (3, 29, 70), (24, 7, 1)]
-
-
-@pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    fill_empty_with_nan(monkeypatch)
-    exact_bfloat16(monkeypatch)
-    set_ops("triton")
-    yield
-    set_ops(None)
 
 
 def make_group(shape, copy_dtype=torch.bfloat16, strided=False):

@@ -5,20 +5,11 @@ import importlib
 import pytest
 import torch
 
-from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, fill_empty_with_nan, mutant, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, mutant, real_and_small
 
+pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.polar_express")
 SHAPES = [(2, 4, 32), (1, 37, 37), (2, 70, 131), (2, 131, 70), (1, 150, 5), (3, 1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def kernels_everywhere(monkeypatch):
-    fill_empty_with_nan(monkeypatch)
-    exact_bfloat16(monkeypatch)
-    set_ops("triton")
-    yield
-    set_ops(None)
 
 
 def make_gradient(shape):

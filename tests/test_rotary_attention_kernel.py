@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kernels.common import EPS, set_ops, triton
+from kernels.common import EPS, triton
 from kernels.rotary_attention import (
     backward,
     cost,
@@ -19,14 +19,7 @@ from kernels.rotary_attention import (
     visited_tiles,
 )
 from kernels.rotary_attention.tiles import Config, Rows, Tiles
-from tests.kernel_checks import (
-    DEVICE,
-    assert_as_good,
-    exact_bfloat16,
-    fill_empty_with_nan,
-    outputs_and_gradients,
-    real_and_small,
-)
+from tests.kernel_checks import DEVICE, assert_as_good, outputs_and_gradients, real_and_small
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="patches the interpreter")
 
@@ -35,15 +28,10 @@ SMALL_TILES = Config(Rows(8, 4), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles
 
 
 @pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
-    """The kernels, on any device, with outputs that are NaN until written; interpreted, in tiles small against T."""
-    fill_empty_with_nan(monkeypatch)
-    exact_bfloat16(monkeypatch)
+def small_tiles(kernels_everywhere, monkeypatch):
+    """Interpreted, kernels have tiles small against T."""
     if DEVICE == "cpu":
         monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: SMALL_TILES)
-    set_ops("triton")
-    yield
-    set_ops(None)
 
 
 def random_inputs(B, T, H, KVH, head_dim, has_ve, seed=0):
