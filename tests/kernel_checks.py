@@ -2,7 +2,7 @@
 
 import importlib.util
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -75,6 +75,19 @@ def outputs_and_gradients(
     leaves = [x for x in cast if x is not None and x.requires_grad]
     gradients = torch.autograd.grad(outs, leaves, cotangents)
     return [*(o.detach() for o in outs), *gradients]
+
+
+def compared(
+    op: Callable, reference: Callable, draws: Iterable[Sequence[Tensor | None]], dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each output and each gradient, for `assert_as_good`: of `op` and of `reference` in `dtype`, then of the latter in
+    fp64. `draws` are inputs; what they give stands together, since of a single number the error is luck."""
+    draws = list(draws)
+    runs = (
+        [outputs_and_gradients(function, inputs, d, seed) for seed, inputs in enumerate(draws)]
+        for function, d in ((op, dtype), (reference, dtype), (reference, torch.float64))
+    )
+    return zip(*([torch.stack(parts) for parts in zip(*run, strict=True)] for run in runs), strict=True)
 
 
 def fill_empty_with_nan(monkeypatch) -> None:

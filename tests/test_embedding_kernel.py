@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import layer_weight
-from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, real_and_small
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.embedding")
@@ -27,15 +27,10 @@ def make_tables(vocab_size, widths, dtype):
     return [torch.randn(vocab_size, width, generator=generator).to(DEVICE, dtype) for width in widths]
 
 
-def check(function, tokens, tables, dtype, truth_dtype=torch.float64, draws=1):
-    """Judges all draws of the cotangent together: the largest error is that of a few frequent tokens, and luck."""
-
-    def runs(f, dtype):
-        return [outputs_and_gradients(lambda *t: f(tokens, t), tables, dtype, seed) for seed in range(draws)]
-
-    got, baseline, truth = runs(function, dtype), runs(op.embedding_ref, dtype), runs(op.embedding_ref, truth_dtype)
-    for index in range(len(truth[0])):
-        values = (torch.stack([draw[index] for draw in drawn]) for drawn in (got, baseline, truth))
+def check(function, tokens, tables, dtype, draws=1):
+    """Of several cotangents, because the largest error is that of a few frequent tokens."""
+    functions = [lambda *t, f=f: f(tokens, t) for f in (function, op.embedding_ref)]
+    for index, values in enumerate(compared(*functions, [tables] * draws, dtype)):
         assert_as_good(f"output or gradient {index}", *values)
 
 

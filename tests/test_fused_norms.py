@@ -9,10 +9,10 @@ import kernels
 from kernels.common import upcast
 from kernels.rotary_attention import rotary_attention_ref, rotary_tables
 from model import GPTConfig
-from tests.kernel_checks import DEVICE, assert_as_good, exact_bfloat16, mutant, outputs_and_gradients
+from tests.kernel_checks import DEVICE, assert_as_good, compared, exact_bfloat16, mutant, outputs_and_gradients
 from tests.test_kernels_together import VALUES, random_batches, random_step
 from tests.test_mlp_kernel import SMALL_TILES
-from tests.weight_grads import accumulated_gradients
+from tests.weight_grads import check_accumulation
 
 mlp = importlib.import_module("kernels.mlp")
 projection = importlib.import_module("kernels.qkv_projection")
@@ -44,9 +44,8 @@ def mlp_inputs(rows, D, F, dtype):
 
 
 def check_mlp(function, inputs, dtype):
-    runs = (outputs_and_gradients(f, inputs, d) for f, d in
-            ((function, dtype), (mlp.norm_relu2_mlp_ref, dtype), (mlp.norm_relu2_mlp_ref, torch.float64)))  # fmt: skip
-    for name, *values in zip(("out", "dx", "dw_fc", "dw_proj"), *runs, strict=True):
+    results = compared(function, mlp.norm_relu2_mlp_ref, [inputs], dtype)
+    for name, values in zip(("out", "dx", "dw_fc", "dw_proj"), results, strict=True):
         assert_as_good(name, *values)
 
 
@@ -62,11 +61,7 @@ def test_mlp_bfloat16():
 
 def test_mlp_gradients_add_up_in_main_grad():
     inputs = mlp_inputs((2, 21), 24, 72, torch.float32)
-    runs = (accumulated_gradients(f, inputs, [1, 2], d) for f, d in
-            ((mlp.norm_relu2_mlp, torch.float32), (mlp.norm_relu2_mlp_ref, torch.float32),
-             (mlp.norm_relu2_mlp_ref, torch.float64)))  # fmt: skip
-    for values in zip(*runs, strict=True):
-        assert_as_good("main_grad", *values)
+    check_accumulation(mlp.norm_relu2_mlp, mlp.norm_relu2_mlp_ref, inputs, [1, 2], torch.float32)
 
 
 def test_mlp_strided_rows_and_an_expanded_gradient():
@@ -126,15 +121,12 @@ def attention_of(factors, products, attention=kernels.rotary_attention):
     return function
 
 
-def check_attention(function, dtype=torch.float32):
+def check_attention(function):
     names = ("s", "out", "dx", "dx0", "dλr", "dλ0", "dw_qkv", "dw_gate", "dve")
-    inputs = attention_inputs()
-    runs = (outputs_and_gradients(f, inputs, d) for f, d in
-            ((function, dtype), (attention_ref, dtype), (attention_ref, torch.float64)))  # fmt: skip
-    for name, value, baseline, truth in zip(names, *runs, strict=True):
+    for name, values in zip(names, compared(function, attention_ref, [attention_inputs()], torch.float32), strict=True):
         # Three ops in a row, each of which may double the error. And one number is no statistic: of a λ's gradient
         # PyTorch's own error may be nothing by luck.
-        assert_as_good(name, value, baseline, truth, factor=20 if name.startswith("dλ") else 8)
+        assert_as_good(name, *values, factor=20 if name.startswith("dλ") else 8)
 
 
 def test_from_the_stream_to_attention():
@@ -184,10 +176,8 @@ def test_the_projection_scales_gradients_by_itself_where_nobody_has():
         return lambda x, w, w_gate: f(x, w, w_gate, rstd.to(x.dtype))
 
     for gate in (w_gate, None):
-        runs = (outputs_and_gradients(given(f), [x, w, gate], d) for f, d in
-                ((kernels.qkv_projection, torch.float32), (projection.qkv_projection_ref, torch.float32),
-                 (projection.qkv_projection_ref, torch.float64)))  # fmt: skip
-        for values in zip(*runs, strict=True):
+        functions = given(kernels.qkv_projection), given(projection.qkv_projection_ref)
+        for values in compared(*functions, [[x, w, gate]], torch.float32):
             assert_as_good("qkv_projection", *values)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
-from tests.weight_grads import accumulated_gradients
+from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, outputs_and_gradients, real_and_small
+from tests.weight_grads import check_accumulation
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.linear_cross_entropy")
@@ -34,33 +34,20 @@ def make_inputs(N, D, V, dtype, scale=4.0, seed=0, ignored=True):
     return [x.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE)]
 
 
-def check(module, dtype, shape, truth_dtype=torch.float64, draws=8, **kwargs):
-    """The losses of all draws are judged together: one loss is one number, and its error luck."""
-    got, baseline, truth = [], [], []
-    for seed in range(draws):
-        inputs = make_inputs(*shape, dtype, seed=seed, **kwargs)
-        got.append(outputs_and_gradients(module.linear_cross_entropy, inputs, dtype))
-        baseline.append(outputs_and_gradients(op.linear_cross_entropy_ref, inputs, dtype))
-        truth.append(outputs_and_gradients(op.linear_cross_entropy_ref, inputs, truth_dtype))
-    for index, name in enumerate(("loss", "dx", "dweight")):
-        assert_as_good(name, *(torch.stack([run[index] for run in runs]) for runs in (got, baseline, truth)))
+def check(module, dtype, shape, draws=8, **kwargs):
+    inputs = [make_inputs(*shape, dtype, seed=seed, **kwargs) for seed in range(draws)]
+    results = compared(module.linear_cross_entropy, op.linear_cross_entropy_ref, inputs, dtype)
+    for name, values in zip(("loss", "dx", "dweight"), results, strict=True):
+        assert_as_good(name, *values)
 
 
 @torch.no_grad()
-def check_losses(function, inputs, truth_dtype=torch.float64):
+def check_losses(function, inputs):
     x, weight, targets = inputs
     got = function(x, weight, targets, reduction="none")
     baseline = op.linear_cross_entropy_ref(x, weight, targets, reduction="none")
-    truth = op.linear_cross_entropy_ref(x.to(truth_dtype), weight.to(truth_dtype), targets, reduction="none")
+    truth = op.linear_cross_entropy_ref(x.double(), weight.double(), targets, reduction="none")
     assert_as_good("losses", got, baseline, truth)
-
-
-def check_accumulation(function, inputs, dtype):
-    runs = (accumulated_gradients(f, inputs, [1], d) for f, d in
-            ((function, dtype), (op.linear_cross_entropy_ref, dtype),
-             (op.linear_cross_entropy_ref, torch.float64)))  # fmt: skip
-    for values in zip(*runs, strict=True):
-        assert_as_good("main_grad", *values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +97,8 @@ def test_the_mean_without_gradients_is_the_same(either_config):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_add_up_in_main_grad(either_config, dtype):
-    check_accumulation(op.linear_cross_entropy, make_inputs(37, 19, 300, dtype), dtype)
+    inputs = make_inputs(37, 19, 300, dtype)
+    check_accumulation(op.linear_cross_entropy, op.linear_cross_entropy_ref, inputs, [1], dtype)
 
 
 def test_the_chunked_reference_ignores_the_same_tokens(either_config):
@@ -188,8 +176,9 @@ def test_the_check_of_the_other_way_fails_too(tmp_path):
 
 def test_a_gradient_that_overwrites_fails(tmp_path):
     wrong = mutant(op, ("ctx.main_grad.addcmul_(", "ctx.main_grad.zero_().addcmul_("), folder=tmp_path)
+    inputs = make_inputs(37, 19, 300, torch.float32)
     with pytest.raises(AssertionError):
-        check_accumulation(wrong.linear_cross_entropy, make_inputs(37, 19, 300, torch.float32), torch.float32)
+        check_accumulation(wrong.linear_cross_entropy, op.linear_cross_entropy_ref, inputs, [1], torch.float32)
 
 
 def test_errors_name_the_argument():
@@ -230,17 +219,15 @@ def test_peaked_logits_and_heavy_tails_in_bfloat16(N, D, V):
 def test_strided_inputs_in_bfloat16(N, D, V):
     x, weight, targets = make_inputs(N, D + 8, V, torch.bfloat16)
     inputs = [x[:, 3 : D + 3], weight[:, 8:], targets[:, None].expand(N, 2)[:, 0]]
-    runs = [outputs_and_gradients(f, inputs, dtype) for f, dtype in (
-        (op.linear_cross_entropy, torch.bfloat16), (op.linear_cross_entropy_ref, torch.bfloat16),
-        (op.linear_cross_entropy_ref, torch.float64),
-    )]  # fmt: skip
-    for name, *values in zip(("dx", "dweight"), *(run[1:] for run in runs), strict=True):
+    _, *gradients = compared(op.linear_cross_entropy, op.linear_cross_entropy_ref, [inputs], torch.bfloat16)
+    for name, values in zip(("dx", "dweight"), gradients, strict=True):
         assert_as_good(name, *values)
 
 
 @real_and_small("N, D, V", [(4096, 512, 8192)], [(37, 19, 300)])
 def test_bfloat16_main_grad(N, D, V):
-    check_accumulation(op.linear_cross_entropy, make_inputs(N, D, V, torch.bfloat16), torch.bfloat16)
+    inputs = make_inputs(N, D, V, torch.bfloat16)
+    check_accumulation(op.linear_cross_entropy, op.linear_cross_entropy_ref, inputs, [1], torch.bfloat16)
 
 
 @real_and_small("N, D, V", [(16384, 512, 8192)], [(40, 24, 300)])

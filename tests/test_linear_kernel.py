@@ -5,8 +5,8 @@ import importlib
 import pytest
 import torch
 
-from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
-from tests.weight_grads import accumulated_gradients
+from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, outputs_and_gradients, real_and_small
+from tests.weight_grads import accumulated_gradients, check_accumulation
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.linear")
@@ -21,18 +21,9 @@ def make_inputs(rows, K, N, dtype, residual=True):
     return [(scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype) for shape, scale in sized]
 
 
-def check(function, inputs, dtype, truth_dtype=torch.float64, reference=op.linear_ref):
-    runs = (outputs_and_gradients(f, inputs, d) for f, d in
-            ((function, dtype), (reference, dtype), (reference, truth_dtype)))  # fmt: skip
-    for index, values in enumerate(zip(*runs, strict=True)):
+def check(function, inputs, dtype, reference=op.linear_ref):
+    for index, values in enumerate(compared(function, reference, [inputs], dtype)):
         assert_as_good(f"output or gradient {index}", *values)
-
-
-def check_accumulation(function, inputs, dtype, reference=op.linear_ref, weights=(1,)):
-    runs = (accumulated_gradients(f, inputs, list(weights), d) for f, d in
-            ((function, dtype), (reference, dtype), (reference, torch.float64)))  # fmt: skip
-    for values in zip(*runs, strict=True):
-        assert_as_good("main_grad", *values)
 
 
 def projection_inputs(rows, channels, dtype, K=37, N=53):
@@ -45,7 +36,7 @@ def projection_inputs(rows, channels, dtype, K=37, N=53):
 def check_projection(function, inputs, dtype):
     check(function, inputs, dtype, reference=projection.qkv_projection_ref)
     both = [lambda *given, f=f: torch.cat(f(*given), -1) for f in (function, projection.qkv_projection_ref)]
-    check_accumulation(both[0], inputs, dtype, both[1], weights=(1, 2))
+    check_accumulation(*both, inputs, [1, 2], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +105,7 @@ def test_qkv_or_gate_alone_may_have_a_gradient(only):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_add_up_in_main_grad(dtype):
-    check_accumulation(op.linear, make_inputs((5, 13), 24, 40, dtype), dtype)
+    check_accumulation(op.linear, op.linear_ref, make_inputs((5, 13), 24, 40, dtype), [1], dtype)
 
 
 def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
@@ -158,7 +149,7 @@ def test_projection_mutants_fail(name, tmp_path):
 def test_a_gradient_that_overwrites_fails(tmp_path):
     wrong = mutant(op, ("rows, x, ctx.main_grad)", "rows, x, ctx.main_grad.zero_())"), folder=tmp_path)
     with pytest.raises(AssertionError):
-        check_accumulation(wrong.linear, make_inputs((5, 13), 24, 40, torch.float32), torch.float32)
+        check_accumulation(wrong.linear, op.linear_ref, make_inputs((5, 13), 24, 40, torch.float32), [1], torch.float32)
 
 
 def test_errors_name_the_argument():
@@ -184,7 +175,7 @@ REAL = [((8, 2048), 512, 1536), ((8, 2048), 512, 512), ((8, 2048), 32, 4), ((3, 
 def test_bfloat16(rows, K, N):
     inputs = make_inputs(rows, K, N, torch.bfloat16)
     check(op.linear, inputs, torch.bfloat16)
-    check_accumulation(op.linear, inputs, torch.bfloat16)
+    check_accumulation(op.linear, op.linear_ref, inputs, [1], torch.bfloat16)
 
 
 @real_and_small("rows, K, N", [((8, 2048), 512, 1536), ((3, 333), 500, 100)], [((3, 17), 37, 53)])

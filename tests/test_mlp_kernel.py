@@ -5,8 +5,8 @@ import importlib
 import pytest
 import torch
 
-from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
-from tests.weight_grads import accumulated_gradients
+from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, outputs_and_gradients, real_and_small
+from tests.weight_grads import check_accumulation
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.mlp")
@@ -31,18 +31,10 @@ def make_inputs(rows, D, hidden, dtype):
     ]
 
 
-def check(function, inputs, dtype, truth_dtype=torch.float64):
-    runs = (outputs_and_gradients(f, inputs, d) for f, d in
-            ((function, dtype), (op.relu2_mlp_ref, dtype), (op.relu2_mlp_ref, truth_dtype)))  # fmt: skip
-    for name, *values in zip(("out", "dx", "dw_fc", "dw_proj", "dresidual"), *runs, strict=True):
+def check(function, inputs, dtype):
+    results = compared(function, op.relu2_mlp_ref, [inputs], dtype)
+    for name, values in zip(("out", "dx", "dw_fc", "dw_proj", "dresidual"), results, strict=True):
         assert_as_good(name, *values)
-
-
-def check_accumulation(function, inputs, dtype):
-    runs = (accumulated_gradients(f, inputs, [1, 2], d) for f, d in
-            ((function, dtype), (op.relu2_mlp_ref, dtype), (op.relu2_mlp_ref, torch.float64)))  # fmt: skip
-    for name, *values in zip(("w_fc", "w_proj"), *runs, strict=True):
-        assert_as_good(f"{name}.main_grad", *values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +61,7 @@ def test_strided_inputs(small_tiles):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_add_up_in_main_grad(dtype):
-    check_accumulation(op.relu2_mlp, make_inputs((2, 21), 24, 72, dtype), dtype)
+    check_accumulation(op.relu2_mlp, op.relu2_mlp_ref, make_inputs((2, 21), 24, 72, dtype), [1, 2], dtype)
 
 
 MUTANTS = {
@@ -111,8 +103,9 @@ def test_mutants_of_the_tile_fail(name, tmp_path):
 def test_a_gradient_that_overwrites_fails(tmp_path):
     wrong = mutant(op, ("weight_grad(rows, post, main_grad_proj)", "weight_grad(rows, post, main_grad_proj.zero_())"),
                    folder=tmp_path)  # fmt: skip
+    inputs = make_inputs((2, 21), 24, 72, torch.float32)
     with pytest.raises(AssertionError):
-        check_accumulation(wrong.relu2_mlp, make_inputs((2, 21), 24, 72, torch.float32), torch.float32)
+        check_accumulation(wrong.relu2_mlp, op.relu2_mlp_ref, inputs, [1, 2], torch.float32)
 
 
 def test_errors_name_the_argument():
@@ -142,7 +135,7 @@ REAL = [((4, 2048), 512, 2048), ((4, 2048), 1280, 5120), ((4, 2048), 264, 1000),
 def test_bfloat16(rows, D, hidden):
     inputs = make_inputs(rows, D, hidden, torch.bfloat16)
     check(op.relu2_mlp, inputs, torch.bfloat16)
-    check_accumulation(op.relu2_mlp, inputs, torch.bfloat16)
+    check_accumulation(op.relu2_mlp, op.relu2_mlp_ref, inputs, [1, 2], torch.bfloat16)
 
 
 @real_and_small("rows, D, hidden", [((2, 2048), 512, 2048)], [((2, 21), 40, 64)])

@@ -7,7 +7,7 @@ import torch
 
 from kernels import layer_weight
 from kernels.common import upcast
-from tests.kernel_checks import DEVICE, assert_as_good, mutant, outputs_and_gradients, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, outputs_and_gradients, real_and_small
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.rms_norm")
@@ -30,24 +30,19 @@ def make_inputs(shape, parts, dtype, seed=0):
     return [x, residual, tensor(), torch.tensor(1.25, device=DEVICE), torch.tensor(-0.375, device=DEVICE)]
 
 
-def run(function, inputs, dtype):
+def with_scalars(function):
+    """In fp32 at least, whatever the dtype of the rest."""
+
     def call(x, residual, x0=None, lambda_r=None, lambda_0=None):
         scalars = [None if v is None else upcast(v) for v in (lambda_r, lambda_0)]
         return function(x, residual, x0, *scalars)
 
-    return outputs_and_gradients(call, inputs, dtype)
+    return call
 
 
-def check(function, shape, parts, dtype, truth_dtype=torch.float64, reference=op.rms_norm_ref, draws=1, inputs=None):
-    """Judges outputs and gradients over all draws together: of one draw, dλ is one number, and its error luck."""
-    got, baseline, truth = [], [], []
-    for seed in range(draws):
-        given = make_inputs(shape, parts, dtype, seed) if inputs is None else inputs
-        got.append(run(function, given, dtype))
-        baseline.append(run(reference, given, dtype))
-        truth.append(run(reference, given, truth_dtype))
-    for index in range(len(truth[0])):
-        values = [torch.stack([draw[index] for draw in runs]) for runs in (got, baseline, truth)]
+def check(function, shape, parts, dtype, reference=op.rms_norm_ref, draws=1, inputs=None):
+    given = [make_inputs(shape, parts, dtype, seed) if inputs is None else inputs for seed in range(draws)]
+    for index, values in enumerate(compared(with_scalars(function), with_scalars(reference), given, dtype)):
         number = values[2].dim() == 1  # dλ, of another size in each draw
         assert_as_good(f"output or gradient {index} of {parts}", *values, relative=number)
 
@@ -93,10 +88,9 @@ def test_x0_goes_through_layer_after_layer():
 
         return function
 
-    inputs = [first, x0, *lambdas]
-    functions = (op.rms_norm, torch.float32), (op.rms_norm_ref, torch.float32), (op.rms_norm_ref, torch.float64)
-    runs = (outputs_and_gradients(three_layers(function), inputs, dtype) for function, dtype in functions)
-    for name, *values in zip(("x", "y", "dx", "dx0"), *runs, strict=False):
+    functions = three_layers(op.rms_norm), three_layers(op.rms_norm_ref)
+    results = compared(*functions, [[first, x0, *lambdas]], torch.float32)
+    for name, values in zip(("x", "y", "dx", "dx0"), results, strict=False):
         assert_as_good(name, *values, factor=6)  # three times an op that may double the error
 
     x0.requires_grad_()
@@ -181,8 +175,8 @@ def test_heavy_tails_in_bfloat16(shape):
 @real_and_small("shape", [(16, 2048, 512)], [(4, 9, 40)])
 def test_the_same_bits_twice(shape):
     inputs = make_inputs(shape, "residual+x0", torch.bfloat16)
-    for a, b in zip(run(op.rms_norm, inputs, torch.bfloat16), run(op.rms_norm, inputs, torch.bfloat16), strict=True):
-        assert torch.equal(a, b)
+    runs = [outputs_and_gradients(with_scalars(op.rms_norm), inputs, torch.bfloat16) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @real_and_small("shape", [(2**20 + 8, 2048)], [(40, 24)])

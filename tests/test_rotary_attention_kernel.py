@@ -19,7 +19,7 @@ from kernels.rotary_attention import (
     visited_tiles,
 )
 from kernels.rotary_attention.tiles import Config, Rows, Tiles
-from tests.kernel_checks import DEVICE, assert_as_good, outputs_and_gradients, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, compared, outputs_and_gradients, real_and_small
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="patches the interpreter")
 
@@ -45,24 +45,20 @@ def random_inputs(B, T, H, KVH, head_dim, has_ve, seed=0):
     return [qkv, draw(B, T, KVH * head_dim), draw(B, T, KVH)] if has_ve else [qkv, None, None]
 
 
-def check(inputs, H, window, head_dim, dtype, op=rotary_attention, truth_dtype=torch.float64, draws=1):
+def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
     """Output and every gradient of `op` in `dtype`, as good as the reference's in the same dtype.
 
-    Inputs of 16 bits are rounded first: that error is nobody's. Draws of the cotangent are judged together.
+    Inputs of 16 bits are rounded first: that error is nobody's. `draws` are of the cotangent.
     """
     cos, sin = rotary_tables(inputs[0].shape[1], head_dim, device=DEVICE)
     if dtype.itemsize == 2:
         inputs = [None if x is None else x.to(dtype) for x in inputs]
-
-    def runs(function, dtype):
-        def call(qkv, ve, gate):
-            return function(qkv, cos, sin, H, window, ve, gate)
-
-        return [outputs_and_gradients(call, inputs, dtype, seed) for seed in range(draws)]
-
-    results = runs(op, dtype), runs(rotary_attention_ref, dtype), runs(rotary_attention_ref, truth_dtype)
-    for index, name in zip(range(len(results[0][0])), ("out", "dqkv", "dve", "dgate"), strict=False):
-        assert_as_good(name, *(torch.stack([draw[index] for draw in drawn]) for drawn in results))
+    functions = [
+        lambda qkv, ve, gate, f=f: f(qkv, cos, sin, H, window, ve, gate) for f in (op, rotary_attention_ref)
+    ]
+    results = compared(*functions, [inputs] * draws, dtype)
+    for name, values in zip(("out", "dqkv", "dve", "dgate"), results, strict=False):
+        assert_as_good(name, *values)
 
 
 @pytest.mark.parametrize(

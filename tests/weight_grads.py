@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import layer_weight
+from tests.kernel_checks import assert_as_good
 
 
 def accumulated_gradients(
@@ -28,3 +29,14 @@ def accumulated_gradients(
         out.backward(cotangent.bfloat16().to(out.dtype))  # what every dtype holds exactly
     assert all(inputs[i].grad is None for i in weights)
     return [inputs[i].main_grad for i in weights]
+
+
+def check_accumulation(
+    op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor | None],
+    weights: Sequence[int], dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Sums of `op` in `dtype`, judged by those of `reference` in `dtype` and in fp64."""
+    functions = (op, dtype), (reference, dtype), (reference, torch.float64)
+    runs = (accumulated_gradients(function, inputs, weights, d) for function, d in functions)
+    for i, *values in zip(weights, *runs, strict=True):
+        assert_as_good(f"main_grad of input {i}", *values)
