@@ -6,28 +6,24 @@ import re
 import pytest
 import torch
 import torch._inductor.config
+from test_kernels_together import random_step as random_step_of
+from tiny_run import losses, run_main
 
 import kernels
-import train.__main__
 import train.compiled
 from kernels.rotary_attention import compiled as compiled_attention
 from kernels.rotary_attention import rotary_attention, rotary_attention_ref, rotary_tables, window_mask
-from model import GPT, GPTConfig
+from model import GPTConfig
 from model.gpt import SCALARS
 from prepare import Batch
-from train.config import TrainConfig, resolve
 from train.memory import activation_bytes
-from train.optimizer import Optimizer
 from train.schedule import StepValues
 from train.step import TrainStep
 
 VALUES = StepValues(step=3, lr_multiplier=0.7, momentum=0.9, weight_decay=0.15)
 # Windows of both kinds, a value embedding, two heads a key-value head. One shape for all tests: what one of them has
 # compiled the next finds in the compiler's cache.
-FLAGS = [
-    "--device", "cpu", "--depth", "2", "--d-model", "64", "--head-dim", "16", "--num-kv-heads", "2", "--seq-len", "32",
-    "--device-batch-size", "4", "--total-batch-size", "256", "--no-autocast",
-]  # fmt: skip
+KV_HEADS = ["--num-kv-heads", "2"]
 SHAPE = GPTConfig(vocab_size=512, seq_len=32, depth=2, d_model=64, head_dim=16, num_kv_heads=2)
 
 
@@ -42,14 +38,7 @@ def _fresh():
 
 def random_step(ops: str, shape: GPTConfig = SHAPE) -> TrainStep:
     kernels.set_ops(ops)
-    torch.manual_seed(0)
-    model = GPT(shape)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = {"wte": 1.0, "lm_head": 0.5, "lambda_r": 1.0, "lambda_0": 0.3}.get(name, shape.d_model**-0.5)
-            parameter.copy_(torch.randn(parameter.shape) * scale)
-    config = resolve(TrainConfig(depth=shape.depth, d_model=shape.d_model, head_dim=shape.head_dim), "cpu")
-    return TrainStep(model, Optimizer(model, config))
+    return random_step_of(shape, torch.float32, "cpu")
 
 
 def random_batches(count: int) -> list[Batch]:
@@ -103,15 +92,12 @@ def test_the_graph_itself_with_other_kv_heads(kv_heads):
 def test_a_compiled_run_prints_and_learns_what_a_reference_run_does(corpus, tmp_path, capsys):
     """With a small rate for Muon, whose bf16 iterates would otherwise drive the two apart within a few steps."""
     for ops in ("reference", "compile"):
-        run = ["--ops", ops, "--data", str(corpus), "--run-dir", str(tmp_path / ops), "--steps", "3"]
-        assert train.__main__.main([*FLAGS, *run, "--matrix-lr", "0.001"]) == 0
+        args = [*KV_HEADS, "--ops", ops, "--steps", "3", "--matrix-lr", "0.001"]
+        assert run_main(corpus, tmp_path / ops, *args) == 0
     assert "compile ops (SDPA)" in capsys.readouterr().out
-    losses, losses_ref = (
-        [json.loads(line)["loss"] for line in (tmp_path / ops / "metrics.jsonl").read_text().splitlines()]
-        for ops in ("compile", "reference")
-    )
-    assert losses[0] == pytest.approx(losses_ref[0], rel=1e-6)
-    assert losses == pytest.approx(losses_ref, rel=1e-4)  # AdamW turns a gradient near zero into a step of either sign
+    ours, theirs = losses(tmp_path / "compile"), losses(tmp_path / "reference")
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+    assert ours == pytest.approx(theirs, rel=1e-4)  # AdamW turns a gradient near zero into a step of either sign
     summaries = [json.loads((tmp_path / ops / "summary.json").read_text()) for ops in ("compile", "reference")]
     assert float(summaries[0]["val_bpb"]) == pytest.approx(float(summaries[1]["val_bpb"]), rel=1e-4)
     assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"]
@@ -135,8 +121,7 @@ def test_without_a_compiler_one_line(corpus, tmp_path, monkeypatch, capsys):
         return call
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    run = ["--ops", "compile", "--data", str(corpus), "--run-dir", str(tmp_path / "run")]
-    assert train.__main__.main([*FLAGS, *run]) == 2
+    assert run_main(corpus, tmp_path / "run", "--ops", "compile") == 2
     err = capsys.readouterr().err
     assert re.fullmatch(r"error: --ops compile: .*No working C\+\+ compiler found.*install g\+\+.*\n", err)
     assert not (tmp_path / "run").exists()
@@ -238,7 +223,6 @@ def test_flash_attention_3_is_called_for_the_same_window(monkeypatch, returns_ls
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["as many kv heads", "two kv heads"])
 @pytest.mark.parametrize("window", [1024, 2048])
 def test_compiled_attention_on_a_gpu(window, kv_heads):

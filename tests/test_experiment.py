@@ -6,9 +6,9 @@ import math
 import re
 import signal
 import subprocess
-import sys
 
 import pytest
+import tiny_run
 import torch
 
 import train.__main__
@@ -18,14 +18,9 @@ from train.config import TrainConfig, parse_given, to_args
 from train.ledger import Ledger
 from train.provenance import evaluating_code_sha256, source_state
 
-TINY = [
-    "--device", "cpu", "--depth", "1", "--d-model", "32", "--head-dim", "16", "--seq-len", "32",
-    "--device-batch-size", "4", "--total-batch-size", "128", "--no-autocast", "--steps", "3",
-]  # fmt: skip
-
 
 def run_main(corpus, folder, *args: str) -> int:
-    return train.__main__.main([*TINY, "--data", str(corpus), "--run-dir", str(folder), *args])
+    return tiny_run.run_main(corpus, folder, "--steps", "3", *args)
 
 
 def rows(folder) -> list[dict]:
@@ -44,7 +39,7 @@ def test_a_finished_run(corpus, tmp_path):
     assert second["status"] == ("keep" if second["val_bpb"] < first["val_bpb"] else "discard")
     assert second["verdict"] == "unknown"
     full = Ledger(tmp_path).runs()[0]
-    assert full["config"]["depth"] == 1
+    assert full["config"]["depth"] == 2
     assert full["seconds"].keys() >= {"setup", "compile", "training", "evaluation", "overshoot", "audit", "total"}
     assert full["versions"]["torch"] == torch.__version__
     assert full["comparable"]["evaluation"]["code_sha256"] == evaluating_code_sha256()
@@ -125,9 +120,8 @@ def test_the_first_run_that_fails_ends_the_repeats(corpus, tmp_path, monkeypatch
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_reaches_the_run_and_leaves_a_row(corpus, tmp_path, number, code, word):
-    args = [*TINY[:-1], "100000", "--data", str(corpus), "--run-dir", str(tmp_path / "run"), "--repeat", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "train", *args], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    args = [*tiny_run.TINY, "--data", str(corpus), "--run-dir", str(tmp_path / "run"), "--repeat", "2"]
+    process = tiny_run.start(*args, "--steps", "100000")
     for line in process.stdout:
         if line.startswith("step 00003"):
             process.send_signal(number)

@@ -9,18 +9,15 @@ from damage import COUNT, fuzz
 from payloads import FORMS
 from safetensors.torch import load_file
 from test_loop import CONFIG, endless_batches, make_step
+from tiny_run import run_main
 
-import train.__main__
 from prepare import Batch
 from train import failure, replay
 from train.failure import find, read_failure
 from train.schedule import step_values
 from train.tensors import digest, save_tensors
 
-TINY = [
-    "--device", "cpu", "--depth", "2", "--d-model", "64", "--head-dim", "16", "--seq-len", "32", "--no-autocast",
-    "--device-batch-size", "4", "--total-batch-size", "256", "--steps", "8", "--checkpoint-every", "1000",
-]  # fmt: skip
+STEPS = ["--steps", "8", "--checkpoint-every", "1000"]
 # Rates at which a step of finite loss has gradients that are not, and a step has no loss.
 CAUSES = {
     "gradient": (["--lm-head-lr", "1e25", "--matrix-lr", "1e8"], "the gradient of "),
@@ -29,7 +26,7 @@ CAUSES = {
 
 
 def fail(corpus, folder, *args: str):
-    assert train.__main__.main([*TINY, "--data", str(corpus), "--run-dir", str(folder), *args]) == 1
+    assert run_main(corpus, folder, *STEPS, *args) == 1
     return folder
 
 
@@ -65,8 +62,8 @@ def test_a_run_that_fails_is_shown_again(corpus, tmp_path, capsys, kind):
 
 def test_the_parameters_kept_are_those_before_the_step(corpus, failed, tmp_path):
     """A run of one step alone has the same."""
-    args = [*TINY, *CAUSES["gradient"][0], "--steps", "1", "--warmdown-ratio", "0"]
-    assert train.__main__.main([*args, "--data", str(corpus), "--run-dir", str(tmp_path / "one")]) == 0
+    args = [*CAUSES["gradient"][0], "--steps", "1", "--warmdown-ratio", "0"]
+    assert run_main(corpus, tmp_path / "one", *args) == 0
     kept, model = read_failure(failed).parameters, load_file(tmp_path / "one" / "model.safetensors")
     assert digest(kept) == digest(model)
 

@@ -17,7 +17,6 @@ from tests.weight_grads import check_accumulation
 mlp = importlib.import_module("kernels.mlp")
 projection = importlib.import_module("kernels.qkv_projection")
 rms_norm = importlib.import_module("kernels.rms_norm")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 H, KVH, HEAD_DIM, WINDOW = 2, 1, 16, 9
 
 
@@ -262,7 +261,6 @@ def test_costs_count_what_is_no_longer_written():
     assert mixed == rows * D * 2
 
 
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(("D", "F"), [(512, 2048), (264, 1000)])
 def test_mlp_bfloat16_at_the_models_shape(monkeypatch, D, F):

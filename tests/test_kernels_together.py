@@ -21,7 +21,7 @@ def _restore_ops():
     kernels.set_ops(None)
 
 
-def random_step(shape: GPTConfig, forward_dtype: torch.dtype) -> TrainStep:
+def random_step(shape: GPTConfig, forward_dtype: torch.dtype, device: str = DEVICE) -> TrainStep:
     torch.manual_seed(0)
     model = GPT(shape)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def random_step(shape: GPTConfig, forward_dtype: torch.dtype) -> TrainStep:
             scale = {"wte": 1.0, "lm_head": 0.5, "lambda_r": 1.0, "lambda_0": 0.3}.get(name, shape.d_model**-0.5)
             parameter.copy_(torch.randn(parameter.shape) * scale)
     config = resolve(TrainConfig(depth=shape.depth, d_model=shape.d_model, head_dim=shape.head_dim), "cpu")
-    model.to(DEVICE)
+    model.to(device)
     return TrainStep(model, Optimizer(model, config, forward_dtype))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from ledger_entries import a_night, add, entry
+from tiny_run import rows, run_main
 
-import train.__main__
 from train import doctor
 from train.curves import draw_curves
 from train.curves import main as curves_main
@@ -118,20 +118,13 @@ def test_curves_of_nothing(tmp_path, capsys):
     assert "no readable metrics.jsonl" in capsys.readouterr().err
 
 
-TINY = [
-    "--device", "cpu", "--depth", "1", "--d-model", "32", "--head-dim", "16", "--seq-len", "32",
-    "--device-batch-size", "4", "--total-batch-size", "128", "--no-autocast", "--steps", "3",
-]  # fmt: skip
-
-
 def test_event_files(corpus, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = [*TINY, "--data", str(corpus), "--run-dir", str(tmp_path / "run"), "--tensorboard"]
-    assert train.__main__.main(args) == 0
+    assert run_main(corpus, tmp_path / "run", "--steps", "3", "--tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = rows(tmp_path / "run")
     for name in ("loss", "smooth_loss", "lr_multiplier", "tokens_per_second"):
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [0, 1, 2]
@@ -140,8 +133,8 @@ def test_event_files(corpus, tmp_path):
 
 
 def test_event_files_without_the_package(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.tensorboard, "find_spec", lambda name: None)
-    assert train.__main__.main([*TINY, "--data", str(corpus), "--run-dir", str(tmp_path / "run"), "--tensorboard"]) == 2
+    monkeypatch.setattr("train.tensorboard.find_spec", lambda name: None)
+    assert run_main(corpus, tmp_path / "run", "--tensorboard") == 2
     assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

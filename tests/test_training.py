@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_loop import make_step
 from tiny_run import losses, run_main
 
 import train.__main__
@@ -15,7 +16,7 @@ import train.trainer
 from model import GPT
 from prepare import Batch, Dataset
 from train import evaluate, sample
-from train.config import TrainConfig, resolve
+from train.config import TrainConfig
 from train.optimizer import Optimizer
 from train.runs import load_run
 from train.schedule import StepValues
@@ -93,16 +94,6 @@ def test_strict_mode_rehearses_without_a_trace(corpus, tmp_path):
     assert steps[0]["timed_seconds"] > 0  # the summary rounds four steps of this model to 0.0 on an idle machine
 
 
-def make_step(forward_dtype=torch.float32) -> TrainStep:
-    config = resolve(TrainConfig(depth=2, d_model=64, head_dim=16, seq_len=32), "cpu")
-    model = GPT(config.model_config(512))
-    model.init_weights(0)
-    with torch.no_grad():  # away from initialisation, where most gradients are zero
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    return TrainStep(model, Optimizer(model, config, forward_dtype))
-
-
 VALUES = StepValues(step=0, lr_multiplier=1.0, momentum=0.85, weight_decay=0.2)
 
 
@@ -132,7 +123,7 @@ def test_whoever_makes_a_step_multiplies_as_a_run_does():
 
 def test_the_precision_of_a_gpu():
     """bf16 parameters and activations, fp32 masters and gradients: the step of a GPU, here on a CPU."""
-    full, half = make_step(), make_step(torch.bfloat16)
+    full, half = make_step(), make_step(forward_dtype=torch.bfloat16)
     tokens = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
     for i in range(3):
         loss_full, _ = full([batch(tokens)], VALUES)
