@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .errors import InputError, gigabytes
-from .files import SEAL, read_json, seal_of
+from .files import SEAL, read_json, seal_of, sha256_of
 from .shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -21,7 +21,6 @@ from .shards import (
     TOKEN_COUNTS,
     TOKENIZER,
     VERIFIED,
-    sha256_of,
     write_json,
 )
 from .tokenizer import Tokenizer

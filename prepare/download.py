@@ -1,6 +1,5 @@
 """Fetches published shards: in parallel, resumed where they broke off, checked before they get their name."""
 
-import hashlib
 import os
 import re
 import threading
@@ -11,6 +10,7 @@ import requests
 from tqdm import tqdm
 
 from .errors import InputError, full_disk_is_input_error
+from .files import sha256_of
 
 CLIMBMIX_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 CLIMBMIX_TRAIN_SHARDS = 6542  # numbers 0..6541; the next one is pinned for validation
@@ -109,7 +109,7 @@ def _fetch_once(url: str, part: Path, bar: tqdm, stop: threading.Event) -> None:
             part.unlink()
             raise _TryAgainError(f"the server sent {got:,} bytes and had announced {size:,}")
         checksum = _sha256_given(response)
-    if checksum and _sha256(part) != checksum:
+    if checksum and sha256_of(part) != checksum:
         part.unlink()
         raise _TryAgainError("the SHA-256 is not the one the server gives")
 
@@ -131,8 +131,3 @@ def _sha256_given(response: requests.Response) -> str | None:
     tags = [a.headers["X-Linked-Etag"] for a in answers if "X-Linked-Etag" in a.headers]
     tag = (tags or [response.headers.get("ETag", "")])[0].removeprefix("W/").strip('"')
     return tag.lower() if re.fullmatch(r"[0-9a-fA-F]{64}", tag) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

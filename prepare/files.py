@@ -10,6 +10,11 @@ MAX_JSON_BYTES = 1 << 26  # the largest of ours, the manifest of 6,543 shards, h
 SEAL = "sha256"
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def seal_of(content: dict) -> str:
     """SHA-256, in hex, of all of `content` but its seal; the order of the keys and white space do not matter."""
     rest = {key: value for key, value in content.items() if key != SEAL}

@@ -5,7 +5,6 @@ manifest.json        train_00000_offsets.npy   int64 [documents + 1], where each
 token_counts.npy     val_00000.npy ...         holdout_00000.npy ...
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .files import sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -30,11 +30,6 @@ SPLITS = ("train", "val", "holdout")
 SHARD_TEXT_BYTES = 250_000_000
 
 OUR_FILES = re.compile(rf"(({'|'.join(SPLITS)})_\d+(_offsets)?\.npy|{TOKENIZER}|{MANIFEST}|{TOKEN_COUNTS}|{VERIFIED})")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_record(path: Path) -> dict:

@@ -11,8 +11,7 @@ from prepare_corpus import write_corpus
 
 from prepare import InputError, dataset, prepare
 from prepare.dataset import Dataset
-from prepare.files import read_sealed
-from prepare.shards import sha256_of
+from prepare.files import read_sealed, sha256_of
 from train import evaluate, sample
 from train.runs import RunFolder
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prepare import InputError
+from prepare.files import sha256_of
 
 from .files import rename_synced, safetensors_header, sync, write_synced
 from .state import RunState
@@ -109,8 +110,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         written = (path / SUMS).read_bytes()
         state = (path / STATE).read_bytes()
-        with open(path / TENSORS, "rb") as file:
-            sums = {TENSORS: hashlib.file_digest(file, "sha256").hexdigest(), STATE: hashlib.sha256(state).hexdigest()}
+        sums = {TENSORS: sha256_of(path / TENSORS), STATE: hashlib.sha256(state).hexdigest()}
         if written != sums_file(sums):
             changed = [name for name, sum in sums.items() if sum.encode() not in written] or [SUMS]
             raise DamagedError(f"{' and '.join(changed)} changed since it was written")
