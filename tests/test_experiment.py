@@ -16,7 +16,7 @@ import train.experiment
 from model import GPT
 from train.config import TrainConfig, parse_given, to_args
 from train.ledger import Ledger
-from train.provenance import evaluating_code_sha256, source_state
+from train.provenance import evaluating_code_sha256, short_commit, source_state
 
 
 def run_main(corpus, folder, *args: str) -> int:
@@ -170,6 +170,7 @@ def test_the_state_of_the_source(monkeypatch, tmp_path):
 
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert source_state()["commit"] is None
+    assert short_commit(source_state()) is None
     git("init")
     (tmp_path / "model.py").write_text("depth = 8\n")
     git("add", ".")
@@ -179,5 +180,6 @@ def test_the_state_of_the_source(monkeypatch, tmp_path):
     (tmp_path / "model.py").write_text("depth = 9\n")
     edited = source_state()
     assert edited["dirty"]
+    assert (short_commit(clean), short_commit(edited)) == (clean["commit"][:7], clean["commit"][:7] + "+")
     (tmp_path / "new.py").write_text("x = 1\n")
     assert len({clean["diff_sha256"], edited["diff_sha256"], source_state()["diff_sha256"]}) == 3

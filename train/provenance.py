@@ -42,6 +42,11 @@ def source_state() -> dict:
     }
 
 
+def short_commit(state: dict) -> str | None:
+    """Of a `source_state`, with a + where something differed from it; None outside a repository."""
+    return state["commit"] and state["commit"][:7] + "+" * state["dirty"]
+
+
 def _git(*args: str) -> bytes:
     return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, check=True).stdout
 

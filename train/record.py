@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .judge import Judgement, judge
 from .ledger import RUN, Ledger
 from .loop import TrainingError
-from .provenance import evaluating_code_sha256, machine, source_state, versions
+from .provenance import evaluating_code_sha256, machine, short_commit, source_state, versions
 from .runs import default_run_dir
 from .signals import Interrupted
 
@@ -127,7 +127,6 @@ class Record:
 
     def _write(self, facts: dict) -> Judgement:
         config = self.config
-        commit = self.source["commit"]
         total = float(facts["summary"]["total_seconds"]) if facts["summary"] else seconds_since_start()
         entry = {
             "kind": RUN,
@@ -140,8 +139,8 @@ class Record:
             "budget": self._budget(),
             **facts,
             **self.source,
-            "commit": commit[:7] + "+" * self.source["dirty"] if commit else "none",
-            "commit_sha": commit,
+            "commit": short_commit(self.source) or "none",
+            "commit_sha": self.source["commit"],
             "config": dataclasses.asdict(config),
             "model": self.model,
             "machine": self.machine,

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from prepare.files import SEAL, read_sealed, sealed
 
 from .config import TrainConfig
 from .files import replace_file, safetensors_header, sync
+from .provenance import short_commit, source_state
 from .tensorboard import EventWriter
 from .tensors import digest, load_tensors
 
@@ -31,15 +31,8 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def source_commit() -> str | None:
-    """The commit the code was run from, with a + where files differ from it; None outside a repository."""
-    try:
-        here = Path(__file__).parent
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    """As the ledger names it; None outside a repository."""
+    return short_commit(source_state())
 
 
 def default_run_dir(name: str) -> Path:
