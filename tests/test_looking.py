@@ -112,6 +112,13 @@ def test_curves_of_a_damaged_log(tmp_path, changed):
     assert not list((tmp_path / "run").glob("*.part"))
 
 
+def test_the_grey_ends_where_the_timed_steps_begin(tmp_path, monkeypatch):
+    spans = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axvspan", lambda self, start, end, **_: spans.append((start, end)))
+    draw_curves(metrics(tmp_path / "run", mfu=41.5))
+    assert spans == [(0, pytest.approx(0.9))] * 4  # steps 0 to 9 are untimed, and step 7 is damaged
+
+
 def test_curves_of_nothing(tmp_path, capsys):
     assert draw_curves(tmp_path) is None
     assert curves_main([str(tmp_path)]) == 2

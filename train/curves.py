@@ -46,7 +46,6 @@ def draw_curves(folder: Path) -> Path | None:
 
 def _draw(folder: Path, steps: list[dict]) -> Path:
     seconds = list(accumulate(step["seconds"] for step in steps))
-    untimed = next((t for t, step in zip(seconds, steps, strict=True) if step.get("timed_seconds", 1) > 0), None)
     first_timed = next((i for i, step in enumerate(steps) if step.get("timed_seconds", 1) > 0), 0)
 
     figure = new_figure(10, 6.4)
@@ -78,8 +77,8 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
     for panel in panels:
         tidy(panel)
         panel.set_xlim(0, seconds[-1])
-        if untimed is not None and first_timed and panel.axison:
-            panel.axvspan(0, untimed, color=GREY, alpha=0.15, linewidth=0)
+        if first_timed and panel.axison:
+            panel.axvspan(0, seconds[first_timed - 1], color=GREY, alpha=0.15, linewidth=0)
     for panel in panels[2:]:
         panel.set_xlabel("seconds of steps" + (" (grey: untimed)" if first_timed else ""), fontsize=10, color=INK)
     part = folder / f"{NAME}.part"
