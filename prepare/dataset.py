@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -205,7 +204,8 @@ def _check_changed(folder: Path, records: list[dict]) -> None:
     changed = [record for record in records if not _unchanged(folder, record, verified)]
     if not changed:
         return
-    for record in _progress(changed):
+    what = f"checking {gigabytes(sum(record['size'] for record in changed))} of train shards"
+    for record in tqdm(changed, desc=what, unit="file", disable=None, leave=False):
         _check_hashes(folder, [record])
         stat = (folder / record["name"]).stat()
         verified[record["name"]] = [stat.st_size, stat.st_mtime_ns, record["sha256"]]
@@ -227,8 +227,3 @@ def _read_verified(folder: Path) -> dict:
         return read_json(folder / VERIFIED, _MEND)
     except InputError:  # missing or damaged: everything is hashed again
         return {}
-
-
-def _progress(records: list[dict]) -> Iterator[dict]:
-    size = gigabytes(sum(record["size"] for record in records))
-    return iter(tqdm(records, desc=f"checking {size} of train shards", unit="file", disable=None, leave=False))

@@ -25,7 +25,6 @@ class Evaluation:
     bpb: float
     unigram_bpb: float  # of the train split's token frequencies on the same targets: what no context achieves
     rows: int
-    tokens_scored: int
     bytes_scored: int
     cropped_share: float  # of the tokens met while packing; 0 where packing is lossless
     fingerprint: dict  # two results with equal fingerprints were measured on the same bytes
@@ -74,7 +73,6 @@ def evaluate_bpb(
 
     counts = np.bincount(rows[:, 1:].reshape(-1), minlength=dataset.vocab_size) * (dataset.token_bytes > 0)
     bytes_scored = int(counts @ dataset.token_bytes.astype(np.int64))
-    tokens_scored = int(counts.sum())
     fingerprint = {
         "split": split,
         "split_sha256": data.sha256,
@@ -89,7 +87,6 @@ def evaluate_bpb(
         bpb=_bits_per_byte(nats.item(), bytes_scored),
         unigram_bpb=_bits_per_byte(_unigram_nats(dataset.token_counts, counts), bytes_scored),
         rows=len(rows),
-        tokens_scored=tokens_scored,
         bytes_scored=bytes_scored,
         cropped_share=cropped_share,
         fingerprint=fingerprint,
