@@ -13,13 +13,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench import sass
 from prepare.arguments import Parser, command
@@ -111,21 +109,9 @@ def recording(arch: int) -> Iterator[Counter]:
         JITFunction.run = launch
 
 
-def cuobjdump_path() -> Path:
-    """The one in Triton's wheel."""
-    import triton
-
-    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
 def usage(kernel, launches: int) -> Usage:
     """What the assembler made of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        report = subprocess.run(
-            [cuobjdump_path(), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    report = sass.cuobjdump(kernel.asm["cubin"], "-res-usage")
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     ir = kernel.asm.get("ttir", "") + kernel.asm.get("ttgir", "")
     return Usage(
@@ -160,7 +146,7 @@ def report_loops(usages: list[tuple[Usage, object]], arch: int) -> None:
     kernels = []
     for u, kernel in usages:
         if u.is_matrix:
-            code = sass.instructions(sass.disassembled(kernel.asm["cubin"], cuobjdump_path()))
+            code = sass.instructions(sass.cuobjdump(kernel.asm["cubin"], "-sass"))
             kernels.append((u.name, u.ctas_per_sm(arch) * u.warps / 4, sass.loops(code)))
     sass.print_loops(kernels)
 

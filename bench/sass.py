@@ -122,11 +122,15 @@ def loops(code: list[Instruction]) -> list[Loop]:
     return [Loop([i for i in code if first <= i.address <= last]) for first, last in innermost]
 
 
-def disassembled(cubin: bytes, cuobjdump: Path) -> str:
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the program of that name in Triton's wheel prints with `-sass` or `-res-usage`."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def print_loops(kernels: list[tuple[str, float, list[Loop]]]) -> None:
