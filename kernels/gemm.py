@@ -74,14 +74,8 @@ def gemm_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     return _tile(128, 128, 32, num_stages=4)  # at most 64 KiB: every chip from Ampere on has 99
 
 
-def _tile(block_m: int, block_n: int, block_k: int, num_stages: int, num_warps: int = 8) -> dict[str, int]:
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
+def _tile(block_m: int, block_n: int, block_k: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": num_stages}
 
 
 def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int]:

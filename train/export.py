@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from kernels.common import EPS
 from kernels.linear_cross_entropy import SOFTCAP
+from kernels.rotary_attention.reference import ROTARY_BASE
 from model import GPT
 from model.config import GATE_CHANNELS
 from prepare import InputError, Tokenizer
@@ -85,7 +86,7 @@ def exported_config(model: GPT, tokenizer: Tokenizer) -> dict:
         "windows": config.windows,
         "ve_layers": config.ve_layers,
         "gate_channels": GATE_CHANNELS,
-        "rotary_base": 10_000.0,
+        "rotary_base": ROTARY_BASE,
         "norm_eps": EPS,
         "softcap": SOFTCAP,
         "bos": tokenizer.bos,
