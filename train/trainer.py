@@ -237,27 +237,36 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
                 report.end()
 
         step.release()
-        score = watchdog.watching(step.token_losses)
-        with record.timed("evaluation"):
-            evaluation = evaluate_bpb(
-                score, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
-                max_tokens=config.eval_tokens or None, packing=config.packing, device=device,
-            )  # fmt: skip
-        record.trained(state.budget, ready)
-        summary = summarise(config, model_config, state, evaluation, ready)
-        with record.timed("audit"):  # after the peak of memory was read
-            findings = audit(
-                score, model, data, config.ops, config.seq_len, config.packing, batch_size=config.device_batch_size
-            )
-        summary["total_seconds"] = f"{state.seconds:.1f}"
-        summary |= record.finish(summary, evaluation, findings)
-        print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
-        folder.write_model(optimizer.masters)
-        folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
-        draw_curves(folder.path)
-        if not config.keep_checkpoints:
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        return summary
+        return conclude(config, step, state, data, folder, record, watchdog, ready)
+
+
+def conclude(
+    config: TrainConfig, step: TrainStep, state: RunState, data: Dataset, folder: RunFolder, record: Record,
+    watchdog: Watchdog, ready: float,
+) -> dict[str, str]:  # fmt: skip
+    """What comes after the last step: evaluation, audit, the row, the summary, the run's files. `ready`: seconds from
+    the process's start to the first step."""
+    score = watchdog.watching(step.token_losses)
+    with record.timed("evaluation"):
+        evaluation = evaluate_bpb(
+            score, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
+            max_tokens=config.eval_tokens or None, packing=config.packing, device=config.device,
+        )  # fmt: skip
+    record.trained(state.budget, ready)
+    summary = summarise(config, step.model.config, state, evaluation, ready)
+    with record.timed("audit"):  # after the peak of memory was read
+        findings = audit(
+            score, step.model, data, config.ops, config.seq_len, config.packing, batch_size=config.device_batch_size
+        )
+    summary["total_seconds"] = f"{state.seconds:.1f}"
+    summary |= record.finish(summary, evaluation, findings)
+    print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
+    folder.write_model(state.optimizer.masters)
+    folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
+    draw_curves(folder.path)
+    if not config.keep_checkpoints:
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return summary
 
 
 def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder) -> None:
