@@ -170,7 +170,7 @@ class _Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("V", [300, 1000, 3000])
+@pytest.mark.parametrize("V", [300, 3000])
 def test_one_chunk_is_all_there_ever_is_of_the_logits(V, monkeypatch):
     module = kernels.linear_cross_entropy.__globals__
     monkeypatch.setitem(module, "_chunk_rows", lambda vocab_size, device: 16)
