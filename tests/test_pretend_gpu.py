@@ -100,7 +100,8 @@ def test_host_and_device_do_not_mix(gpu):
 
 def test_a_run_as_graphs_is_the_run_without(gpu, small_data, tmp_path, monkeypatch, capsys):
     """From the command line to the summary: batches by the loader's stream, checkpoints, evaluation, audit."""
-    options = ["--device", "cuda", "--seq-len", "32", "--steps", "5", "--checkpoint-every", "0", "--keep-checkpoints"]
+    options = ["--device", "cuda", "--depth", "1", "--steps", "5", "--eval-tokens", "512", "--checkpoint-every", "0"]
+    options += ["--keep-checkpoints", "--device-batch-size", "16", "--total-batch-size", "1024"]  # the audit likes rows
     if gpu:
         options += ["--ops", "reference"]
         monkeypatch.setattr(train.trainer, "pick_graphs", lambda wanted, *_: wanted is None)
