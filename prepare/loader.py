@@ -9,9 +9,7 @@ import torch
 
 from .dataset import Split
 from .errors import InputError
-from .packing import Packer, evaluation_rows, pack_rows
-
-__all__ = ["Batch", "Loader", "evaluation_rows", "pack_rows"]
+from .packing import Packer
 
 _POLL = 0.05  # seconds between two looks at whether the loader was closed
 
@@ -45,12 +43,11 @@ class Loader:
         bos: int,
         packing: str = "lossless",
         seed: int = 0,
-        pin_memory: bool = False,
         device: str | torch.device | None = None,
         prefetch: int = 2,
     ):
         """`device` a CUDA device: batches arrive there through pinned memory on a stream of the loader's own. Otherwise
-        they stay on the CPU, pinned where `pin_memory` says so. `prefetch` batches are kept ready.
+        they stay on the CPU. `prefetch` batches are kept ready.
 
         Raises InputError where the split is shorter than one batch.
         """
@@ -66,7 +63,6 @@ class Loader:
         self._packer = Packer(split, seq_len, bos=bos, packing=packing, seed=seed)
         self._identity = {"split": split.sha256, "seq_len": seq_len, "bos": bos, "packing": packing, "seed": seed}
         self._copies = _CopiesToDevice(torch.device(device)) if _is_cuda(device) else None
-        self._pin_memory = pin_memory or self._copies is not None
         self._prefetch = prefetch
         self._index = 0  # of the next batch to pack
         self._state = self._pack_state()
@@ -163,7 +159,7 @@ class Loader:
         shape = (self.batch_size, self._packer.seq_len + 1)
         # Pinned memory comes from PyTorch's caching allocator, which gives a block out again only when the copies
         # that were queued from it are done: a fresh tensor a batch is cheap, and never overwritten under a copy.
-        tokens = torch.empty(shape, dtype=torch.int32, pin_memory=self._pin_memory)
+        tokens = torch.empty(shape, dtype=torch.int32, pin_memory=self._copies is not None)
         for row in tokens.numpy():
             self._packer.fill(row)
         # Of a large corpus a bit that the disk has turned is not noticed at the start (prepare/dataset.py).

@@ -8,7 +8,6 @@ placed; where none fits, the shortest is cut to fill the row. What happens to a 
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -148,26 +147,11 @@ class Packer:
         self._read_block()
 
 
-def pack_rows(
-    split: Split, seq_len: int, *, bos: int, packing: str = "lossless", seed: int | None = 0, epochs: int | None = None
-) -> Iterator[np.ndarray]:
-    """Yields int32 [T + 1] rows: `epochs` passes over the split, endless where it is None. See Packer."""
-    packer = Packer(split, seq_len, bos=bos, packing=packing, seed=seed, epochs=epochs)
-    while packer.fill(row := np.empty(seq_len + 1, dtype=np.int32)):
-        yield row
-
-
-def evaluation_rows(
-    split: Split, seq_len: int, *, bos: int, packing: str = "lossless", max_tokens: int | None = None
-) -> np.ndarray:
-    """uint16 [R, T + 1]: one pass over the split, whatever batch size and seed. See pack_evaluation."""
-    return pack_evaluation(split, seq_len, bos=bos, packing=packing, max_tokens=max_tokens)[0]
-
-
 def pack_evaluation(
     split: Split, seq_len: int, *, bos: int, packing: str = "lossless", max_tokens: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """The evaluation rows and the share of tokens that packing cropped on the way.
+    """The evaluation rows, uint16 [R, T + 1], whatever batch size and seed, and the share of tokens that packing cropped
+    on the way.
 
     `max_tokens` limits them to ceil(max_tokens / T) rows, evenly spaced over the pass; without it, every byte of the
     split is (lossless) the target of exactly one position. Only the pass's last row may be padded, with BOS.

@@ -13,7 +13,7 @@ from prepare_corpus import BOS, make_split
 
 from prepare import InputError, Loader
 from prepare import packing as module
-from prepare.packing import Packer, evaluation_rows, pack_evaluation, pack_rows
+from prepare.packing import Packer, pack_evaluation
 
 LENGTHS = [[3, 1, 200, 17, 8, 7, 9, 64, 1, 1, 30], [5, 500, 2, 63, 65, 64, 12]]
 
@@ -35,8 +35,14 @@ def documents_of(split) -> list[list[int]]:
     return [split.document(i).tolist() for i in range(split.num_documents)]
 
 
+def pack_rows(split, seq_len, packing="lossless", seed=0, epochs=None):
+    packer = Packer(split, seq_len, bos=BOS, packing=packing, seed=seed, epochs=epochs)
+    while packer.fill(row := np.empty(seq_len + 1, dtype=np.int32)):
+        yield row
+
+
 def one_epoch(split, seq_len, packing, seed=0) -> np.ndarray:
-    return np.stack(list(pack_rows(split, seq_len, bos=BOS, packing=packing, seed=seed, epochs=1)))
+    return np.stack(list(pack_rows(split, seq_len, packing, seed, epochs=1)))
 
 
 def test_split_reads_documents_across_shards(tmp_path):
@@ -145,7 +151,7 @@ def test_of_equal_lengths_the_oldest_comes_first(tmp_path):
 def test_seed_and_epoch_change_the_order(tmp_path):
     split = make_split(tmp_path, LENGTHS)
     aligned = make_split(tmp_path / "aligned", [[16] * 50])  # an epoch is 50 rows
-    rows = list(pack_rows(aligned, 16, bos=BOS, epochs=2))
+    rows = list(pack_rows(aligned, 16, epochs=2))
     first, second = np.stack(rows[:50]), np.stack(rows[50:])
     assert not np.array_equal(first, second)
     assert np.array_equal(np.sort(first, axis=0), np.sort(second, axis=0))
@@ -164,23 +170,23 @@ def test_many_blocks_and_more_documents_than_the_buffer(tmp_path, monkeypatch):
 
 def test_evaluation_rows_cover_the_split_once_or_up_to_a_limit(tmp_path):
     split = make_split(tmp_path, LENGTHS, "val")
-    rows = evaluation_rows(split, 16, bos=BOS)
+    rows = pack_evaluation(split, 16, bos=BOS)[0]
     assert rows.dtype == np.uint16
     targets = rows[:, 1:]
     assert np.sort(targets[targets != BOS]).tolist() == list(range(split.num_tokens))
-    limited = evaluation_rows(split, 16, bos=BOS, max_tokens=65)
+    limited = pack_evaluation(split, 16, bos=BOS, max_tokens=65)[0]
     # Evenly spaced: the first rows hold the long documents alone.
     spread = [int(i * len(rows) / 5) for i in range(5)]
     assert spread[-1] > len(rows) // 2
     assert np.array_equal(limited, rows[spread])
-    assert np.array_equal(evaluation_rows(split, 16, bos=BOS, max_tokens=10**9), rows)
+    assert np.array_equal(pack_evaluation(split, 16, bos=BOS, max_tokens=10**9)[0], rows)
     assert pack_evaluation(split, 16, bos=BOS)[1] == 0
     assert pack_evaluation(split, 16, bos=BOS, packing="published")[1] > 0.3
 
 
 def test_batches(tmp_path):
     split = make_split(tmp_path, LENGTHS)
-    expected = pack_rows(split, 16, bos=BOS, seed=3)
+    expected = pack_rows(split, 16, seed=3)
     with Loader(split, 4, 16, bos=BOS, seed=3) as loader:
         for index in range(30):
             batch = next(loader)
