@@ -150,8 +150,8 @@ class Packer:
 def pack_evaluation(
     split: Split, seq_len: int, *, bos: int, packing: str = "lossless", max_tokens: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """The evaluation rows, uint16 [R, T + 1], whatever batch size and seed, and the share of tokens that packing cropped
-    on the way.
+    """The evaluation rows, uint16 [R, T + 1], whatever batch size and seed; and the share of tokens that packing
+    cropped on the way.
 
     `max_tokens` limits them to ceil(max_tokens / T) rows, evenly spaced over the pass; without it, every byte of the
     split is (lossless) the target of exactly one position. Only the pass's last row may be padded, with BOS.
