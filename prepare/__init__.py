@@ -6,6 +6,8 @@ The public names are imported when first used, so that `python -m prepare --help
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .arguments import begin
+
 if TYPE_CHECKING:
     from .build import prepare
     from .dataset import Dataset
@@ -25,6 +27,8 @@ _HOME_OF = {
     "evaluate_bpb": "evaluate",
     "prepare": "build",
 }
+
+begin()
 
 __all__ = ["Batch", "Dataset", "InputError", "Loader", "Tokenizer", "default_folder", "evaluate_bpb", "prepare"]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,21 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ": --help lists all"))
         return parsed
+
+
+def begin() -> None:
+    """Called where our packages are imported, which for `python -m` comes before all that takes seconds.
+
+    What was closed before the start (`>&-`) is /dev/null: nothing fails for want of it, and no file that is opened
+    later gets its number, to be written to by whatever prints.
+    """
+    if sys.argv[:1] != ["-m"]:  # as long as Python looks for the module; imported otherwise, this is no command
+        return
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 -- the lowest number that is free
+            os.set_inheritable(stream.fileno(), True)  # to the processes that a command starts
+            setattr(sys, name, stream)
 
 
 def command(main: Callable[[], int]) -> NoReturn:

@@ -1,1 +1,5 @@
 """The loop: configuration, budget, schedules, optimizer, step, reports."""
+
+from prepare.arguments import begin
+
+begin()
