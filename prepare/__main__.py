@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from .arguments import Parser
+from .arguments import Parser, hear_interrupts
 from .errors import InputError
 from .home import DEFAULT_SOURCE
 
@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 (bad arguments or input), 130 (Ctrl-C), 143 (SIGTERM)."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary folders are removed
     try:
+        hear_interrupts()
         return _run(_parser().parse_args(argv))
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

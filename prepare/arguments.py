@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 def begin() -> None:
     """Called where our packages are imported, which for `python -m` comes before all that takes seconds.
 
+    Until `hear_interrupts`, Ctrl-C ends the command as it ends any program: the import of PyTorch leaves no traceback.
     What was closed before the start (`>&-`) is /dev/null: nothing fails for want of it, and no file that is opened
     later gets its number, to be written to by whatever prints.
     """
@@ -38,6 +39,14 @@ def begin() -> None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 -- the lowest number that is free
             os.set_inheritable(stream.fileno(), True)  # to the processes that a command starts
             setattr(sys, name, stream)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def hear_interrupts() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def command(main: Callable[[], int]) -> NoReturn:
@@ -45,6 +54,7 @@ def command(main: Callable[[], int]) -> NoReturn:
     output any more, as in `| head -n 1` (141)."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
+        hear_interrupts()
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)

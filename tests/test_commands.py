@@ -1,20 +1,73 @@
-"""What every command does the same way: streams that are closed."""
+"""What every command does the same way: streams that are closed, and Ctrl-C before it has begun."""
 
+import ast
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from ledger_entries import a_night
 from tiny_run import TINY, rows
 
 ROOT = Path(__file__).parent.parent
+# In place of a module that every command imports: says how things are, and takes its time.
+SLOW = """
+import os, sys, time
+with open(os.environ["SEEN"], "w") as file:
+    file.write(f"{sys.stdout is None} {file.fileno() > 2} {os.get_inheritable(1)}")
+time.sleep(60)
+"""
+
+
+def commands() -> list[str]:
+    """The modules that are made to be run."""
+    found = []
+    for path in sorted(path for package in ("prepare", "train", "bench") for path in (ROOT / package).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
+            found.append(f"{path.parent.name}.{path.stem}".removesuffix(".__main__"))
+    return found
+
 
 def start(line: str, **more: str) -> subprocess.Popen:
     """A line of a shell, `$PY` being this Python."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PY": sys.executable} | more
     return subprocess.Popen(["sh", "-c", line], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", commands())
+def test_interrupted_while_it_imports(name, tmp_path):
+    """No traceback; and what was closed is open by then, for the processes that it starts too."""
+    for module in ("json", "torch"):
+        (tmp_path / f"{module}.py").write_text(SLOW)
+    (tmp_path / "text").mkdir()
+    arguments = f"--source {tmp_path / 'text'} --out {tmp_path / 'out'}" if name == "prepare" else ""
+    seen = tmp_path / "seen"
+    process = start(f"exec $PY -m {name} {arguments} >&-", PYTHONPATH=str(tmp_path), SEEN=str(seen))
+    deadline = time.monotonic() + 60
+    while not (seen.exists() and seen.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if name in ("prepare", "train") else -signal.SIGINT)  # a shell says 130 of both
+    assert errors == ("\ninterrupted\n" if name == "train" else "")
+    assert seen.read_text() == "False True True"
+
+
+def test_interrupted_once_it_has_begun():
+    program = """if True:
+        import os, signal, sys, time
+        sys.argv = ["-m"]
+        from prepare.arguments import command
+        command(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_a_run_whose_streams_are_closed(small_data, tmp_path):

@@ -6,7 +6,7 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 
-from prepare.arguments import Parser
+from prepare.arguments import Parser, command
 
 from .plot import BLUE, GREY, INK, ORANGE, new_figure, tidy
 
@@ -109,4 +109,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
