@@ -37,7 +37,7 @@ def read(path: Path) -> dict:
                 times[f"step {extra['flags']}"] = 1e9 / extra["options"]["tokens_per_second"]
         return {"device": content["machine_info"].get("device"), "date": content["datetime"], "times": times}
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{path}: {error.strerror}: name another file") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is no JSON that --benchmark-json wrote") from None
 

@@ -6,6 +6,7 @@ that several use several cores. What pytest prints is shown file by file, as the
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def main(args: list[str] | None = None) -> int:
         parser.error("pytest is missing: `make test` installs it, or pip install -e '.[dev]'")
     if not options.files and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here: `make test` runs what runs without one")
-    if missing := [path for path in options.files if not path.is_file()]:
+    if missing := [path for path in options.files if not os.path.isfile(path)]:
         parser.error(f"{missing[0]} does not exist: name files of tests/")
     paths, results = [path.resolve() for path in options.files] or files(), []
     try:

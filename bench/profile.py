@@ -24,6 +24,7 @@ import kernels
 from bench.steps import make_step
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 from train.config import TrainConfig, resolve
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -62,7 +63,7 @@ def read_trace(path: Path) -> list[dict]:
         events = content["traceEvents"] if isinstance(content, dict) else content
         return [e for e in events if e.get("ph") == "X" and "dur" in e]
     except OSError as error:
-        raise InputError(f"--trace {path}: {error.strerror}") from None
+        raise InputError(f"--trace {path}: {error.strerror}: name another file") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--trace {path} is no trace that torch.profiler exported") from None
 
@@ -185,10 +186,11 @@ def main(args: list[str] | None = None) -> int:
         config = resolve(config, device)
         with tempfile.TemporaryDirectory() as folder:
             path = options.save or Path(folder) / "trace.json"
+            path.open("ab").close()  # the profiler would not say that it cannot write there
             record(config, options.vocab_size, options.steps, path)
             report(analyse(read_trace(path)), options.rows)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 'name another file with --save, or another TMPDIR')}", file=sys.stderr)
         return 2
     return 0
 

@@ -176,7 +176,7 @@ def read_step(path: Path, vocab_size: int | None) -> dict:
         benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
         steps = [b["extra_info"]["step"] for b in benchmarks if "step" in b.get("extra_info", {})]
     except OSError as error:
-        raise InputError(f"--measured {path}: {error.strerror}") from None
+        raise InputError(f"--measured {path}: {error.strerror}: name another file") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--measured {path} is no JSON that --benchmark-json wrote") from None
     if not steps:
@@ -247,12 +247,14 @@ def main(args: list[str] | None = None) -> int:
             try:
                 saved = json.loads(options.config.read_text(encoding="utf-8"))
                 config, model = TrainConfig(**saved["config"]), GPTConfig(**saved["model"])
+            except OSError as error:
+                raise InputError(f"--config {options.config}: {error.strerror}: name another file") from None
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"--config {options.config} is no config.json of a run ({error})") from None
         else:
             config = resolve(TrainConfig(depth=options.depth), "cuda")
             model = config.model_config(options.vocab_size or 8192)
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+    except (ValueError, KeyError, TypeError, InputError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     report(config, model, GPUS[options.gpu or "h200"])

@@ -5,7 +5,7 @@ import signal
 import sys
 
 from .arguments import Parser, hear_interrupts
-from .errors import InputError
+from .errors import MEND, InputError, one_line
 from .home import DEFAULT_SOURCE
 
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
         hear_interrupts()
         return _run(_parser().parse_args(argv))
     except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {one_line(e, MEND)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

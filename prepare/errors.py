@@ -11,12 +11,24 @@ class InputError(Exception):
     """Bad input or bad arguments: one line that names what is wrong and how to mend it."""
 
 
+def one_line(error: Exception, mend: str) -> str:
+    """What a command says before it ends with 2. An InputError says all of it; an OSError has the path and what is
+    wrong there, to which `mend` adds the options that name another."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; {mend}"
+
+
 def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
 
 
 # What the caller can mend by naming another path, or by changing its permissions.
 _MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+MEND = "name another path with --out, --source or TIMEBOX_HOME, or change its permissions"
 
 
 @contextmanager
@@ -27,7 +39,7 @@ def bad_path_is_input_error() -> Iterator[None]:
     except OSError as e:
         if e.errno not in _MENDABLE or e.filename is None:
             raise
-        raise InputError(f"{e.filename}: {e.strerror}; name another path, or change its permissions") from e
+        raise InputError(one_line(e, MEND)) from e
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""What every command does the same way: streams that are closed, and Ctrl-C before it has begun."""
+"""What every command does the same way: closed streams, Ctrl-C before it has begun, paths of no use."""
 
 import ast
+import importlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from ledger_entries import a_night
 from tiny_run import TINY, rows
+
+from train import doctor
 
 ROOT = Path(__file__).parent.parent
 # In place of a module that every command imports: says how things are, and takes its time.
@@ -68,6 +71,52 @@ def test_interrupted_once_it_has_begun():
         command(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60))"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+LONG = "a" * 300  # longer than any file's name may be: what the system says of it is no word of ours
+
+
+@pytest.mark.parametrize(("name", "arguments", "option"), [
+    ("prepare.__main__", ["--source", LONG], "--source"),
+    ("prepare.__main__", ["--out", LONG], "--out"),
+    ("train.__main__", ["--data", LONG], "--data"),
+    ("train.__main__", ["--run-dir", LONG, "--data", "DATA"], "--run-dir"),
+    ("train.__main__", ["--run-dir", "FILE/run", "--data", "DATA"], "--run-dir"),
+    ("train.replay", [LONG], "RUN"),
+    ("train.sample", [LONG], "RUN"),
+    ("train.evaluate", [LONG], "RUN"),
+    ("train.export", [LONG, "--to", "new"], "RUN"),
+    ("train.export", ["RUN", "--to", "FILE/below"], "--to"),
+    ("train.report", [LONG], "RUNS"),
+    ("train.report", ["LEDGER", "--out", "FILE"], "--out"),
+    ("train.compare", ["A", "B", "--ledger", LONG], "--ledger"),
+    ("bench.compare", [LONG], "name another file"),
+    ("bench.roofline", ["--config", LONG], "--config"),
+    ("bench.roofline", ["--measured", LONG], "name another file"),
+    ("bench.profile", ["--trace", LONG], "name another file"),
+    ("bench.profile", ["--save", "FILE/below"], "--save"),
+])  # fmt: skip
+def test_a_bad_path_is_one_line_that_names_the_option(
+    name, arguments, option, small_data, small_run, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "file"
+    file.touch()
+    a_night(tmp_path / "ledger", 2)
+    for word, path in (("FILE", file), ("DATA", small_data), ("RUN", small_run), ("LEDGER", tmp_path / "ledger")):
+        arguments = [str(path) + a.removeprefix(word) if a.split("/")[0] == word else a for a in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIMEBOX_HOME", str(tmp_path / "home"))
+    assert importlib.import_module(name).main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert "Errno" not in line
+    assert option in line
+
+
+def test_what_the_doctor_says_of_a_bad_path():
+    found, _ = doctor.dataset(LONG, "cpu")
+    assert (found.state, found.remedy) == (doctor.WRONG, "name another folder with --data")
 
 
 def test_a_run_whose_streams_are_closed(small_data, tmp_path):

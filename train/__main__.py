@@ -3,8 +3,11 @@
 import sys
 
 from prepare import InputError
+from prepare.errors import one_line
 
 from .signals import Interrupted, Signals
+
+MEND = "name other folders with --run-dir, --data or TIMEBOX_HOME, make room there, or change their permissions"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -13,7 +16,8 @@ def main(args: list[str] | None = None) -> int:
         try:
             return _train(args, signals)
         except (InputError, OSError) as error:
-            print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
+            line = f"error: {one_line(error, MEND)}"
+            print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr)
             return 2
         except Interrupted as interrupted:
             print(f"\n{interrupted}", file=sys.stderr)

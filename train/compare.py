@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 
 from .judge import Experiment, differences, experiments, numbers
 from .ledger import Ledger
@@ -20,7 +21,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         print(compare(find(options.a, options.ledger), find(options.b, options.ledger)))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 'name another folder with --ledger')}", file=sys.stderr)
         return 2
     return 0
 

@@ -165,7 +165,7 @@ def memory(device: str) -> Finding:
 def disk() -> Finding:
     places = []
     for folder in (default_run_dir("run").parent.resolve(), home()):
-        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        existing = next(path for path in (folder, *folder.resolve().parents) if os.path.exists(path))
         free = shutil.disk_usage(existing).free
         places.append(f"{free / 2**30:.1f} GiB free for {folder}")
         if not os.access(existing, os.W_OK):
@@ -203,6 +203,9 @@ def dataset(folder: str | None, device: str) -> tuple[Finding, int]:
     try:
         data = Dataset.open(path)
         data.split("holdout")
+    except OSError as error:
+        what = f"{path}: {error.strerror}"
+        return Finding("data", WRONG, what, "name another folder with --data"), VOCAB_SIZE[device]
     except InputError as error:
         remedy = f"python -m prepare --out {path} --vocab-size {VOCAB_SIZE[device]}, with the --source it had"
         return Finding("data", WRONG, str(error), remedy), VOCAB_SIZE[device]

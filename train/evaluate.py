@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prepare import Dataset, InputError, evaluate_bpb
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 
 from .audit import audit
 from .config import TrainConfig
@@ -34,7 +35,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return evaluate(options)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 'name another RUN, or another folder with --data')}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -21,6 +21,7 @@ from model import GPT
 from model.config import GATE_CHANNELS
 from prepare import InputError, Tokenizer
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 from prepare.tokenizer import byte_of_char
 
 from .runs import load_run, write_json
@@ -37,7 +38,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         difference = export(options.run, options.to)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 'name another RUN, or another folder with --to')}", file=sys.stderr)
         return 2
     print(f"exported: {options.to}, its logits differ from the run's by at most {difference:.1g}")
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from prepare import InputError
+from prepare.errors import one_line
 from prepare.evaluate import Evaluation
 
 from .budget import Budget
@@ -156,6 +157,7 @@ class Record:
                 entry |= dataclasses.asdict(judgement)
                 ledger.append(entry)
         except OSError as error:  # a full disk, or a folder that cannot be written to: the run itself is whole
-            print(f"note: no row in the ledger {ledger.folder}: {error}", file=sys.stderr)
+            reason = one_line(error, "make room there, or choose another --run-dir for the next run")
+            print(f"note: no row in the ledger {ledger.folder}: {reason}", file=sys.stderr)
             judgement = Judgement("unknown", "unknown", "the ledger could not be written")
         return judgement

@@ -11,6 +11,7 @@ from torch import Tensor
 import kernels
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 
 from .config import TrainConfig
 from .failure import find, layers, read_failure
@@ -114,7 +115,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return int(replay(Path(options.run), options.device))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 'name another RUN')}", file=sys.stderr)
         return 2
     except Exception as error:
         if not is_out_of_memory(error):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 
 from .judge import CRASH, DISCARD, KEEP, Experiment, believable, differences, experiments, numbers
 from .ledger import Ledger
@@ -34,7 +35,7 @@ def main(args: list[str] | None = None) -> int:
         (out / "report.md").write_text(text, encoding="utf-8")
         draw(runs, out / "report.png")
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, 'name other RUNS, or another folder with --out')}", file=sys.stderr)
         return 2
     print(text.partition("\n\n| ")[0])
     print(f"\n{out / 'report.md'}\n{out / 'report.png'}")

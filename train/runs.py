@@ -63,7 +63,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             sync(self.path.parent)
         except OSError as error:
-            raise InputError(f"cannot make the run folder {self.path}: {error.strerror}") from None
+            reason = f"{error.strerror}; choose another --run-dir"
+            raise InputError(f"cannot make the run folder {self.path}: {reason}") from None
         self._open()
 
     @classmethod

@@ -8,6 +8,7 @@ from torch import Tensor
 from model import GPT
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 
 from .config import MAX_SEED
 from .runs import load_run
@@ -64,8 +65,8 @@ def main(args: list[str] | None = None) -> int:
             model, prompt, options.tokens,
             banned=special, temperature=options.temperature, top_k=options.top_k, seed=options.seed,
         )  # fmt: skip
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(error, 'name another RUN')}", file=sys.stderr)
         return 2
     print(options.prompt + tokenizer.decode(text))
     return 0
