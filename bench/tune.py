@@ -28,7 +28,7 @@ from bench.offline import ARCHS
 from bench.targets import Target
 from bench.tiles import compile_all, launches_of, prepared, step_targets
 from bench.timing import time_call
-from bench.tuned import HEADER, Trial, Tuned, as_json, line_of, one_line, report_gains, report_offline
+from bench.tuned import HEADER, NO_TIME, Trial, Tuned, as_json, line_of, one_line, report_gains, report_offline
 from prepare import InputError
 from prepare.arguments import Parser, command
 from train.provenance import versions
@@ -82,7 +82,7 @@ def tune(tuned: Tuned, device: str, dtype: torch.dtype, seconds: float) -> None:
         if trial.fault and trial is not present:
             continue
         if time.monotonic() > until and trial is not present:
-            trial.fault = "no time was left"
+            trial.fault = NO_TIME
             continue
         try:
             with nan_filled():

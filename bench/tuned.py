@@ -7,6 +7,8 @@ from statistics import median
 
 from bench.targets import Target, Tile
 
+NO_TIME = "no time was left"  # the one fault that is none of the tile's
+
 
 def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -47,7 +49,12 @@ class Tuned:
 
     @property
     def struck(self) -> int:
-        return sum(trial.fault is not None for trial in self.trials[1:])
+        """Candidates that are no use, or wrong."""
+        return sum(trial.fault not in (None, NO_TIME) for trial in self.trials[1:])
+
+    @property
+    def untried(self) -> int:
+        return sum(trial.fault == NO_TIME for trial in self.trials[1:])
 
     @property
     def timed(self) -> list[Trial]:
@@ -96,7 +103,7 @@ def report_offline(tuned: Tuned, arch: int) -> None:
 
 HEADER = (
     f"{'kernel':<22}  launches  {'present tile':<22}  {'ms':>7}  {'rate':>13}  noise  {'best tile':<22}  {'ms':>7}"
-    "     gain  timed  struck out"
+    "     gain  timed  struck out  no time left"
 )
 
 
@@ -109,7 +116,7 @@ def line_of(tuned: Tuned) -> str:
     return (
         f"{target.name:<22}  {tuned.launches:>8g}  {label(tuned.tile(present)):<22}  {tuned.ms(present):>7.3f}"
         f"  {rate:>13}  {tuned.noise:>5.1%}  {name:<22}  {tuned.ms(best):>7.3f}  {tuned.gain:>7.3f}"
-        f"  {len(tuned.timed):>5}  {tuned.struck:>10}"
+        f"  {len(tuned.timed):>5}  {tuned.struck:>10}  {tuned.untried:>12}"
     )
 
 

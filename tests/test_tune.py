@@ -20,7 +20,7 @@ from bench.roofline import micro_step_ops
 from bench.targets import polar_express
 from bench.tiles import compile_all, launches_of, prepared, tiled
 from bench.tune import difference, nan_filled
-from bench.tuned import Trial, Tuned, label, line_of, shared_lines
+from bench.tuned import HEADER, Trial, Tuned, label, line_of, shared_lines
 from model.config import GATE_CHANNELS
 from train.config import TrainConfig, resolve
 from train.precompile import walk_step
@@ -213,6 +213,10 @@ def test_where_time_runs_out_the_rest_is_left_out(steady):
     tune.tune(one, DEVICE, DTYPE, seconds=-1.0)
     assert [bool(trial.seconds) for trial in one.trials] == [True] + [False] * len(SMALL["softmax"].tiles)
     assert {trial.fault for trial in one.trials[1:]} == {"no time was left"}
+    one.trials[1].fault = "spills"
+    assert (one.struck, one.untried) == (1, len(one.trials) - 2)
+    assert HEADER.split()[-6:] == ["timed", "struck", "out", "no", "time", "left"]
+    assert line_of(one).split()[-3:] == ["1", "1", str(len(one.trials) - 2)]
 
 
 def test_a_hopeless_candidate_is_visited_once(steady):
