@@ -4,6 +4,9 @@ Inputs are random. Weights carry `main_grad` as in training: whatever a provider
 added to an fp32 buffer, in the op itself or after it. Directions of an op of the model: "forward", without gradients,
 as evaluation runs it; "both", forward and backward, as training does. Where a forward also takes the gradients (the
 loss does) the backward alone would be no measure, so it is never timed alone. An op of the optimizer has "update".
+
+The ops of `train --fused-norms` are the kernels' alone: to every other provider a norm is an op of its own. Where two
+of them share a norm, each is given the gradients that the other gives it, multiplied by rstd.
 """
 
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from torch import Tensor
 
 import kernels
 from bench.roofline import Op
+from kernels.common import EPS
 from kernels.rotary_attention import rotary_tables
 
 # Of ‖truth‖: bf16 operands err by 1e-3 to 1e-2, fp32 by far less; Polar Express iterates in bf16 everywhere.
@@ -28,6 +32,14 @@ Function = Callable[..., Tensor | list[Tensor] | tuple[Tensor, ...]]
 
 def is_update(op: Op) -> bool:
     return op.module in ("polar_express", "muon", "adamw")
+
+
+def kind(op: Op) -> str:
+    """Its name in `OPS` or `FUSED`: the module in kernels/, but for the ops of `--fused-norms`."""
+    flags = dict(op.flags)
+    if op.module == "rms_norm" and not flags.get("has_y", True):
+        return "norm_factors"
+    return f"norm_{op.module}" if flags.get("norm") else op.module
 
 
 def directions(op: Op) -> tuple[str, ...]:
@@ -68,7 +80,7 @@ def shape_label(op: Op) -> str:
     if op.module == "embedding":
         tokens, vocab_size, widths = op.sizes
         return f"{tokens}-v{vocab_size}x{sum(widths)}"
-    flags = "".join(f"-{name.removeprefix('has_')}" for name, on in op.flags if on)
+    flags = "".join(f"-{'' if on else 'no-'}{name.removeprefix('has_')}" for name, on in op.flags)
     return "x".join(str(size) for size in (op.shape or op.sizes)) + flags
 
 
@@ -108,7 +120,10 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     if op.module == "qkv_projection":
         rows, width, out, *gate = op.sizes
         weights = [randn(*shape, scale=shape[1] ** -0.5) for shape in [(out, width), *([gate] if gate else [])]]
-        return Problem(op, [randn(rows, width), *weights], weights=frozenset(range(1, 1 + len(weights))))
+        problem = Problem(op, [randn(rows, width), *weights], weights=frozenset(range(1, 1 + len(weights))))
+        if flags.get("norm"):
+            problem.constants["rstd"] = torch.rsqrt(problem.inputs[0].float().square().mean(-1) + EPS)
+        return problem
     if op.module == "rotary_attention":
         batch, seq_len, heads, kv_heads, head_dim, window = op.sizes
         cos, sin = rotary_tables(seq_len, head_dim, device=device)
@@ -119,7 +134,8 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     if op.module == "mlp":
         rows, width, hidden = op.sizes
         weights = [randn(hidden, width, scale=width**-0.5), randn(width, hidden, scale=hidden**-0.5)]
-        return Problem(op, [randn(rows, width), *weights, randn(rows, width)], weights=frozenset((1, 2)))
+        residual = [] if flags.get("norm") else [randn(rows, width)]
+        return Problem(op, [randn(rows, width), *weights, *residual], weights=frozenset((1, 2)))
     if op.module == "linear_cross_entropy":
         rows, width, vocab_size = op.sizes
         inputs = [randn(rows, width), randn(vocab_size, width, scale=width**-0.5)]
@@ -187,6 +203,38 @@ OPS: dict[str, Function] = {
 }
 
 
+def norm_qkv_projection(x, weight, gate_weight=None, *, rstd):
+    """Gradients come multiplied by rstd, from attention."""
+    return [out for out in kernels.qkv_projection(x, weight, gate_weight, rstd, grads_scaled=True) if out is not None]
+
+
+FUSED: dict[str, Function] = {
+    "norm_factors": kernels.norm_factors,
+    "norm_qkv_projection": norm_qkv_projection,
+    "norm_mlp": kernels.norm_relu2_mlp,
+}
+
+
+def _scaled(value: Tensor, through: Tensor, rstd: Tensor) -> Tensor:
+    """`value`, whose gradient is rstd times that of `through`."""
+    return value.detach() + (through - through.detach()) / rstd.detach()[..., None]
+
+
+def _norm_factors_truth(x, x0, lambda_r, lambda_0):
+    """From the norm that is written."""
+    s, y, x0 = kernels.rms_norm(x, None, x0, lambda_r, lambda_0)
+    rstd = torch.rsqrt(s.detach().square().mean(-1) + EPS)
+    return [s, _scaled(s, y, rstd), rstd, x0]
+
+
+def _norm_qkv_projection_truth(x, weight, gate_weight=None, *, rstd):
+    return [_scaled(out, out, rstd) for out in norm_qkv_projection(x, weight, gate_weight, rstd=rstd)]
+
+
+# What is right, with `kernels.set_ops("reference")`.
+TRUTHS = OPS | FUSED | {"norm_factors": _norm_factors_truth, "norm_qkv_projection": _norm_qkv_projection_truth}
+
+
 def _as_list(out) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
@@ -208,7 +256,9 @@ def forward_backward(function: Function, problem: Problem, cotangents: list[Tens
     arguments = [kernels.layer_weight(x) if i in problem.weights else x for i, x in enumerate(problem.inputs)]
     outs = _as_list(function(*arguments, **problem.constants))
     cotangents = random_cotangents(outs) if cotangents is None else cotangents
-    gradients = torch.autograd.grad(outs, problem.inputs, cotangents, allow_unused=True)
+    wanted = [(out, cotangent) for out, cotangent in zip(outs, cotangents, strict=True) if out.requires_grad]
+    outputs, given = zip(*wanted, strict=True)
+    gradients = torch.autograd.grad(outputs, problem.inputs, given, allow_unused=True)
     pairs = zip(gradients, problem.inputs, strict=True)
     return [*(out.detach() for out in outs), *(x.main_grad if g is None else g for g, x in pairs)]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.problems import OPS, Function, assert_close, forward, forward_backward, truth_of
+from bench.problems import FUSED, OPS, TRUTHS, Function, assert_close, forward, forward_backward, kind, truth_of
 from bench.roofline import Op
 from kernels.common import EPS
 from kernels.linear_cross_entropy import IGNORED, SOFTCAP
@@ -25,7 +25,7 @@ from kernels.rotary_attention import rotary_attention_ref
 
 @dataclass(frozen=True)
 class Provider:
-    """`functions` by the module in kernels/ whose op each computes; called while `active`."""
+    """`functions` by the kind of op that each computes (bench/problems.py); called while `active`."""
 
     name: str
     ops: str  # what `kernels.set_ops` is told meanwhile
@@ -42,7 +42,7 @@ class Provider:
 
     def function(self, op: Op, device: str) -> Function:
         """What computes `op`. Compiled anew for every op: past a few shapes torch.compile would quietly stop to."""
-        function = self.functions[op.module]
+        function = self.functions[kind(op)]
         if self.ops != "compile":
             return function
         torch._dynamo.reset()
@@ -52,7 +52,8 @@ class Provider:
         return torch.compile(function, dynamic=False)
 
 
-TRITON, EAGER, COMPILE = Provider("triton", "triton"), Provider("eager", "reference"), Provider("compile", "compile")
+TRITON = Provider("triton", "triton", OPS | FUSED)
+EAGER, COMPILE = Provider("eager", "reference"), Provider("compile", "compile")
 
 
 def liger() -> dict[str, Function]:
@@ -174,5 +175,5 @@ def assert_right(provider: Provider, op: Op, direction: str, device: str, dtype:
     with provider.active():
         got = run(provider.function(problem.op, device), problem)
     with EAGER.active():
-        truth = run(OPS[op.module], truth_problem)
+        truth = run(TRUTHS[kind(op)], truth_problem)
     assert_close(op, got, truth, dtype)

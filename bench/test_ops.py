@@ -2,8 +2,8 @@
 
 What each computes is compared with the reference in fp64 before its time is taken; a wrong result has no time. On a GPU
 the ops are those of the default configuration, at V = 8,192 and 32,768, and some at other sizes, in bf16; on a CPU
-those of its own defaults, in fp32. Where a provider runs out of memory it gets half the rows, again and again: its row
-says so, and what is compared is the time of a token.
+those of its own defaults, in fp32. Those of `--fused-norms` are the kernels' alone. Where a provider runs out of memory
+it gets half the rows, again and again: its row says so, and what is compared is the time of a token.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
-from bench.problems import build, directions, is_update, runner
+from bench.problems import build, directions, is_update, kind, runner
 from bench.providers import COMPILE, assert_right, providers
 from bench.results import row
 from bench.roofline import Op, micro_step_ops, update_ops
@@ -43,12 +43,13 @@ OTHER_SIZES = {
 
 
 def default_ops() -> list[Op]:
-    """The ops of the default configuration, each size once."""
+    """The ops of the default configuration and of `--fused-norms`, each size once."""
     found = {}
-    for vocab_size in VOCAB_SIZES:
-        shape = CONFIG.model_config(vocab_size)
-        for op in [*micro_step_ops(CONFIG, shape), *update_ops(shape)]:
-            found.setdefault((op.module, op.sizes, op.flags, op.shape), op)
+    for config in (CONFIG, dataclasses.replace(CONFIG, fused_norms=True)):
+        for vocab_size in VOCAB_SIZES:
+            shape = config.model_config(vocab_size)
+            for op in [*micro_step_ops(config, shape), *update_ops(shape)]:
+                found.setdefault((op.module, op.sizes, op.flags, op.shape), op)
     return list(found.values())
 
 
@@ -61,7 +62,7 @@ def cases() -> list:
         for op in ops
         for direction in directions(op)
         for provider in found
-        if provider.missing is None and op.module in provider.functions
+        if provider.missing is None and kind(op) in provider.functions
     ]
     runnable.sort(key=lambda case: case[2].name == COMPILE.name)
     params = [

@@ -38,6 +38,9 @@ SMALL = {
     "qkv_projection": Op("qkv", 1, "qkv_projection", (9, 24, 16, 2, 8)),
     "rotary_attention": Op("attention", 1, "rotary_attention", (2, 19, 4, 2, 16, 7), VE),
     "mlp": Op("mlp", 1, "mlp", (9, 16, 64)),
+    "norm_factors": Op("λ-mix and norm", 1, "rms_norm", (9, 24), (("has_x0", True), ("has_y", False))),
+    "norm_qkv_projection": Op("qkv", 1, "qkv_projection", (9, 24, 16, 2, 8), (("norm", True),)),
+    "norm_mlp": Op("mlp", 1, "mlp", (9, 16, 64), (("norm", True),)),
     "linear_cross_entropy": Op("head and loss", 1, "linear_cross_entropy", (9, 16, 50)),
     "embedding": Op("embedding", 1, "embedding", (30, 11, (16, 8))),
     "polar_express": Op("Polar Express", 1, "polar_express", (2, 16, 24)),
@@ -49,13 +52,14 @@ SMALL = {
 @pytest.mark.parametrize("op", SMALL.values(), ids=SMALL.keys())
 def test_kernels_and_references_pass_their_check(monkeypatch, op):
     exact_bfloat16(monkeypatch)  # Polar Express iterates in it
-    for provider in (EAGER, TRITON):
+    assert EAGER.functions.keys() == SMALL.keys() - {"norm_factors", "norm_qkv_projection", "norm_mlp"}
+    for provider in [TRITON, *[EAGER] * (problems.kind(op) in EAGER.functions)]:
         for direction in problems.directions(op):
             assert_right(provider, op, direction, DEVICE, torch.float32)
     assert not use_kernels(torch.zeros(1)), "the ops are as they were"
 
 
-@pytest.mark.parametrize("op", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("op", [SMALL[name] for name in problems.OPS], ids=problems.OPS)
 def test_what_is_compiled_passes_its_check(monkeypatch, op):
     """Traced and differentiated as a whole; the code that a GPU would run is not generated here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -93,7 +97,17 @@ def not_a_number(*inputs, **constants):
     return problems.embedding(*inputs, **constants)[0] * float("nan"), problems.embedding(*inputs, **constants)[1]
 
 
+def factors_of_a_written_norm(x, x0, lambda_r, lambda_0):
+    """The gradient of y = rstd ⊙ s where that of rstd ⊙ y is due."""
+    s, y, x0 = kernels.rms_norm(x, None, x0, lambda_r, lambda_0)
+    return [s, s.detach() + y - y.detach(), kernels.norm_factors(x, x0, lambda_r, lambda_0)[2].detach(), x0]
+
+
 MUTANTS = {
+    "rstd": ("norm_factors", "forward", lambda *x: [*kernels.norm_factors(*x)[:2], x[0][:, 0] + 1, x[1]]),
+    "gradient of a factor": ("norm_factors", "both", factors_of_a_written_norm),
+    "gradient scaled twice": ("norm_qkv_projection", "both", lambda *x, rstd: kernels.qkv_projection(*x, rstd)),
+    "no norm": ("norm_mlp", "forward", lambda x, *weights: kernels.relu2_mlp(x, *weights, x)),
     "gradient of a product": ("linear", "both", scaled_gradient(kernels.linear)),
     "gradient of the mlp": ("mlp", "both", scaled_gradient(kernels.relu2_mlp)),
     "window": ("rotary_attention", "forward", one_key_less),
