@@ -352,7 +352,7 @@ def test_weights_that_find_no_room_are_told_with_the_way_on(stopped, whole, monk
         patch.setattr(train.runs.RunFolder, "write_model", full)
         assert main("--resume", str(stopped)) == 2
     captured = capsys.readouterr()
-    assert "No space left on device: 'model.safetensors.part'" in captured.err
+    assert "error: model.safetensors.part: No space left on device; make room there" in captured.err
     assert f"to go on from step 16: python -m train --resume {stopped}" in captured.out
     (row,) = (run for run in Ledger.beside(stopped).runs() if run["run"] == stopped.name)
     assert f"val_bpb:               {row['val_bpb']:.6f}\n" in captured.out  # the number is not lost with the files

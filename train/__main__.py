@@ -7,7 +7,7 @@ from prepare.errors import one_line
 
 from .signals import Interrupted, Signals
 
-MEND = "name other folders with --run-dir, --data or TIMEBOX_HOME, make room there, or change their permissions"
+MEND = "make room there, change its permissions, or name another folder with --run-dir, --data or TIMEBOX_HOME"
 
 
 def main(args: list[str] | None = None) -> int:
