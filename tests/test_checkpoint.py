@@ -28,11 +28,11 @@ from train.checkpoint import (
     write_checkpoint,
 )
 from train.config import TrainConfig, resolve
-from train.files import safetensors_header
 from train.optimizer import Optimizer
 from train.schedule import StepValues
 from train.state import RunState
 from train.step import TrainStep
+from train.tensors import header, load_tensors, save_tensors
 
 CONFIG = resolve(
     TrainConfig(depth=2, d_model=64, head_dim=16, num_kv_heads=2, seq_len=32, device_batch_size=4,
@@ -127,17 +127,20 @@ def test_a_checkpoint_of_another_model_is_refused(corpus):
 
 
 def test_the_library_reads_what_is_written(tmp_path):
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(()), "é": torch.randn(2, 0, 3), "c": torch.randn(7)}
-    header = safetensors_header({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    assert len(header) % 8 == 0
+    tensors = {"a": torch.randn(5, 3).T, "b": torch.randn(()), "é": torch.randn(2, 0, 3), "c": torch.randn(7)}
+    tensors |= {str(t): torch.arange(3, 8).to(t) for t in (torch.uint8, torch.int32, torch.int64)}
     path = tmp_path / "x.safetensors"
-    path.write_bytes(header + b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
-    read = load_file(path)
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    save_tensors(path, tensors)
+    for read in (load_file(path), load_tensors(path, "write it again")):
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+        assert all(read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+        assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in read.values())
+    assert len(header(tensors)) % 8 == 0
+    assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
-HEADER = safetensors_header({"x": (1000,)})
+HEADER = header({"x": torch.empty(1000)})
 
 
 def write(folder, step: int) -> None:

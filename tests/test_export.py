@@ -1,5 +1,6 @@
 """What is exported computes the same, in a process that has nothing of ours."""
 
+import errno
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as TokenizersTokenizer
 
@@ -111,9 +111,9 @@ def test_a_model_that_modeling_py_does_not_know_is_refused(finished, tmp_path, m
 
 def test_a_full_disk_is_said_in_one_line(finished, tmp_path, monkeypatch, capsys):
     def full(*_):
-        raise SafetensorError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("train.export.save_file", full)
+    monkeypatch.setattr("train.files.os.fsync", full)
     assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "make room" in error

@@ -26,8 +26,9 @@ from torch import Tensor
 from prepare import InputError
 from prepare.files import sha256_of
 
-from .files import rename_synced, safetensors_header, sync, write_synced
+from .files import rename_synced, sync, write_synced
 from .state import RunState
+from .tensors import header
 
 FORMAT_VERSION = 1
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
@@ -159,7 +160,7 @@ class Checkpointer:
         buffer = torch.empty(sum(sizes), pin_memory=self.cuda).fill_(0)
         self.snapshot = [part.view(s.shape) for part, s in zip(buffer.split(sizes), self.sources, strict=True)]
         self.bytes = memoryview(buffer.numpy()).cast("B")
-        self.header = safetensors_header({name: tensor.shape for name, tensor in state.tensors().items()})
+        self.header = header(state.tensors())
         for path in checkpoint_folders(folder):
             if step_of(path) > state.step:  # damaged, or the run would go on from there
                 remove(path)

@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from kernels.common import EPS
 from kernels.linear_cross_entropy import SOFTCAP
@@ -25,6 +23,7 @@ from prepare.errors import one_line
 from prepare.tokenizer import byte_of_char
 
 from .runs import load_run, write_json
+from .tensors import save_tensors
 
 MODELING = Path(__file__).with_name("modeling.py")
 TOLERANCE = 1e-4  # logits lie within ±15; equal formulas in another order of summation differ by 1e-6 and 1e-5
@@ -38,7 +37,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         difference = export(options.run, options.to)
     except (InputError, OSError) as error:
-        print(f"error: {one_line(error, 'name another RUN, or another folder with --to')}", file=sys.stderr)
+        print(f"error: {one_line(error, 'make room, or name another RUN or --to')}", file=sys.stderr)
         return 2
     print(f"exported: {options.to}, its logits differ from the run's by at most {difference:.1g}")
     return 0
@@ -53,11 +52,7 @@ def export(run: str | Path, to: Path) -> float:
         raise InputError(f"{to} is {'not empty' if to.is_dir() else 'a file'}: choose another folder for --to")
     model, tokenizer, _ = load_run(run)
     to.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, to / "model.safetensors")
-    except SafetensorError as error:  # a full disk is no OSError to it
-        raise InputError(f"the weights cannot be written to {to} ({error}): make room or name another folder") from None
-    (to / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+    save_tensors(to / "model.safetensors", dict(model.named_parameters()))
     write_json(to / "config.json", exported_config(model, tokenizer))
     (to / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False), encoding="utf-8")
     shutil.copyfile(MODELING, to / "modeling.py")

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from prepare import Batch, InputError
 from prepare.files import read_sealed
 
-from .files import rename_synced, sync
+from .files import rename_synced
 from .loop import Sent
 from .memory import is_out_of_memory
 from .optimizer import MAX_LOSS
@@ -89,7 +88,7 @@ def explain(step: TrainStep, sent: Sent, said: str, run: Path) -> str:
         line = f"{number}: {finding.text}" if finding else f"{said}; repeated at once, the step is good"
     try:
         keep(step.optimizer.masters, sent, line, generators, run / FOLDER)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         return f"{line}; it could not be kept ({error})"
     return f"{line}; kept for python -m train.replay {shlex.quote(str(run))}"
 
@@ -101,7 +100,7 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def keep(masters: dict[str, Tensor], sent: Sent, line: str, generators: dict[str, Tensor], folder: Path) -> None:
-    """Writes `folder`. Raises OSError or SafetensorError, and leaves nothing half-written."""
+    """Writes `folder`. Raises OSError, and leaves nothing half-written."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -111,8 +110,6 @@ def keep(masters: dict[str, Tensor], sent: Sent, line: str, generators: dict[str
         save_tensors(part / BATCHES, tokens | generators)
         batches = [{"index": batch.index, "epoch": batch.epoch} for batch in sent.batches]
         write_json(part / STATE, {"step": sent.values.step, "line": line, "batches": batches})
-        for path in (part / PARAMETERS, part / BATCHES, part):
-            sync(path)
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier process, which went on from a checkpoint
         rename_synced(part, folder)
     finally:

@@ -2,8 +2,6 @@
 
 import errno
 import hashlib
-import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,19 +56,3 @@ def replace_file(path: Path, *pieces: bytes | memoryview) -> None:
     part = path.with_name(path.name + ".part")
     write_synced(part, *pieces)
     rename_synced(part, path)
-
-
-def safetensors_header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> bytes:
-    """What precedes the bytes of fp32 tensors that lie one behind the other: length, names, shapes, offsets, and
-    `metadata` in the file's own place for it.
-
-    Written here, because the library's own writer reports a full disk as anything but an OSError.
-    https://github.com/huggingface/safetensors#format
-    """
-    entries, end = {"__metadata__": metadata} if metadata else {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header

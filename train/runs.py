@@ -13,13 +13,13 @@ import torch
 from model import GPT, GPTConfig
 from model.gpt import parameter_shapes
 from prepare import InputError, Tokenizer
-from prepare.files import SEAL, read_sealed, sealed
+from prepare.files import read_sealed, sealed
 
 from .config import TrainConfig
-from .files import replace_file, safetensors_header, sync
+from .files import replace_file, sync
 from .provenance import short_commit, source_state
 from .tensorboard import EventWriter
-from .tensors import digest, load_tensors
+from .tensors import load_tensors, save_tensors
 
 RUNS = Path("runs")  # where the folders of runs are by default
 _MEND = "train it again"
@@ -119,10 +119,7 @@ class RunFolder:
 
     def write_model(self, weights: dict[str, torch.Tensor]) -> None:
         """fp32 tensors, from any device."""
-        weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-        header = safetensors_header({name: tuple(w.shape) for name, w in weights.items()}, {SEAL: digest(weights)})
-        arrays = (w.view(-1).numpy() for w in weights.values())
-        replace_file(self.path / "model.safetensors", header, *(memoryview(a).cast("B") for a in arrays))
+        save_tensors(self.path / "model.safetensors", weights)
 
     def write_summary(self, summary: dict) -> None:
         write_json(self.path / "summary.json", summary)
