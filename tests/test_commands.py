@@ -119,6 +119,18 @@ def test_what_the_doctor_says_of_a_bad_path():
     assert (found.state, found.remedy) == (doctor.WRONG, "name another folder with --data")
 
 
+@pytest.mark.parametrize("name", ["train.__main__", "train.sample", "train.evaluate"])
+def test_a_gpu_without_bf16_is_refused(name, small_data, small_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("train.record.machine", lambda device: {})
+    arguments = ["--data", str(small_data), "--run-dir", str(tmp_path / "run")] if "main" in name else [str(small_run)]
+    assert importlib.import_module(name).main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line == "error: this GPU has compute capability 7.5, bf16 needs 8.0: take another, or --device cpu\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_whose_streams_are_closed(small_data, tmp_path):
     """It goes on to its end, and what it would have printed is in no file."""
     run = tmp_path / "run"

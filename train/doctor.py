@@ -25,7 +25,7 @@ from .config import TrainConfig, resolve
 from .memory import MARGIN, activation_bytes, available_bytes, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
-from .trainer import VOCAB_SIZE, cpu_has_bf16
+from .trainer import OLDEST_GPU, VOCAB_SIZE, cpu_has_bf16
 
 PYTHONS = ((3, 11), (3, 12))
 OK, NOTE, WRONG = "ok", "note", "wrong"
@@ -126,7 +126,7 @@ def gpu() -> Finding:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         name = f"{properties.name}, compute {properties.major}.{properties.minor}, driver {driver or 'unknown'}"
-        if properties.major < 8:
+        if (properties.major, properties.minor) < OLDEST_GPU:
             return Finding("gpu", WRONG, f"{name}: no bf16", "use a GPU of compute 8.0 or later, or --device cpu")
         return Finding("gpu", OK, name)
     if driver:
@@ -190,8 +190,8 @@ def kernel(device: str) -> Finding:
     if device == "cpu":
         return Finding("kernel", NOTE, f"rms_norm does not run {where} ({reason}): training on a CPU does without")
     return Finding("kernel", WRONG, f"rms_norm does not run {where}: {reason}",
-                   "Triton needs a C compiler and this driver's CUDA: install gcc, and the torch and triton of"
-                   " pyproject.toml; --ops reference trains without kernels")  # fmt: skip
+                   "Triton needs a C compiler, Python's headers and this driver's CUDA: install gcc, python3-dev and"
+                   " the torch and triton of pyproject.toml; --ops reference trains without them")  # fmt: skip
 
 
 def dataset(folder: str | None, device: str) -> tuple[Finding, int]:

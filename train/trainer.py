@@ -48,13 +48,18 @@ from .watchdog import Watchdog
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
 VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
 EPOCHS_WORTH_A_WARNING = 4
+OLDEST_GPU = (8, 0)  # compute capability: the first with bf16
 
 
 def pick_device(wanted: str | None) -> str:
-    """The device's type. Raises InputError where a GPU is asked for and there is none."""
+    """The device's type. Raises InputError where a GPU is asked for and there is none, and where it is too old."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA device here; leave the flag out to train on the CPU")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
+        has, needs = (f"{major}.{minor}" for major, minor in (capability, OLDEST_GPU))
+        raise InputError(f"this GPU has compute capability {has}, bf16 needs {needs}: take another, or --device cpu")
+    return device
 
 
 def pick_ops(wanted: str | None, device: str) -> str:
