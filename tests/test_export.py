@@ -113,11 +113,13 @@ def test_a_full_disk_is_said_in_one_line(finished, tmp_path, monkeypatch, capsys
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("train.files.os.fsync", full)
-    assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("train.files.os.fsync", full)
+        assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "make room" in error
     assert error.count("\n") == 1
+    assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 0  # the same again, with room
 
 
 def test_a_folder_in_use_is_left_alone(finished, tmp_path, capsys):

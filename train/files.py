@@ -52,7 +52,12 @@ def rename_synced(part: Path, path: Path) -> None:
 
 
 def replace_file(path: Path, *pieces: bytes | memoryview) -> None:
-    """A reader, and whoever comes after a crash, sees the old file or the new one, whole."""
+    """A reader, and whoever comes after a crash, sees the old file or the new one, whole. Where it cannot be written
+    nothing is left of it: the room goes back, and an export can be tried again."""
     part = path.with_name(path.name + ".part")
-    write_synced(part, *pieces)
+    try:
+        write_synced(part, *pieces)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     rename_synced(part, path)
