@@ -264,11 +264,12 @@ def forward_backward(function: Function, problem: Problem, cotangents: list[Tens
 
 
 def random_cotangents(outs: list[Tensor]) -> list[Tensor]:
-    """Of a loss it is 1: some implementations scale in place what they saved, by anything else."""
+    """Of a loss it is 1: some implementations scale in place what they saved, by anything else. The rest are what every
+    dtype holds: rounded for one side alone, they move a sum that nearly cancels, a gradient of λ, out of bounds."""
     generator = torch.Generator(outs[0].device).manual_seed(1)
     return [
         torch.ones_like(out) if out.dim() == 0
-        else torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+        else torch.randn(out.shape, generator=generator, device=out.device).bfloat16().to(out.dtype)
         for out in outs
     ]  # fmt: skip
 

@@ -352,6 +352,13 @@ def test_the_suite_from_outside(tmp_path):
         assert len(lines) == 3, lines
 
 
+def test_the_truth_is_asked_with_the_same_cotangents():
+    outs = [torch.empty(64, 32, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
+    low, middle, high = (problems.random_cotangents([out])[0] for out in outs)
+    assert torch.equal(low.double(), high)
+    assert torch.equal(middle.double(), high)
+
+
 def test_no_case_begins_after_its_time():
     now = time.monotonic()
     assert not out_of_time(None, 0.0)
