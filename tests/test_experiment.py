@@ -182,4 +182,5 @@ def test_the_state_of_the_source(monkeypatch, tmp_path):
     assert edited["dirty"]
     assert (short_commit(clean), short_commit(edited)) == (clean["commit"][:7], clean["commit"][:7] + "+")
     (tmp_path / "new.py").write_text("x = 1\n")
+    (tmp_path / ".#model.py").symlink_to("someone@elsewhere")  # as an editor does
     assert len({clean["diff_sha256"], edited["diff_sha256"], source_state()["diff_sha256"]}) == 3

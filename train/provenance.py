@@ -34,7 +34,8 @@ def source_state() -> dict:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None, "diff_sha256": None}
     for name in unknown:
-        diff += name + b"\0" + (ROOT / os.fsdecode(name)).read_bytes()
+        path = ROOT / os.fsdecode(name)
+        diff += name + b"\0" + (path.read_bytes() if path.is_file() else b"")  # an editor's lock is a link to nowhere
     return {
         "commit": commit,
         "dirty": bool(diff),
