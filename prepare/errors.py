@@ -13,11 +13,13 @@ class InputError(Exception):
 
 def one_line(error: Exception, mend: str) -> str:
     """What a command says before it ends with 2. An InputError says all of it; an OSError has the path and what is
-    wrong there, to which `mend` adds the options that name another."""
+    wrong there, to which `mend` adds the options that name another. One that is about no path has no such mend."""
     if not isinstance(error, OSError):
         return str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}; {mend}"
+    if error.filename:
+        return f"{error.filename}: {error.strerror}; {mend}"
+    what = error.strerror or " ".join(str(error).split())
+    return f"{what}; {mend}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else what
 
 
 def gigabytes(num_bytes: float) -> str:
@@ -28,7 +30,7 @@ def gigabytes(num_bytes: float) -> str:
 _MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-MEND = "name another path with --out, --source or TIMEBOX_HOME, or change its permissions"
+MEND = "name another path with TIMEBOX_HOME, or prepare's --out or --source, or change its permissions"
 
 
 @contextmanager

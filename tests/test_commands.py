@@ -1,6 +1,7 @@
 """What every command does the same way: closed streams, Ctrl-C before it has begun, paths of no use."""
 
 import ast
+import errno
 import importlib
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from ledger_entries import a_night
 from tiny_run import TINY, rows
 
+from prepare.errors import one_line
 from train import doctor
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +114,13 @@ def test_a_bad_path_is_one_line_that_names_the_option(
     assert line.count("\n") == 1
     assert "Errno" not in line
     assert option in line
+
+
+def test_an_error_that_is_about_no_path_is_mended_by_none():
+    assert one_line(BrokenPipeError(errno.EPIPE, "Broken pipe"), "MEND") == "Broken pipe"
+    assert one_line(OSError("libx.so: cannot open\nshared object"), "MEND") == "libx.so: cannot open shared object"
+    assert one_line(OSError(errno.ENOSPC, "No space"), "MEND") == "No space; MEND"
+    assert one_line(OSError(errno.EACCES, "Permission denied", "a"), "MEND") == "a: Permission denied; MEND"
 
 
 def test_what_the_doctor_says_of_a_bad_path():
