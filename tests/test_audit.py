@@ -163,6 +163,16 @@ def test_a_run_says_that_it_was_audited(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "audit: ok"
 
 
+def test_a_number_edited_in_the_summary(run, tmp_path, capsys):
+    shutil.copytree(run / "run", tmp_path / "run")
+    bpb = float(json.loads((run / "run" / "summary.json").read_text())["val_bpb"])
+    rewrite(tmp_path / "run" / "summary.json", lambda summary: summary.update(val_bpb=f"{0.99 * bpb:.6f}"))
+    assert evaluate.main([str(tmp_path / "run"), "--audit", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"  bpb: {0.99 * bpb:.6f} in summary.json, and {bpb:.6f} now"
+    # Of other text, it says nothing.
+    assert evaluate.main([str(tmp_path / "run"), "--audit", "--device", "cpu", "--eval-tokens", "500"]) == 0
+
+
 def swap_validation(data, name: str = "val_00000.npy") -> None:
     """Every token becomes the same frequent one: as many tokens, and quite another text."""
     tokens = np.load(data / name)

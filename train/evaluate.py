@@ -9,7 +9,7 @@ from prepare import Dataset, InputError, evaluate_bpb
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 
-from .audit import audit
+from .audit import ROUNDED_MEAN, audit
 from .config import TrainConfig
 from .ledger import HOLDOUT, Ledger
 from .memory import is_out_of_memory
@@ -74,11 +74,14 @@ def evaluate(options) -> int:
         print(f"holdout_uses: {uses}")
     if not options.audit:
         return 0
+    recorded = None if options.data else recorded_summary(Path(options.run))
     found = audit(
         score, model, data, ops, config.seq_len, config.packing,
         batch_size=rows, rows=AUDITED_ROWS,
-        recorded=None if options.data else recorded_fingerprint(Path(options.run)),
+        recorded=recorded and recorded["fingerprint"],
     )  # fmt: skip
+    if recorded and options.eval_tokens is None and not options.holdout:
+        found += check_recorded(evaluation.bpb, recorded["val_bpb"])
     print("\n  ".join(["audit: FAIL", *found]) if found else "audit: ok")
     return 1 if found else 0
 
@@ -100,13 +103,20 @@ def count_holdout_use(run: Path, bpb: float, fingerprint: dict) -> int:
         return ledger.holdout_uses()
 
 
-def recorded_fingerprint(run: Path) -> dict | None:
-    """What the run's own evaluation was measured on; None where there is no readable summary."""
+def recorded_summary(run: Path) -> dict | None:
+    """What the run's own evaluation found, and on what; None where there is no readable summary."""
     try:
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))["fingerprint"]
-        return found if {"split_sha256", "tokenizer_sha256"} <= found.keys() else None
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        known = {"split_sha256", "tokenizer_sha256"} <= found["fingerprint"].keys() and float(found["val_bpb"])
+        return found if known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def check_recorded(bpb: float, recorded: str) -> list[str]:
+    """Whether the run's summary has this number, but for what another device rounds otherwise."""
+    off = abs(float(recorded) / bpb - 1) > ROUNDED_MEAN
+    return [f"bpb: {recorded} in summary.json, and {bpb:.6f} now"] if off else []
 
 
 if __name__ == "__main__":
