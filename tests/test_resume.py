@@ -12,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import TINY, assert_same, losses, rows, run_main, start
+from tiny_run import TINY, assert_same, losses, rows, run_main
 
 import train.__main__
 import train.checkpoint
 import train.trainer
 from prepare import prepare
 from train.checkpoint import checkpoint_folders, read_checkpoint
+from train.config import TrainConfig
 from train.ledger import Ledger
 from train.progress import Reporter
 from train.step import TrainStep
@@ -130,6 +131,15 @@ def test_the_budget_clock_goes_on(corpus, tmp_path, monkeypatch):
     assert [row["timed_seconds"] for row in rows(folder)] == [0.0, 0.0, *(0.25 * i for i in range(1, 9))]
 
 
+@pytest.mark.parametrize(
+    ("options", "resumed", "would"),
+    [({}, False, False), ({}, True, False), ({"ops": "compile"}, False, False), ({"ops": "compile"}, True, True),
+     ({"device": "cuda"}, True, True), ({"untimed_steps": 0}, False, True)],
+)  # fmt: skip
+def test_no_timed_step_compiles(options, resumed, would):
+    assert train.trainer.first_step_would_compile(TrainConfig(**{"device": "cpu"} | options), resumed) == would
+
+
 def test_after_the_evaluation_only_the_weights_remain(corpus, tmp_path):
     assert run_main(corpus, tmp_path / "run", "--steps", "3") == 0
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -176,6 +186,8 @@ def test_interrupted_while_it_evaluates(stopped, whole, monkeypatch, capfd):
         (["--autocast"], "autocast was False and is True"),
         (["--device-batch-size", "8"], "device_batch_size was 4 and is 8"),
         (["--name", "other"], "name was 'run' and is 'other'"),
+        (["--repeat", "3", "--confirm"], "repeat was 1 and is 3, confirm was False and is True"),
+        (["--group", "other"], "group was None and is 'other'"),
     ],
 )
 def test_an_option_that_differs_is_refused(stopped, capsys, args, named):
@@ -359,45 +371,3 @@ def test_weights_that_find_no_room_are_told_with_the_way_on(stopped, whole, monk
     assert main("--resume", str(stopped)) == 0
     assert_same(stopped, whole)
     assert [run["val_bpb"] for run in Ledger.beside(stopped).runs() if run["run"] == stopped.name] == [row["val_bpb"]]
-
-
-def wait_for_line(stream, beginning: str) -> None:
-    seen = []
-    for line in stream:
-        seen.append(line)
-        if line.startswith(beginning):
-            return
-    pytest.fail(f"no line {beginning!r} in {seen}")
-
-
-def test_a_second_signal_stops_at_once(corpus, tmp_path):
-    """In the middle of a step, which takes a second here; what was there before stays."""
-    folder = tmp_path / "run"
-    slow = ["--total-batch-size", str(4 * 32 * 256), "--checkpoint-every", "0"]
-    process = start(*TINY, "--data", str(corpus), "--run-dir", str(folder), *slow)
-    wait_for_line(process.stdout, "step 00001")
-    process.send_signal(signal.SIGINT)
-    wait_for_line(process.stderr, "interrupted: finishing the step")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT  # which a shell reports as 130
-    assert rows(folder)[-1]["step"] <= 1  # it may have come between the printed line and its row
-    left = checkpoint_folders(folder / "checkpoints")
-    assert left
-    assert all(read_checkpoint(path) for path in left)
-
-
-def test_a_signal_while_it_sets_up(corpus, tmp_path):
-    """As soon as the handler is there, which is long before PyTorch is."""
-    process = start(*TINY, "--data", str(corpus), "--run-dir", str(tmp_path / "run"))
-    status = Path(f"/proc/{process.pid}/status")
-    if not status.exists():
-        process.kill()
-        pytest.skip("needs /proc")
-    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert (out, err) == ("", "\nterminated\n")
-    assert not (tmp_path / "run").exists()

@@ -13,6 +13,9 @@ from .checkpoint import checkpoint_folders
 from .config import TrainConfig, parse_given
 from .runs import RUNS, lock
 
+# A run that goes on is one run: what makes it several, or part of a group, was settled when it began.
+OF_A_GROUP = ("repeat", "confirm", "group", "confirms")
+
 
 def parse(args: list[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for; with --resume the run's own, whose folder `resume` then is.
@@ -31,7 +34,7 @@ def parse(args: list[str] | None = None) -> TrainConfig:
         data = str(saved["data"]["folder"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is not the configuration of a run") from None
-    fixed = config.fixed()
+    fixed = config.fixed() | {key: getattr(config, key) for key in OF_A_GROUP}
     asked = {key: value for key, value in given.items() if key in fixed}
     check_same(f"--resume {folder}", asked, fixed, "leave these options out, or start a new run")
     free = {key: value for key, value in given.items() if key not in fixed}

@@ -222,8 +222,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         with record.timed("compile"):
             if config.graphs:
                 step.capture(*plan)
-            elif config.untimed_steps == 0 or (checkpoint and device == "cuda"):
-                step.rehearse(*plan)  # the first step counts, and would compile
+            elif first_step_would_compile(config, resumed=checkpoint is not None):
+                step.rehearse(*plan)
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
             folder.cut_metrics(state.step)
@@ -243,6 +243,11 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
 
         step.release()
         return conclude(config, step, state, data, folder, record, watchdog, ready)
+
+
+def first_step_would_compile(config: TrainConfig, resumed: bool) -> bool:
+    """Whether it counts against the budget, and should not."""
+    return config.untimed_steps == 0 or (resumed and (config.device == "cuda" or config.ops == "compile"))
 
 
 def conclude(
