@@ -1,4 +1,4 @@
-"""What the host does with a GPU: on a real one, and on one that is pretended, which misses no mistake of timing."""
+"""What the host does with a GPU: on a real one, and on one that is pretended, where mistakes of timing show."""
 
 import json
 
