@@ -14,11 +14,13 @@ H100_PEAK = 989.5e12  # dense bf16 FLOP/s, SXM datasheet: what `mfu` divides by,
 
 # Dense bf16 FLOP/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DEVICE_PEAKS = {
+    "H200 NVL": 835e12,
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989.5e12,
     "GH200": 989.5e12,
+    "H800 PCIe": 756e12,
     "H800": 989.5e12,
     "B200": 2250e12,
     "A100": 312e12,
@@ -29,7 +31,9 @@ DEVICE_PEAKS = {
 
 
 def device_peak(name: str) -> float | None:
-    """Dense bf16 peak of a GPU by its name, None where it is not known: never a wrong number."""
+    """Dense bf16 peak of a GPU by its name; None, never a wrong number, where it is not known or for a slice (MIG)."""
+    if re.search(r"\bMIG\b", name):
+        return None
     return next((peak for key, peak in DEVICE_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 

@@ -56,6 +56,8 @@ def test_causal_flops_count_pairs_that_exist():
 
 def test_peaks_by_name():
     assert device_peak("NVIDIA H200") == device_peak("NVIDIA H100 80GB HBM3") == 989.5e12
-    assert device_peak("NVIDIA H100 PCIe") == 756e12
+    assert device_peak("NVIDIA H100 PCIe") == device_peak("NVIDIA H800 PCIe") == 756e12
+    assert device_peak("NVIDIA H100 NVL") == device_peak("NVIDIA H200 NVL") == 835e12
+    assert device_peak("NVIDIA H100 80GB HBM3 MIG 3g.40gb") is None  # a part of one
     assert device_peak("Quadro of tomorrow") is None
     assert device_peak("NVIDIA L40") is None  # not an L4
