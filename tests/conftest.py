@@ -8,6 +8,7 @@ import string
 
 import pytest
 import torch
+from kernel_memory import watch_memory
 from payloads import Payload
 from prepare_corpus import write_corpus
 
@@ -83,9 +84,11 @@ def gpu(request, monkeypatch):
 
 @pytest.fixture
 def kernels_everywhere(monkeypatch):
-    """Every op runs its kernels: what they leave unwritten is NaN, and interpreted bf16 is what a GPU's is."""
+    """Every op runs its kernels: what they leave unwritten is NaN, interpreted bf16 is what a GPU's is, and an address
+    that a GPU would not forgive is an error."""
     from kernels import set_ops  # imports Triton, which must know of its interpreter first
 
+    watch_memory(monkeypatch)
     fill_empty_with_nan(monkeypatch)
     exact_bfloat16(monkeypatch)
     set_ops("triton")
