@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -64,8 +65,12 @@ def test_a_run_that_hangs_is_ended(small_data, tmp_path, where):
     else:
         last = out.splitlines()[-1]
         # Two seconds, or ten of this machine's steps where those take longer: beside other work they may.
-        assert int(re.match(r"FAIL: no step for (\d+) s; ", last)[1]) >= 2
-        assert f"python -m train --resume {tmp_path / 'run'}" in last
+        said = re.fullmatch(r"FAIL: no step for (\d+) s; to go on from step \d+: python -m train --resume (.*)", last)
+        assert int(said[1]) >= 2
+        assert said[2] == str(tmp_path / "run")
+        row = json.loads((tmp_path / "results.jsonl").read_text())
+        assert (row["status"], row["verdict"]) == ("crash", "failed")
+        assert row["note"].startswith(f"no step for {said[1]} s, after ")
         assert err.count("this is where every thread stands") == 1
         assert "thread MainThread:" in err
         stuck = "loader" if where == "the loader" else "MainThread"
@@ -145,6 +150,22 @@ def test_a_stopped_process_does_not_hang(monkeypatch):
         time.sleep(0.3)
         assert watchdog._thread.is_alive()
     assert (written, written.ended) == ([], None)
+
+
+@pytest.mark.parametrize(("at_the_end", "line"), [
+    (lambda reason: f"{type(reason).__name__}, and so on", "FAIL: no step for 1 s; HangError, and so on"),
+    (lambda reason: "", "FAIL: no step for 1 s"),  # no checkpoint
+    (lambda reason: threading.Event().wait(), "FAIL: no step for 1 s"),  # the disk is what hangs
+    (lambda reason: 1 / 0, "FAIL: no step for 1 s"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_end(monkeypatch, at_the_end, line):
+    monkeypatch.setattr(train.watchdog, "LAST_WORDS", 0.2)
+    written = Written(monkeypatch)
+    with Watchdog(0.5, at_the_end) as watchdog:
+        watchdog._thread.join(20)
+    assert written.ended == 1
+    assert written[-1] == (1, f"\n{line}\n")
 
 
 def test_off(monkeypatch):

@@ -24,6 +24,7 @@ from .loop import TrainingError
 from .provenance import evaluating_code_sha256, machine, short_commit, source_state, versions
 from .runs import default_run_dir
 from .signals import Interrupted
+from .watchdog import HangError
 
 
 class Record:
@@ -99,7 +100,7 @@ class Record:
         if self.written or (isinstance(error, InputError | OSError) and not self.began):
             return
         reason = " ".join(str(error).split())
-        if not isinstance(error, InputError | TrainingError | Interrupted):
+        if not isinstance(error, InputError | TrainingError | Interrupted | HangError):
             reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         self._write(
             {

@@ -42,7 +42,7 @@ from .signals import Interrupted, Signals
 from .state import RunState
 from .step import TrainStep
 from .tensorboard import EventWriter, check_tensorboard
-from .watchdog import Watchdog
+from .watchdog import HangError, Watchdog
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
@@ -139,18 +139,22 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 
 def how_to_go_on(folder: RunFolder) -> str:
-    return f"python -m train --resume {shlex.quote(str(folder.path))}"
+    """The command that continues a run; nothing where there is no checkpoint to continue from."""
+    checkpoints = checkpoint_folders(folder.checkpoints)
+    if not checkpoints or folder.finished:
+        return ""
+    command = f"python -m train --resume {shlex.quote(str(folder.path))}"
+    return f"to go on from step {step_of(checkpoints[0])}: {command}"
 
 
 @contextmanager
 def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
-    """Where a signal or a full disk ends the run, prints the command that continues it."""
+    """Where a signal or a full disk ends the run."""
     try:
         yield
     except (Interrupted, OSError):
-        checkpoints = checkpoint_folders(folder.checkpoints)
-        if checkpoints and not folder.finished:
-            print(f"to go on from step {step_of(checkpoints[0])}: {how_to_go_on(folder)}", flush=True)
+        if line := how_to_go_on(folder):
+            print(line, flush=True)
         raise
 
 
@@ -217,7 +221,11 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         if checkpoint:
             announce_resume(checkpoint, origin["environment"])
 
-        watchdog = stack.enter_context(Watchdog(config.hang_timeout, f"; to go on: {how_to_go_on(folder)}"))
+        def hangs(reason: HangError) -> str:
+            record.fail(reason)
+            return how_to_go_on(folder)
+
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout, hangs))
         plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
         with record.timed("compile"):
             if config.graphs:

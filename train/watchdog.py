@@ -19,6 +19,11 @@ ALARM = 10  # times the usual step
 RECENT = 32  # steps that say what is usual
 POLL = 1.0  # seconds between two looks
 GRACE = 60.0  # seconds beyond the end that the process is given where even the watchdog's own thread cannot run
+LAST_WORDS = 10.0  # seconds for what is done at the end: the disk that it needs may be what hangs
+
+
+class HangError(Exception):
+    """A run that made no step for long."""
 
 
 class Watchdog:
@@ -35,11 +40,11 @@ class Watchdog:
 
     Args:
         hang_timeout: seconds; 0 watches nothing.
-        advice: how to go on after the end, added to its line.
+        at_the_end: is given the reason, and `LAST_WORDS` seconds in a thread of its own; returns how to go on.
     """
 
-    def __init__(self, hang_timeout: float, advice: str = ""):
-        self.hang_timeout, self.advice = hang_timeout, advice
+    def __init__(self, hang_timeout: float, at_the_end: Callable[[HangError], str] = lambda reason: ""):
+        self.hang_timeout, self.at_the_end = hang_timeout, at_the_end
         self._beats, self._last = 0, 0.0
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._stop = threading.Event()
@@ -100,10 +105,17 @@ class Watchdog:
                     told = True
                     write(2, f"\nno step for {waited:.0f} s; this is where every thread stands:\n{threads()}")
                 if waited >= end:
-                    write(1, f"\nFAIL: no step for {waited:.0f} s{self.advice}\n")
-                    os._exit(1)
+                    self._end(HangError(f"no step for {waited:.0f} s"))
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def _end(self, reason: HangError) -> None:
+        advice = []
+        words = threading.Thread(target=lambda: advice.append(self.at_the_end(reason)), daemon=True)
+        words.start()
+        words.join(LAST_WORDS)
+        write(1, f"\nFAIL: {'; '.join([str(reason), *filter(None, advice)])}\n")
+        os._exit(1)
 
 
 def threads() -> str:
