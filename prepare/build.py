@@ -1,6 +1,7 @@
 """`prepare`: a source becomes one folder that training reads."""
 
 import random
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -113,6 +114,7 @@ def summary(manifest: dict, folder: Path) -> str:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest["skipped"].items()))
     lines.append(f"{'skipped:':<9}{skipped or 'nothing'}")
     lines.append(f"{'where:':<9}{folder}")
+    lines.append(f"{'next:':<9}python -m train --data {shlex.quote(str(folder))}")
     return "\n".join(lines)
 
 

@@ -113,7 +113,8 @@ def open_data(folder: str | None, device: str) -> Dataset:
     # `stdlib` is what `python -m prepare` writes, with 8,192 tokens; a CPU's smaller one stands beside it.
     default = default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
     if not (default / "manifest.json").exists():
-        print(f"no corpus prepared yet: preparing the embedded one, once, in {default}", flush=True)
+        size = f"vocabulary {VOCAB_SIZE[device]:,}"
+        print(f"no --data: preparing the embedded corpus, {size}, once, in {default}", flush=True)
         prepare("stdlib", out=default, vocab_size=VOCAB_SIZE[device])
     return Dataset.open(default)
 
