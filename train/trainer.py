@@ -364,5 +364,6 @@ def summarise(
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],
         "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
         "seed": f"{config.seed}",
-        "comparable": "no (CPU defaults)" if config.device == "cpu" else "yes",
+        # What `judge.differences` asks; on a CPU, whose defaults are small, with no published number in any case.
+        "comparable": "no (CPU defaults)" if config.device == "cpu" else "with equal fingerprint, budget and machine",
     }
