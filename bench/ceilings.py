@@ -5,7 +5,6 @@ datasheet: no code of ours is to be blamed for what the vendor's own copy and pr
 bytes read and the bytes written. The product is of random data: zeros need less power, and run faster than training.
 """
 
-import argparse
 import json
 import platform
 import re
@@ -85,8 +84,7 @@ def report(name: str, measured: Ceilings) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.ceilings", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.ceilings", __doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write them there too")
     options = parser.parse_args(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,6 @@ the same device in bench/results/. Only times of ours count, per token: another 
 regression of more than 5 % is marked, in red on a terminal, and makes the exit code 1.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -80,8 +79,7 @@ def report(rows: list[tuple[str, float, float, float]], limit: float, colours: b
 
 def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 nothing slower; 1 a regression; 2 bad input."""
-    parser = Parser(prog="python -m bench.compare", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.compare", __doc__)
     parser.add_argument("new", type=Path)
     parser.add_argument("old", type=Path, nargs="?")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to look for OLD (default: bench/results)")

@@ -5,7 +5,6 @@ holds it for ever: here only the rest of its own file is lost. And a process com
 that several use several cores. What pytest prints is shown file by file, as they end.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -87,8 +86,7 @@ def run_all(paths: list[Path], limit: float, workers: int = WORKERS) -> Iterator
 
 def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 every file passed; 1 one did not; 2 bad arguments."""
-    parser = Parser(prog="python -m bench.gpu_tests", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.gpu_tests", __doc__)
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="default: all that have such tests")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for each file (default: {LIMIT:g})")
     options = parser.parse_args(args)

@@ -8,7 +8,6 @@ Architectures are compiled side by side, a process each, and reported in the ord
 adds a row for every loop around products on sm_90: its instructions by class, and what bounds it (`bench/sass.py`).
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -181,8 +180,7 @@ def compile_apart(arch: int, vocab_sizes: list[int], flags: list[str]) -> list[s
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.offline", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.offline", __doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHS, help="compute capability x 10")
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8192])
     for flag in FLAGS:

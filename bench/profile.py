@@ -8,7 +8,6 @@ The steps are launched kernel by kernel, which hides behind the kernels at the d
 replayed graph is said to be wrong up to CUDA 13.0 (pytorch/kineto #1165). `--graphs` replays all the same.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -164,8 +163,7 @@ def record(config: TrainConfig, vocab_size: int, steps: int, path: Path) -> None
 
 def main(args: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = Parser(prog="python -m bench.profile", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.profile", __doc__)
     parser.add_argument("--ops", choices=("triton", "compile", "reference"),
                         default="triton" if device == "cuda" else "reference")  # fmt: skip
     parser.add_argument("--vocab-size", type=int, default=8192 if device == "cuda" else 1024)

@@ -8,7 +8,6 @@ bound to measure against, not a prediction.
 `--measured FILE` sets beside it what bench/test_step.py measured: the gap of each op, where the next millisecond is.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -228,8 +227,7 @@ def report_measured(step: dict, gpu: Ceilings) -> list[Part]:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.roofline", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.roofline", __doc__)
     parser.add_argument("--gpu", choices=GPUS, help="whose ceilings (default: h200; with --measured those measured)")
     parser.add_argument("--depth", type=int, help="layers (default: the default GPU configuration's)")
     parser.add_argument("--vocab-size", type=int, help="default: 8192; with --measured the first step's")

@@ -6,7 +6,6 @@ by more than NATS at a step that both have. Runs to compare so are made with `--
 what differs between them then is rounding, and it grows. What cannot be read or compared is said and left out.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -84,8 +83,7 @@ def largest_difference(first: list[float], other: list[float]) -> tuple[float, i
 
 def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 agreed, or not asked; 1 they do not; 2 bad input."""
-    parser = Parser(prog="python -m bench.runs", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.runs", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--agree", type=float, nargs="?", const=NATS, metavar="NATS", help=f"default: {NATS}")
     parser.add_argument("--steps", type=int, metavar="N", help="compare the losses of the first N alone")

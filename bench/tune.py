@@ -190,8 +190,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.tune", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser("bench.tune", __doc__)
     parser.add_argument("--offline", action="store_true", help="compile for --arch and report; needs no GPU")
     parser.add_argument("--arch", type=int, choices=ARCHS,
                         help="compute capability x 10, for --offline (default: 90)")  # fmt: skip

@@ -23,11 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m prepare",
-        description="Turns text into the folder of tokens that train reads.",
-        allow_abbrev=False,
-    )
+    parser = Parser("prepare", "Turns text into the folder of tokens that train reads.")
     parser.add_argument(
         "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER", help="the text (default: %(default)s)"
     )

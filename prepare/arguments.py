@@ -10,7 +10,12 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with exit code 2 and one line for an error, which names the nearest known option."""
+    """argparse with exit code 2 and one line for an error, which names the nearest known option. Options are spelled
+    out, and the description keeps its lines."""
+
+    def __init__(self, module: str, description: str):
+        super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")

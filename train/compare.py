@@ -13,7 +13,7 @@ from .statistics import SIGNIFICANCE, spread, verdict, welch_p
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m train.compare", description=__doc__, allow_abbrev=False)
+    parser = Parser("train.compare", __doc__)
     parser.add_argument("a", metavar="A", help="group, run, or a run's folder")
     parser.add_argument("b", metavar="B", help="what to compare it with")
     parser.add_argument("--ledger", metavar="FOLDER", default="runs", help="where results.jsonl is (default: runs)")

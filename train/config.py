@@ -210,7 +210,7 @@ def to_args(config: TrainConfig) -> list[str]:
 def parse_given(args: list[str] | None = None) -> dict[str, Any]:
     """The options that a command line spells, and none that it leaves out."""
     description = "Trains a language model inside a time budget."
-    parser = Parser(prog="python -m train", description=description, allow_abbrev=False)
+    parser = Parser("train", description)
     hints = get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         kind = next((t for t in get_args(hints[f.name]) if t is not type(None)), hints[f.name])

@@ -97,7 +97,7 @@ def _high(values: list[float]) -> float:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m train.curves", description=__doc__, allow_abbrev=False)
+    parser = Parser("train.curves", __doc__)
     parser.add_argument("run", metavar="RUN", type=Path, nargs="+", help="folder of a run")
     failed = False
     for folder in parser.parse_args(args).run:

@@ -60,7 +60,7 @@ class Finding:
 
 def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 nothing is wrong; 1 something is; 2 bad arguments."""
-    parser = Parser(prog="python -m train.doctor", description=__doc__, allow_abbrev=False)
+    parser = Parser("train.doctor", __doc__)
     parser.add_argument("--data", metavar="FOLDER", help="prepared folder (default: the one that train would take)")
     options = parser.parse_args(args)
     wrong = 0

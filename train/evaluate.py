@@ -22,7 +22,7 @@ AUDITED_ROWS = 8
 
 def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 done; 1 the audit found something; 2 bad arguments or bad input."""
-    parser = Parser(prog="python -m train.evaluate", description=__doc__, allow_abbrev=False)
+    parser = Parser("train.evaluate", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--holdout", action="store_true",
                         help="score the holdout split instead of validation; the ledger counts every look")  # fmt: skip

@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # logits lie within ±15; equal formulas in another order of s
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m train.export", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("train.export", __doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", metavar="FOLDER", type=Path, required=True, help="a new or empty folder")
     options = parser.parse_args(args)

@@ -108,7 +108,7 @@ def replay(run: Path, wanted_device: str | None) -> bool:
 
 def main(args: list[str] | None = None) -> int:
     """Exit codes: 1 where the step fails again; 0 where it does not; 2 bad input."""
-    parser = Parser(prog="python -m train.replay", description=__doc__, allow_abbrev=False)
+    parser = Parser("train.replay", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run that ended with FAIL")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: as the run)")
     options = parser.parse_args(args)

@@ -22,7 +22,7 @@ FONT_SIZE = 8.5  # of the labels, in points
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m train.report", description=__doc__, allow_abbrev=False)
+    parser = Parser("train.report", __doc__)
     parser.add_argument("runs", metavar="RUNS", nargs="*", type=Path, default=[Path("runs")],
                         help="folders with a ledger, or single runs (default: runs)")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="for report.png, report.md (default: the ledger's)")

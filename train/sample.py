@@ -44,7 +44,7 @@ def generate(
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m train.sample", description=__doc__, allow_abbrev=False)
+    parser = Parser("train.sample", __doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--prompt", default="", help="text to go on from")
     parser.add_argument("--tokens", type=int, default=200, help="how many to generate (default: 200)")
