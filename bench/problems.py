@@ -101,18 +101,22 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
+    def uneven(rows: int, width: int) -> Tensor:
+        """Rows of half to twice the usual size: a norm that is left out, or another row's, is then far off."""
+        sizes = torch.rand(rows, 1, generator=generator, device=device) * 2 - 1
+        return randn(rows, width) * sizes.exp2().to(dtype)
+
     def integers(high: int, count: int) -> Tensor:
         return torch.randint(high, (count,), generator=generator, device=device)
 
     flags = dict(op.flags)
     if op.module == "rms_norm":
-        rows, width = op.sizes
-        inputs = [randn(rows, width)]
+        inputs = [uneven(*op.sizes)]
         if not flags.get("has_x0"):
             return Problem(op, inputs)
         # Scalars are fp32 everywhere but in the truth.
         lambdas = [torch.tensor(value, device=device) for value in (0.9, 0.2)]
-        return Problem(op, [*inputs, randn(rows, width), *lambdas], weights=frozenset((2, 3)))
+        return Problem(op, [*inputs, randn(*op.sizes), *lambdas], weights=frozenset((2, 3)))
     if op.module == "linear":
         rows, width, out = op.sizes
         inputs = [randn(rows, width), randn(out, width, scale=width**-0.5)]
@@ -120,7 +124,7 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     if op.module == "qkv_projection":
         rows, width, out, *gate = op.sizes
         weights = [randn(*shape, scale=shape[1] ** -0.5) for shape in [(out, width), *([gate] if gate else [])]]
-        problem = Problem(op, [randn(rows, width), *weights], weights=frozenset(range(1, 1 + len(weights))))
+        problem = Problem(op, [uneven(rows, width), *weights], weights=frozenset(range(1, 1 + len(weights))))
         if flags.get("norm"):
             problem.constants["rstd"] = torch.rsqrt(problem.inputs[0].float().square().mean(-1) + EPS)
         return problem
@@ -135,10 +139,11 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         rows, width, hidden = op.sizes
         weights = [randn(hidden, width, scale=width**-0.5), randn(width, hidden, scale=hidden**-0.5)]
         residual = [] if flags.get("norm") else [randn(rows, width)]
-        return Problem(op, [randn(rows, width), *weights, *residual], weights=frozenset((1, 2)))
+        return Problem(op, [uneven(rows, width), *weights, *residual], weights=frozenset((1, 2)))
     if op.module == "linear_cross_entropy":
         rows, width, vocab_size = op.sizes
-        inputs = [randn(rows, width), randn(vocab_size, width, scale=width**-0.5)]
+        # Logits of up to the softcap, so that it matters.
+        inputs = [randn(rows, width), randn(vocab_size, width, scale=5 * width**-0.5)]
         return Problem(op, inputs, {"targets": integers(vocab_size, rows)}, frozenset((1,)))
     if op.module == "embedding":
         tokens, vocab_size, widths = op.sizes
