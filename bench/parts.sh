@@ -1,6 +1,6 @@
 # To be sourced: runs the parts of a long measurement one after the other inside one limit, whatever fails, and says at
 # the end how each went. $OUT takes a log for each part, $DEADLINE (seconds from now) ends them all.
-OUT=${OUT:-bench/results}
+OUT=${OUT:-bench/results/$(date +%Y%m%d-%H%M%S)} # a folder of its own: what was measured before stays to be compared with
 PY=${PY:-.venv/bin/python}
 DEADLINE=${DEADLINE:-470}
 DEVICE=${DEVICE:-cuda}

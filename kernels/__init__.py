@@ -1,18 +1,27 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import compiles, layer_weight, recomputed, set_ops
+from .common import EPS, compiles, layer_weight, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
-from .linear_cross_entropy import linear_cross_entropy, softcapped_logits
+from .linear_cross_entropy import SOFTCAP, linear_cross_entropy, softcapped_logits
 from .mlp import norm_relu2_mlp, relu2_mlp
 from .muon import muon_update, second_moment_shape
 from .polar_express import polar_express
 from .qkv_projection import qkv_projection
 from .rms_norm import norm_factors, rms_norm
-from .rotary_attention import compiled_attention, prepare_compiled_attention, rotary_attention, rotary_tables
+from .rotary_attention import (
+    ROTARY_BASE,
+    compiled_attention,
+    prepare_compiled_attention,
+    rotary_attention,
+    rotary_tables,
+)
 
 __all__ = [
+    "EPS",
+    "ROTARY_BASE",
+    "SOFTCAP",
     "adamw_update",
     "compiled_attention",
     "compiles",

@@ -170,6 +170,9 @@ def adamw_update(
         hyper: [≥ 3] fp32 on the device: learning rate, 1 − β₁ᵗ, 1 − β₂ᵗ.
         apply: scalar boolean on the device; where it is false nothing changes.
         betas, eps: constants of the group.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or addresses that the kernel does not take.
     """
     update = _launch if use_kernels(masters[0]) else adamw_update_ref
     update(masters, grads, exp_avgs, exp_avg_sqs, copies, hyper, apply, betas, eps)

@@ -202,7 +202,10 @@ def embedding(tokens: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
             add the gradient.
 
     Returns:
-        one tensor [..., width] per table.
+        one tensor [..., width] per table; where a token is none, the kernels give NaN.
+
+    Raises:
+        ValueError: tokens that are no integers, or tables that the kernels do not take.
     """
     if not use_kernels(tables[0]):
         return embedding_ref(tokens, tables)

@@ -296,7 +296,8 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompu
 
 
 def norm_relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, recompute: bool = False) -> Tensor:
-    """The same block on the stream itself, [..., D], which it norms and which is its residual. Not yet timed."""
+    """The same block on the stream itself, [..., D], which it norms and which is its residual; its arguments and errors
+    are those of `relu2_mlp`. Not yet timed."""
     return _run(norm_relu2_mlp_ref, x, w_fc, w_proj, None, recompute)
 
 

@@ -230,6 +230,9 @@ def muon_update(
         copy: the bf16 tensor that the forward reads, shaped like `master`, or None where it reads the master.
         hyper: [≥ 3] fp32 on the device: learning rate, momentum, weight decay.
         apply: scalar boolean on the device; where it is false nothing changes.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that the kernels do not take.
     """
     update = _launch if use_kernels(master) else muon_update_ref
     update(master, grad, momentum, second_moment, copy, hyper, apply)

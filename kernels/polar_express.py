@@ -179,6 +179,9 @@ def polar_express(g: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
     Returns:
         the same shape, in `dtype`.
+
+    Raises:
+        ValueError: a shape, dtype or stride that the kernels do not take.
     """
     return _launch(g, dtype) if use_kernels(g) else polar_express_ref(g, dtype)
 

@@ -269,6 +269,9 @@ def rms_norm(
         (s, y), and with `x0` a third, a view of it: whoever reads that one instead of `x0` sends its gradient through
         here, where it is added to. All shaped and typed like `x`. With `x` alone, s is a view of it; with `y_only` it
         is None.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that the kernels do not take.
     """
     if not use_kernels(x):
         s, *rest = rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
@@ -292,6 +295,9 @@ def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> t
     Returns:
         s; s again, whose gradient the kernels take to be rstd ⊙ dy, all of it: what reaches x through rstd too is
         theirs to work out; rstd, [...] in fp32; x0 for the next layer, as from `rms_norm`.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that the kernels do not take.
     """
     if not use_kernels(x):
         return norm_factors_ref(x, x0, lambda_r, lambda_0)

@@ -44,6 +44,14 @@ def test_kernels_rest_on_torch_and_triton_alone():
         assert outside <= OUTSIDE["kernels"], f"{path} imports {outside}"
 
 
+@pytest.mark.parametrize("package", ["model", "train"])
+def test_kernels_have_one_door(package):
+    for path in (ROOT / package).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "from kernels." not in text, path
+        assert "import kernels." not in text, path
+
+
 def test_an_op_imports_no_other_op():
     """Inside kernels/: the door imports the ops, an op the shared helpers and the files of its own folder; `muon`,
     which contains Polar Express, that one too."""

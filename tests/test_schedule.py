@@ -2,6 +2,7 @@
 
 import pytest
 
+from prepare import InputError
 from train.budget import Budget
 from train.config import TrainConfig, resolve
 from train.schedule import lr_multiplier, muon_momentum, muon_weight_decay, step_values
@@ -90,3 +91,10 @@ def test_remaining():
     by_steps = Budget(seconds=10.0, steps=10)
     by_steps.add(2)
     assert by_steps.remaining == 18
+
+
+def test_a_key_that_is_not_known_names_the_nearest():
+    with pytest.raises(InputError, match=r"'matrix_rl' that this program does not know: did it mean matrix_lr\?"):
+        TrainConfig.from_json({"matrix_rl": 0.1})
+    with pytest.raises(InputError, match=r"'zzz' that this program does not know$"):
+        TrainConfig.from_json({"zzz": 0.1})

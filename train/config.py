@@ -6,6 +6,7 @@ chosen by measurement (bench/LOG.md).
 
 import argparse
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -109,7 +110,9 @@ class TrainConfig:
         hints = get_type_hints(cls)
         for key, value in saved.items():
             if key not in hints:
-                raise InputError(f"the configuration has a key {key!r} that this program does not know")
+                near = difflib.get_close_matches(key, hints, n=1)
+                hint = f": did it mean {near[0]}?" if near else ""
+                raise InputError(f"the configuration has a key {key!r} that this program does not know{hint}")
             kinds = get_args(hints[key]) or (hints[key],)
             if type(value) not in kinds and not (float in kinds and type(value) is int):
                 raise InputError(f"the configuration has {value!r} for {key}")

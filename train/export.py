@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.common import EPS
-from kernels.linear_cross_entropy import SOFTCAP
-from kernels.rotary_attention.reference import ROTARY_BASE
+from kernels import EPS, ROTARY_BASE, SOFTCAP
 from model import GPT
 from model.config import GATE_CHANNELS
 from prepare import InputError, Tokenizer

@@ -28,10 +28,11 @@ from .backward import attention_bwd
 from .compiled import compiled_attention, compiled_window_attention, prepare_compiled_attention
 from .forward import attention_fwd
 from .prologue import prologue_fwd_
-from .reference import rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
+from .reference import ROTARY_BASE, rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
 from .tiles import visited_tiles
 
 __all__ = [
+    "ROTARY_BASE",
     "compiled_attention",
     "cost",
     "prepare_compiled_attention",
