@@ -3,7 +3,8 @@
 `python -m bench.offline --arch 80 90 100` runs one whole step (forward, backward, update) of the default GPU
 configuration on tensors of device "meta": nothing is allocated and nothing runs, but each kernel is compiled exactly as
 the step would launch it. It prints what each costs on that architecture, and exits with 1 on a spill that
-`ALLOWED_SPILLS` does not name, on more shared memory than there is, and on a matrix product without wgmma on sm_90.
+`ALLOWED_SPILLS` does not name, on more shared memory than there is, and on sm_90 on a matrix product without wgmma, or
+whose wgmma wait for each other.
 Architectures are compiled side by side, a process each, and reported in the order in which they were named. `--loops`
 adds a row for every loop around products on sm_90: its instructions by class, and what bounds it (`bench/sass.py`).
 """
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench import sass
 from prepare.arguments import Parser, command
@@ -64,6 +65,7 @@ class Usage:
     shared: int
     is_matrix: bool
     wgmma: int
+    serial: bool = False  # its wgmma wait for each other
 
     def ctas_per_sm(self, arch: int) -> int:
         """CTAs that fit on a multiprocessor at once; 0 where not even one does."""
@@ -83,6 +85,8 @@ class Usage:
             found.append(f"{self.name}: {self.shared} bytes of shared memory, {ARCHS[arch].shared_per_cta} there")
         if arch == 90 and self.is_matrix and not self.wgmma:
             found.append(f"{self.name}: a matrix product without wgmma")
+        if self.serial:
+            found.append(f"{self.name}: its products run one after the other, as ptxas warns")
         return found
 
 
@@ -125,6 +129,16 @@ def usage(kernel, launches: int) -> Usage:
     )
 
 
+def serial(kernel) -> bool:
+    """Whether the assembler makes every wgmma of a kernel wait for the one before. It says so in a warning, which Triton
+    throws away: assembled once more."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    command = [get_ptxas(90).path, "--gpu-name=sm_90a", "-", "-o", os.devnull]
+    log = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    return "wgmma.mma_async instructions are serialized" in log
+
+
 def report(usages: list[Usage], arch: int) -> list[str]:
     """Prints the table and returns the faults."""
     width = max(len(u.name) for u in usages)
@@ -155,6 +169,7 @@ def compile_step(arch: int, vocab_size: int, loops: bool = False, **flags: bool)
     with recording(arch) as launches, LiveBytes() as memory:
         walk_step(resolve(TrainConfig(**flags), "cuda"), vocab_size)
     found = [(usage(kernel, count), kernel) for kernel, count in launches.items()]
+    found = [(replace(u, serial=u.wgmma > 0 and serial(kernel)), kernel) for u, kernel in found]
     found.sort(key=lambda pair: pair[0].name)
     usages = [u for u, _ in found]
     print(f"sm_{arch}, V = {vocab_size}: {sum(launches.values())} launches of {len(usages)} compiled kernels in a step")
