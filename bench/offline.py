@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bench import sass
 from prepare.arguments import Parser, command
@@ -112,11 +112,12 @@ def recording(arch: int) -> Iterator[Counter]:
         JITFunction.run = launch
 
 
-def usage(kernel, launches: int) -> Usage:
-    """What the assembler made of a compiled kernel."""
+def usage(kernel, launches: int, warnings: bool = False) -> Usage:
+    """What the assembler made of a compiled kernel; with `warnings` also what it warns of, which takes another run."""
     report = sass.cuobjdump(kernel.asm["cubin"], "-res-usage")
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     ir = kernel.asm.get("ttir", "") + kernel.asm.get("ttgir", "")
+    wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
     return Usage(
         name=kernel.metadata.name,
         launches=launches,
@@ -125,17 +126,18 @@ def usage(kernel, launches: int) -> Usage:
         stack=numbers["STACK"] + numbers["LOCAL"],
         shared=kernel.metadata.shared,
         is_matrix=re.search(r"\btt\.dot\b|warp_group_dot|tc_gen5_mma", ir) is not None,
-        wgmma=kernel.asm["ptx"].count("wgmma.mma_async"),
+        wgmma=wgmma,
+        serial=warnings and wgmma > 0 and _serial(kernel.asm["ptx"]),
     )
 
 
-def serial(kernel) -> bool:
-    """Whether the assembler makes every wgmma of a kernel wait for the one before. It says so in a warning, which Triton
-    throws away: assembled once more."""
+def _serial(ptx: str) -> bool:
+    """Whether the assembler lets no wgmma begin before the last has ended. It says so in a warning alone, which Triton
+    throws away."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     command = [get_ptxas(90).path, "--gpu-name=sm_90a", "-", "-o", os.devnull]
-    log = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    log = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     return "wgmma.mma_async instructions are serialized" in log
 
 
@@ -168,8 +170,7 @@ def compile_step(arch: int, vocab_size: int, loops: bool = False, **flags: bool)
     """Compiles, reports, and returns the exit code."""
     with recording(arch) as launches, LiveBytes() as memory:
         walk_step(resolve(TrainConfig(**flags), "cuda"), vocab_size)
-    found = [(usage(kernel, count), kernel) for kernel, count in launches.items()]
-    found = [(replace(u, serial=u.wgmma > 0 and serial(kernel)), kernel) for u, kernel in found]
+    found = [(usage(kernel, count, warnings=True), kernel) for kernel, count in launches.items()]
     found.sort(key=lambda pair: pair[0].name)
     usages = [u for u, _ in found]
     print(f"sm_{arch}, V = {vocab_size}: {sum(launches.values())} launches of {len(usages)} compiled kernels in a step")

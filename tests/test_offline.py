@@ -44,14 +44,34 @@ for kernel, count in launches.items():
 """
 
 
+# With three stages in every loop of the attention forward, ptxas lets no product begin before the last has ended.
+STAGES = """
+import torch
+from bench.offline import recording, usage
+from kernels.rotary_attention import tiles
+from kernels.rotary_attention.forward import attention_fwd
+
+q, k, v = torch.empty(1, 512, 3 * 128, device="meta", dtype=torch.bfloat16).split(128, dim=-1)
+with recording(90) as launches:
+    own = tiles.config(128, q.dtype)
+    for forward in (own.forward, own.forward._replace(num_stages=3, full_stages=None)):
+        tiles.config = lambda *_: own._replace(forward=forward)
+        attention_fwd(q, k, v, 128, 256)
+print(*[fault for kernel, count in launches.items() for fault in usage(kernel, count, warnings=True).faults(90)])
+"""
+
+
 def compiled(folder: Path, dtype: str, launch: str) -> list[str]:
-    program = PROGRAM.replace("{dtype}", dtype).replace("{launch}", launch)
+    return run(folder, PROGRAM.replace("{dtype}", dtype).replace("{launch}", launch)).split("|")
+
+
+def run(folder: Path, program: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     script = folder / "program.py"  # Triton reads a kernel's source from its file: no `python -c`
     script.write_text(program, encoding="utf-8")
     out = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
-    return out.stdout.strip().split("|")
+    return out.stdout.strip()
 
 
 def test_a_spill_is_a_fault(tmp_path):
@@ -68,6 +88,10 @@ def test_a_matrix_kernel_needs_wgmma(tmp_path):
     *seen, fault = compiled(tmp_path, "bfloat16", "_dot_kernel[(1,)](x, N=16)")  # too small for a warp group
     assert seen == ["2", "True", "False", "False", "True"]
     assert "without wgmma" in fault
+
+
+def test_products_that_wait_for_each_other_are_a_fault(tmp_path):
+    assert run(tmp_path, STAGES) == "_attention_fwd_kernel: its products run one after the other, as ptxas warns"
 
 
 def test_what_does_not_fit():
