@@ -23,7 +23,8 @@ def make(shape: GPTConfig = SHAPE, forward_dtype=torch.float32, seed: int = 0) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    optimizer = Optimizer(model, resolve(TrainConfig(depth=2, embedding_lr=0.6, scalar_lr=0.5), "cpu"), forward_dtype)
+    config = TrainConfig(depth=2, embedding_lr=0.6, scalar_lr=0.5, matrix_lr=0.04)
+    optimizer = Optimizer(model, resolve(config, "cpu"), forward_dtype)
     for parameter in model.parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape))
     return model, optimizer

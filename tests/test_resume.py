@@ -212,9 +212,9 @@ def test_what_does_not_differ_may_be_said_again(stopped, whole):
 
 def test_an_edited_config_is_refused(stopped, capsys):
     path = stopped / "config.json"
-    path.write_text(path.read_text().replace('"matrix_lr": 0.04', '"matrix_lr": 0.05'))
+    path.write_text(path.read_text().replace('"matrix_lr": 0.02', '"matrix_lr": 0.05'))
     assert main("--resume", str(stopped)) == 2
-    assert "matrix_lr was 0.04 and is 0.05; config.json was changed" in capsys.readouterr().err
+    assert "matrix_lr was 0.02 and is 0.05; config.json was changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,18 +28,20 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_tokens": 40 * 524_288,
         "embedding_lr": 0.6,
         "scalar_lr": 0.5,
+        "matrix_lr": 0.04,
     },
     "cpu": {
         "time_budget": 60.0,
         "depth": 2,
         "head_dim": 64,
-        "seq_len": 128,
-        "device_batch_size": 16,
+        "seq_len": 256,
+        "device_batch_size": 8,
         "total_batch_size": 2048,
         "eval_tokens": 150_000,
-        # 2,048 tokens a step are a noisy gradient: gentler rates are steadier over seeds (bench/LOG.md, 2026-11-24).
+        # 2,048 tokens a step are a noisy gradient: gentler rates are steadier over seeds (bench/LOG.md, 2026-11-25).
         "embedding_lr": 0.1,
         "scalar_lr": 0.1,
+        "matrix_lr": 0.02,
     },
 }
 
@@ -98,7 +100,7 @@ class TrainConfig:
     lm_head_lr: float = option(0.004, "AdamW, scaled by (d_model/768)^-0.5")
     embedding_lr: float | None = option(None, "AdamW, wte and value embeddings, scaled by (d_model/768)^-0.5")
     scalar_lr: float | None = option(None, "AdamW, lambda_0; lambda_r takes a hundredth of it")
-    matrix_lr: float = option(0.04, "Muon, scaled by sqrt(max(1, rows/cols))")
+    matrix_lr: float | None = option(None, "Muon, scaled by sqrt(max(1, rows/cols))")
     weight_decay: float = option(0.2, "Muon, cautious, falling to 0 linearly")
     warmup_ratio: float = option(0.0, "share of the budget in which the learning rate rises")
     warmdown_ratio: float = option(0.5, "share of the budget in which it falls")
