@@ -40,6 +40,7 @@ class Accesses:
             inside |= (addresses >= start) & (addresses + last < stop)
         if not inside.all() and self.kernel not in BY_ADDRESS:
             self.broken.append(f"{(~inside).sum()} addresses that are in no tensor of the launch")
+            raise IndexError  # before they are read or written: they may be nobody's
         to.append((addresses, self.program, len(self.reads) + len(self.writes)))
 
     def check(self) -> None:
@@ -72,6 +73,7 @@ def watch_memory(monkeypatch) -> None:
     if torch.cuda.is_available():
         return
     import triton.language as tl
+    from triton.runtime.errors import InterpreterError
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     launch, begin = GridExecutor.__call__, InterpreterBuilder.set_grid_idx
@@ -79,13 +81,15 @@ def watch_memory(monkeypatch) -> None:
     now: list[Accesses] = []
 
     def watched_launch(self, *args, **kwargs):
-        now.append(Accesses(self.fn.__name__, [*args, *kwargs.values()]))
+        now.append(accesses := Accesses(self.fn.__name__, [*args, *kwargs.values()]))
         try:
-            result = launch(self, *args, **kwargs)
+            return launch(self, *args, **kwargs)
+        except InterpreterError:
+            if not accesses.broken:
+                raise
         finally:
-            accesses = now.pop()
-        accesses.check()
-        return result
+            now.pop()
+            accesses.check()
 
     def begin_program(self, *index):
         now[-1].program += 1
