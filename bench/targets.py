@@ -130,8 +130,8 @@ def _attention_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
         def call():
             for has_ve in (has_ve for _, has_ve in layers):
                 out = qkv.clone()
-                rstd = prologue_fwd_(out, cos, sin, H, KVH, *((ve, gate) if has_ve else (None, None)))
-                yield from (out, rstd)
+                factors = prologue_fwd_(out, cos, sin, H, KVH, *((ve, gate) if has_ve else (None, None)))
+                yield from (out, factors)
 
         return call
 

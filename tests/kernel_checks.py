@@ -35,19 +35,20 @@ def worst_errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def assert_as_good(
-    name: str, value: Tensor, baseline: Tensor, truth: Tensor, factor: float = 2.0, relative: bool = False
-) -> None:
+    name: str, value: Tensor, baseline: Tensor, truth: Tensor, factor: float = 2.0, relative: bool = False,
+    method: float = 0.0,
+) -> None:  # fmt: skip
     """Max and RMS error of `value` are at most `factor` times those of `baseline`, plus one rounding of the truth; in
     fp32 on a GPU, plus what its instructions approximate.
 
     `baseline` is the reference in the dtype under test, `truth` the reference in fp64. `relative` is for numbers of
     very different size, among which the largest alone would make the largest error: each is divided by its own size, or
-    by their RMS where that is larger.
+    by their RMS where that is larger. `method` is what an op's way of computing costs in fp32, of the truth's size.
     """
     assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(value).all(), f"{name}: not finite"
     eps = torch.finfo(baseline.dtype).eps
-    approximations = APPROXIMATIONS if baseline.dtype == torch.float32 else 0.0
+    inexact = APPROXIMATIONS + method if baseline.dtype == torch.float32 else 0.0
     if relative:
         size = truth.abs().clamp_min(truth.square().mean().sqrt() + 1e-30)
         value, baseline, truth = (t.to(size.dtype) / size for t in (value, baseline, truth))
@@ -55,7 +56,7 @@ def assert_as_good(
     for kind, got, allowed, size in zip(
         ("max", "rms"), worst_errors(value, truth), worst_errors(baseline, truth), sizes, strict=True
     ):
-        limit = factor * allowed + eps * sizes[1] + approximations * size
+        limit = factor * allowed + eps * sizes[1] + inexact * size
         assert got <= limit, f"{name}: {kind} error {got:.3e} above {limit:.3e} ({factor} x PyTorch's {allowed:.3e})"
 
 

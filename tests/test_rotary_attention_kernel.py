@@ -48,7 +48,9 @@ def random_inputs(B, T, H, KVH, head_dim, has_ve, seed=0):
 def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
     """Output and every gradient of `op` in `dtype`, as good as the reference's in the same dtype.
 
-    Inputs of 16 bits are rounded first: that error is nobody's. `draws` are of the cotangent.
+    Inputs of 16 bits are rounded first: that error is nobody's. `draws` are of the cotangent. The backward has a weight
+    from its exponent and a log-sum-exp of up to log₂(e)·√head_dim: rounded to fp32, that is √head_dim·2⁻²⁴ of it, where
+    PyTorch has a lone key's weight of 1 without error.
     """
     cos, sin = rotary_tables(inputs[0].shape[1], head_dim, device=DEVICE)
     if dtype.itemsize == 2:
@@ -58,7 +60,7 @@ def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
     ]
     results = compared(*functions, [inputs] * draws, dtype)
     for name, values in zip(("out", "dqkv", "dve", "dgate"), results, strict=False):
-        assert_as_good(name, *values)
+        assert_as_good(name, *values, method=0.0 if name == "out" else math.sqrt(head_dim) * 2.0**-24)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,9 @@ def mutated(kernel, old, new, path):
 MUTANTS = [
     (prologue, "_prologue_kernel", "y2 = x2 * cos - x1 * sin", "y2 = x2 * cos + x1 * sin"),
     (prologue, "_prologue_kernel", "v + weight[:, None] * ve", "v + weight[:, None] * ve * 0.5"),
-    (prologue, "rotary_norm_bwd", "dy1 - y1 * mean", "dy1"),
+    (prologue, "_prologue_kernel", "head < NUM_HEADS", "head <= NUM_HEADS"),
+    (prologue, "_prologue_kernel", "LN_2 * factor", "factor"),
+    (prologue, "rotary_norm_bwd", "dy1 - y1 * along", "dy1"),
     (prologue, "rotary_norm_bwd", "du1 * sin + du2 * cos", "du2 * cos - du1 * sin"),
     (forward, "_fwd_run", "offs_m - n0 - window", "offs_m - n0 - window + 1"),
     (forward, "_fwd_run", "<= (offs_m - n0)", "<= (offs_m - n0 + 1)"),
@@ -275,12 +279,11 @@ MUTANTS = [
     (backward, "_dq_run", "(dp - delta[:, None])", "dp"),
     (backward, "_dq_run", "offs_m - n0 - window", "offs_m - n0 - window - 1"),
     (backward, "_attention_dq_kernel", "CAUSAL=NARROW", "CAUSAL=False"),
-    (backward, "_attention_dq_kernel", "dq * scale", "dq"),
+    (backward, "_attention_dq_kernel", "SQUARE=LOG2_E * LOG2_E", "SQUARE=HEAD_DIM"),
     (backward, "_dkv_run", "tl.broadcast_to(-delta[None, :]", "tl.broadcast_to(0.0 * delta[None, :]"),
     (backward, "_dkv_run", "(distance >= 0) &", ""),
     (backward, "_dkv_run", "distance <= window", "distance <= window - 1"),
-    (backward, "_attention_dkv_kernel", "dk * scale", "dk"),
-    (forward, "_attention_fwd_kernel", "total[:, None], mask=live", "total[:, None], mask=(live & (offs_m < 39))"),
+    (forward, "_attention_fwd_kernel", "divisor[:, None], mask=live", "divisor[:, None], mask=(live & (offs_m < 39))"),
     (backward, "query_runs", "n0 + BLOCK_N + window", "n0 + window"),
     (backward, "_attention_dkv_kernel", "range(GROUP)", "range(1)"),
     (backward, "_attention_dkv_kernel", "2 * sigma * (1 - sigma)", "2 * sigma"),

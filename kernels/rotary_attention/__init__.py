@@ -8,8 +8,8 @@
 A window of S is S + 1 keys: S back, and the token itself. Rotary: Su et al., arXiv 2104.09864; QK-norm:
 Henry et al., arXiv 2010.04245; value embeddings: Zhou et al., arXiv 2410.17897; the tiling: Dao, arXiv 2307.08691.
 
-Saved for backward: qkv with normed q and k and mixed v in place of what was projected (a copy, unless the caller lets
-the kernels overwrite theirs), ve and gate, out, rstd and log-sum-exp (fp32).
+Saved for backward: qkv with normed q and k (q scaled too) and mixed v in place of what was projected (a copy, unless
+the caller lets the kernels overwrite theirs), ve and gate, out, the factors of q and k and the log-sum-exp (fp32).
 Bytes a token at 4 heads of 128 in bf16, as launched, reading each tile once:
 
     prologue   2 KB of q and k in, 2 KB out; with ve 3 KB more       attention     3 KB in, 1 KB out
@@ -93,19 +93,19 @@ class _RotaryAttention(torch.autograd.Function):
         num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate, grad_scale)
         head_dim = 2 * cos.shape[-1]
         qkv = qkv.detach() if overwrite else qkv.clone()
-        rstd = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
+        factors = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
         ctx.widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         out, lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)
-        ctx.save_for_backward(qkv, out, lse, rstd, cos, sin, ve, gate, grad_scale)
+        ctx.save_for_backward(qkv, out, lse, factors, cos, sin, ve, gate, grad_scale)
         ctx.window = window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        qkv, out, lse, rstd, cos, sin, ve, gate, grad_scale = ctx.saved_tensors
+        qkv, out, lse, factors, cos, sin, ve, gate, grad_scale = ctx.saved_tensors
         q, k, v = qkv.split(ctx.widths, dim=-1)
-        dqkv, dve, dgate = attention_bwd(dout, q, k, v, out, lse, rstd, cos, sin, ve, gate, ctx.window, grad_scale)
+        dqkv, dve, dgate = attention_bwd(dout, q, k, v, out, lse, factors, cos, sin, ve, gate, ctx.window, grad_scale)
         return dqkv, None, None, None, None, dve, dgate, None, None
 
 

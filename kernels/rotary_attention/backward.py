@@ -1,34 +1,31 @@
 """Attention backward, through QK-norm, rotary and value embedding to the gradient of qkv. No atomics: same bits twice.
 
-With s = q·kᵀ/√head_dim and p = exp(s − lse), recomputed tile by tile:
+With p = exp2(q·kᵀ − lse), q scaled as the prologue leaves it, recomputed tile by tile:
 
-    delta = rowsum(dout·out)    dv = pᵀ·dout    ds = p·(dout·vᵀ − delta)    dq = ds·k/√head_dim    dk = dsᵀ·q/√head_dim
+    delta = rowsum(dout·out)    dv = pᵀ·dout    ds = p·(dout·vᵀ − delta)    dq = ln 2·ds·k    dk = ln 2·dsᵀ·q
 
 Two kernels: the first walks the keys of each block of queries (dq; it also writes delta), the second the queries of
 each block of keys (dk, dv, summed over the group's heads). Each ends by taking its tile back through what the prologue
 did, while it is in registers: no gradient of a normed head is ever stored. Both compute p and ds, 7 products for 5.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..common import tl, triton
 from . import tiles
-from .forward import LOG2_E
 from .prologue import rotary_norm_bwd
 from .tiles import key_runs, query_runs
 
 
 @triton.jit
 def _dq_run(
-    dq, q, do, lse, delta, k_ptr, v_ptr, start, stop, m0, seq_len, window, scale_log2,
+    dq, q, do, lse, delta, k_ptr, v_ptr, start, stop, m0, seq_len, window,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys of one run of tiles to dq (without the factor 1/√head_dim)."""
+    """Adds the keys of one run of tiles to dq (without the factor ln 2)."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, HEAD_DIM)
@@ -43,7 +40,7 @@ def _dq_run(
         else:
             k = tl.load(k_ptr + n0 * k_stride + k_offs)
             v = tl.load(v_ptr + n0 * v_stride + v_offs)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]  # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None]  # [BLOCK_M, BLOCK_N]
         if CAUSAL:
             scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
         if WINDOWED:
@@ -57,13 +54,14 @@ def _dq_run(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, grad_scale_ptr, dq_ptr,
-    seq_len, window, q_stride_b, v_stride_b, scale, scale_log2,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, factor_ptr, cos_ptr, sin_ptr, grad_scale_ptr, dq_ptr,
+    seq_len, window, q_stride_b, v_stride_b,
     Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
     NARROW: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, the longest rows first."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
     KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     NORM_HEADS: tl.constexpr = NUM_HEADS + KV_HEADS
     DQKV_STRIDE: tl.constexpr = (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -89,44 +87,45 @@ def _attention_dq_kernel(
     out = tl.load(out_ptr + out_offs, mask=live[:, None], other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + rows, delta, mask=live)
-    lse = tl.load(lse_ptr + rows, mask=live, other=0.0) * scale_log2
+    lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
 
     dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, start, full, m0, seq_len, window, scale_log2,
+        dq, q, do, lse, delta, k_ptr, v_ptr, start, full, m0, seq_len, window,
         K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=NARROW, WINDOWED=True, STAGES=STAGES,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, full, diagonal, m0, seq_len, window, scale_log2,
+        dq, q, do, lse, delta, k_ptr, v_ptr, full, diagonal, m0, seq_len, window,
         K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=False, WINDOWED=False, STAGES=STAGES,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, diagonal, stop, m0, seq_len, window, scale_log2,
+        dq, q, do, lse, delta, k_ptr, v_ptr, diagonal, stop, m0, seq_len, window,
         K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=True, WINDOWED=False, STAGES=STAGES,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
-    rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + head, mask=live, other=0.0)
+    factor_ptr += first * NORM_HEADS + head
+    factor = tl.load(factor_ptr + rows * NORM_HEADS, mask=live, other=0.0)
     if HAS_GRAD_SCALE:
-        rstd *= tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
+        factor *= tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
     table = m0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
-        dq * scale, q_ptr, rstd, cos_ptr + table, sin_ptr + table,
+        dq, q_ptr, factor, cos_ptr + table, sin_ptr + table,
         dq_ptr + first * DQKV_STRIDE + head * HEAD_DIM, live,
-        Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
+        SQUARE=LOG2_E * LOG2_E, Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
 
 @triton.jit
 def _dkv_run(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, n0, seq_len, window, scale_log2,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, n0, seq_len, window,
     Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the queries of one run of tiles to dk (without the factor 1/√head_dim) and dv."""
+    """Adds the queries of one run of tiles to dk (without the factor ln 2) and dv."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEAD_DIM)
@@ -150,7 +149,6 @@ def _dkv_run(
             do = tl.load(do_ptr + do_offs)
         # -lse and -delta start the accumulators: subtracted later, they would hold 32 registers a thread and spill.
         scores = tl.dot(k, tl.trans(q), tl.broadcast_to(-lse[None, :], (BLOCK_N, BLOCK_M)), input_precision="ieee")
-        scores *= scale_log2
         if MASKED:
             distance = (m0 + offs_m)[None, :] - offs_n[:, None]
             scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
@@ -167,10 +165,10 @@ def _dkv_run(
 
 @triton.jit
 def _attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, rstd_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, factor_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
     grad_scale_ptr, dk_ptr, dv_ptr, dve_ptr, dgate_ptr,
     seq_len, window, q_stride_b, v_stride_b,
-    ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t, scale, scale_log2,
+    ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t,
     Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VE: tl.constexpr,
     HAS_GRAD_SCALE: tl.constexpr,
@@ -205,17 +203,17 @@ def _attention_dkv_kernel(
         delta_head_ptr = delta_ptr + (batch * NUM_HEADS + head) * seq_len
         dk, dv = _dkv_run(
             dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
-            start, full, n0, seq_len, window, scale_log2,
+            start, full, n0, seq_len, window,
             Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
         dk, dv = _dkv_run(
             dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
-            full, edge, n0, seq_len, window, scale_log2,
+            full, edge, n0, seq_len, window,
             Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
         dk, dv = _dkv_run(
             dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
-            edge, stop, n0, seq_len, window, scale_log2,
+            edge, stop, n0, seq_len, window,
             Q_STRIDE=Q_STRIDE, DO_STRIDE=DO_STRIDE, MASKED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
 
@@ -229,30 +227,31 @@ def _attention_dkv_kernel(
         tl.store(dve_ptr + heads[:, None] * HEAD_DIM + offs_d, 2 * sigma[:, None] * dv, mask=live[:, None])
         tl.store(dgate_ptr + heads, 2 * sigma * (1 - sigma) * tl.sum(dv * ve, axis=1), mask=live)
 
-    rstd = tl.load(rstd_ptr + (first + rows) * NORM_HEADS + NUM_HEADS + kv_head, mask=live, other=0.0)
+    factor_ptr += first * NORM_HEADS + NUM_HEADS + kv_head
+    factor = tl.load(factor_ptr + rows * NORM_HEADS, mask=live, other=0.0)
     if HAS_GRAD_SCALE:
         grad_scale = tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
-        rstd *= grad_scale
+        factor *= grad_scale
         dv *= grad_scale[:, None]
     tile = first * DQKV_STRIDE + kv_head * HEAD_DIM
     tl.store(dv_ptr + tile + rows[:, None] * DQKV_STRIDE + offs_d, dv, mask=live[:, None])
     table = n0.to(tl.int64) * (HEAD_DIM // 2)
     rotary_norm_bwd(
-        dk * scale, k_ptr, rstd, cos_ptr + table, sin_ptr + table,
+        dk, k_ptr, factor, cos_ptr + table, sin_ptr + table,
         dk_ptr + tile, live,
-        Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        SQUARE=HEAD_DIM, Y_STRIDE=Q_STRIDE, DX_STRIDE=DQKV_STRIDE, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
 
 def attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rstd: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, factors: Tensor,
     cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, window: int, grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dqkv [B, T, (H + 2·KVH)·head_dim], dve, dgate): what the forward's tensors were made of, in their dtypes."""
     B, T, width = out.shape
     head_dim = 2 * cos.shape[-1]
     num_heads, num_kv_heads = width // head_dim, k.shape[-1] // head_dim
-    group, window, scale = num_heads // num_kv_heads, min(window, T), 1 / math.sqrt(head_dim)
+    group, window = num_heads // num_kv_heads, min(window, T)
     dout = dout.contiguous()
     dqkv = torch.empty(B, T, (num_heads + 2 * num_kv_heads) * head_dim, dtype=out.dtype, device=out.device)
     dq, dk, dv = dqkv.split([width, k.shape[-1], k.shape[-1]], dim=-1)
@@ -263,8 +262,8 @@ def attention_bwd(
 
     block = config.dq
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
-        q, k, v, out, dout, lse, delta, rstd, cos, sin, grad_scale, dq,
-        T, window, q.stride(0), v.stride(0), scale, scale * LOG2_E,
+        q, k, v, out, dout, lse, delta, factors, cos, sin, grad_scale, dq,
+        T, window, q.stride(0), v.stride(0),
         Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_GRAD_SCALE=grad_scale is not None,
         NARROW=block.both_edges(window), STAGES=block.full_stages,
@@ -272,10 +271,10 @@ def attention_bwd(
     )  # fmt: skip
     block = config.dkv
     _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
-        q, k, v, dout, lse, delta, rstd, cos, sin, ve, gate, grad_scale, dk, dv, dve, dgate,
+        q, k, v, dout, lse, delta, factors, cos, sin, ve, gate, grad_scale, dk, dv, dve, dgate,
         T, window, q.stride(0), v.stride(0),
         0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
-        0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1), scale, scale * LOG2_E,
+        0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1),
         Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_VE=ve is not None,
         HAS_GRAD_SCALE=grad_scale is not None,
