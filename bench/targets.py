@@ -174,10 +174,6 @@ def _mlp_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
         rstd = randn(M, dtype=fp32).abs_() if normed else None
         return lambda: [mlp._fc_fwd(x, w_fc, rstd)]
 
-    def proj_forward(randn: Random) -> Call:
-        post, w_proj, residual = randn(M, F).relu_().square_(), randn(D, F, scale=F**-0.5), randn(M, D)
-        return lambda: [mlp._proj_fwd(post, w_proj, residual)]
-
     def proj_backward(randn: Random, normed: bool = False) -> Call:
         dout, w_proj, post = randn(M, D), randn(D, F, scale=F**-0.5), randn(M, F).relu_().square_()
         rstd = randn(M, dtype=fp32).abs_() if normed else None
@@ -202,7 +198,6 @@ def _mlp_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
     tight = {**block, "tiles": NORM_GEMM}  # their epilogues hold more than the sums
     return [
         Target("mlp-fc-forward", **block, kernels=("_fc_fwd_kernel",), prepare=fc_forward),
-        Target("mlp-proj-forward", **block, kernels=("_proj_fwd_kernel",), prepare=proj_forward),
         Target("mlp-proj-backward", **block, kernels=("_proj_bwd_kernel",), prepare=proj_backward),
         Target("norm-mlp-fc-forward", **block, kernels=("_fc_fwd_kernel",), prepare=partial(fc_forward, normed=True),
                fused_norms=True),

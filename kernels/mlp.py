@@ -5,8 +5,8 @@ x, residual, out: [..., D]; W_fc: [F, D]; W_proj: [D, F]. Backward, with post = 
     dz = 2·√post·(dout·W_proj);  dx = dz·W_fc;  dW_fc = dzᵀ·x;  dW_proj = doutᵀ·post;  dresidual = dout
 
 √post is relu(z), so z itself is neither kept nor written: relu² and its backward live in the epilogues of the products
-around them, and the residual in that of the second one. dz takes the memory of post once dW_proj has been taken from
-it, unless the graph is kept for another backward. The plain products are the vendor's.
+around them. dz takes the memory of post once dW_proj has been taken from it, unless the graph is kept for another
+backward. The plain products are the vendor's, and so is the one that adds to the residual, as in `linear`.
 
 `norm_relu2_mlp` has the norm inside: out = x + relu(norm(x)·W_fcᵀ)²·W_projᵀ. With rstd = 1/√(mean(x²) + eps) a row, the
 norm is a factor in the first product's epilogue, and neither it nor its gradient is ever written. Backward, with
@@ -18,8 +18,9 @@ c is summed in the epilogue that has dpost and post, a tile's columns at a time;
 added up, always in the same order, in the epilogue of dz·W_fc, which writes dx. Source: the derivative of x·rstd.
 
 Saved: x, post, W_fc, W_proj; with `recompute` no post: the first product runs again in the backward, which spares 2F
-bytes a token to keep and costs 2DF FLOPs and 2D + 2F bytes a token to do. Bytes per token in 16 bits: 4F + 6D forward;
-10F + 8D backward. FLOPs per token: 4DF forward, 8DF backward. Source of relu²: So et al., Primer, arXiv 2109.08668.
+bytes a token to keep and costs 2DF FLOPs and 2D + 2F bytes a token to do. Bytes per token in 16 bits: 4F + 6D forward,
+4D more where PyTorch has to copy the residual; 10F + 8D backward. FLOPs per token: 4DF forward, 8DF backward. Source of
+relu²: So et al., Primer, arXiv 2109.08668.
 """
 
 from collections.abc import Callable
@@ -75,23 +76,6 @@ def _fc_fwd_kernel(
     post = (z * z).to(post_ptr.dtype.element_ty)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(post_ptr + offs_m[:, None] * N + offs_n[None, :], post, mask=mask)
-
-
-@triton.jit
-def _proj_fwd_kernel(
-    a_ptr, b_ptr, residual_ptr, out_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, residual_stride_m, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """out = residual + a·b."""
-    offs_m, offs_n = tile_offsets(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = gemm_tile(
-        a_ptr, b_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, offs_m, offs_n, M, N, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    residual = tl.load(residual_ptr + offs_m[:, None] * residual_stride_m + offs_n[None, :], mask=mask, other=0.0)
-    out = (acc + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -173,18 +157,6 @@ def _fc_fwd(x: Tensor, w_fc: Tensor, rstd: Tensor | None = None) -> Tensor:
     return post
 
 
-def _proj_fwd(post: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:
-    """residual + post·W_projᵀ: [M, D]."""
-    (M, K), N = post.shape, w_proj.shape[0]
-    out = torch.empty(M, N, dtype=post.dtype, device=post.device)
-    config = _config(N, K, post.dtype)
-    _proj_fwd_kernel[gemm_grid(M, N, config)](
-        post, w_proj, residual, out, post.stride(0), post.stride(1), w_proj.stride(1), w_proj.stride(0),
-        residual.stride(0), M, N, K, **config,
-    )  # fmt: skip
-    return out
-
-
 def _proj_bwd_(
     dout: Tensor, w_proj: Tensor, post: Tensor, rstd: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -214,30 +186,32 @@ def _norm_fc_bwd(dz: Tensor, w_fc: Tensor, x: Tensor, dout: Tensor, rstd: Tensor
     return dx
 
 
-def _check(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> None:
+def _check(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor | None) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"x: {x.dtype}, the kernels take float32, float16 and bfloat16")
     for name, tensor in (("w_fc", w_fc), ("w_proj", w_proj), ("residual", residual)):
-        if tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name}: {tensor.dtype}, x has {x.dtype}")
     if w_fc.dim() != 2 or w_fc.shape[1] != x.shape[-1] or w_proj.shape != (w_fc.shape[1], w_fc.shape[0]):
         raise ValueError(f"w_fc {tuple(w_fc.shape)} and w_proj {tuple(w_proj.shape)}: expected [F, D] and [D, F]")
-    if residual.shape != x.shape:
+    if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: {tuple(residual.shape)}, x has {tuple(x.shape)}")
-    if residual.stride(-1) != 1 and residual.shape[-1] != 1:
-        raise ValueError(f"residual: stride {residual.stride(-1)} along the last dimension, the kernels need 1")
+    if residual is None and x.stride(-1) != 1 and x.shape[-1] != 1:
+        raise ValueError(f"x: stride {x.stride(-1)} along the last dimension, the kernels need 1 to norm it")
 
 
 class _Relu2MLP(torch.autograd.Function):
     """Without a residual, the norm is inside and the residual is x."""
 
     @staticmethod
-    def forward(ctx, x, w_fc, w_proj, residual, main_grad_fc, main_grad_proj, recompute):
-        _check(x, w_fc, w_proj, x if residual is None else residual)
+    def forward(ctx, x, w_fc, w_proj, residual, main_grad_fc, main_grad_proj, recompute, overwrite):
+        _check(x, w_fc, w_proj, residual)
         rows = x.reshape(-1, x.shape[-1])
         rstd = _rstd(rows) if residual is None else None
         post = _fc_fwd(rows, w_fc, rstd)
-        out = _proj_fwd(post, w_proj, rows if residual is None else residual.reshape(rows.shape))
+        stream = rows if residual is None else residual.reshape(rows.shape)
+        # Overwritten through an alias: the stream may be a view that another op has made, which autograd would refuse.
+        out = stream.detach().addmm_(post, w_proj.mT) if overwrite else torch.addmm(stream, post, w_proj.mT)
         ctx.save_for_backward(rows, rstd, None if recompute else post, w_fc, w_proj)
         ctx.main_grads = main_grad_fc, main_grad_proj
         return out.view(x.shape)
@@ -264,20 +238,26 @@ class _Relu2MLP(torch.autograd.Function):
             if needs_dx:
                 dx = torch.mm(dz, w_fc) if rstd is None else _norm_fc_bwd(dz, w_fc, x, rows.contiguous(), rstd, c)
                 dx = dx.view(dout.shape)
-        return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None, None
+        return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None, None, None
 
 
-def _run(reference: Callable, x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor | None, recompute: bool):
+def _run(
+    reference: Callable, x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor | None, recompute: bool,
+    overwrite: bool = False,
+) -> Tensor:  # fmt: skip
     if not use_kernels(x):
         inputs = (x, w_fc, w_proj) if residual is None else (x, w_fc, w_proj, residual)
         if recompute and torch.is_grad_enabled():
             return checkpoint(reference, *inputs, use_reentrant=False, preserve_rng_state=False)
         return reference(*inputs)
     main_grads = getattr(w_fc, "main_grad", None), getattr(w_proj, "main_grad", None)
-    return _Relu2MLP.apply(x, w_fc, w_proj, residual, *main_grads, recompute)
+    overwrite = overwrite and residual.is_contiguous()
+    return _Relu2MLP.apply(x, w_fc, w_proj, residual, *main_grads, recompute, overwrite)
 
 
-def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompute: bool = False) -> Tensor:
+def relu2_mlp(
+    x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompute: bool = False, overwrite: bool = False
+) -> Tensor:
     """The feed-forward block with its residual.
 
     Args:
@@ -285,6 +265,7 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompu
         w_fc: [F, D]; w_proj: [D, F]. Where one carries `main_grad`, its gradient is added there.
         residual: [..., D], the stream itself.
         recompute: keep nothing of width F for the backward, and make it again there: the same bits.
+        overwrite: nobody needs `residual` any more: the kernels may write over it, if it is contiguous.
 
     Returns:
         [..., D].
@@ -292,7 +273,7 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompu
     Raises:
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
-    return _run(relu2_mlp_ref, x, w_fc, w_proj, residual, recompute)
+    return _run(relu2_mlp_ref, x, w_fc, w_proj, residual, recompute, overwrite)
 
 
 def norm_relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, recompute: bool = False) -> Tensor:

@@ -160,7 +160,7 @@ class GPT(nn.Module):
         if self.fused_norms:
             return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute), x0
         x, y = kernels.rms_norm(x)
-        return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute), x0
+        return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute, overwrite=True), x0
 
 
 def _forgetting(tensor: Tensor | None, again: Callable[[], Tensor], when: bool) -> AbstractContextManager:

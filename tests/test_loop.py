@@ -228,8 +228,9 @@ def test_beside_the_ops_nothing_passes_over_the_stream(no_launches, fused_norms)
     with Passes(tokens[:, :-1].numel() * step.model.config.d_model) as passes:
         step.micro_step(tokens, 2)
     # In every layer dx of qkv and of attention's output, and where no norm is in them qkv and dx of the MLP; the logits
-    # in eight chunks. A stream that is kept in two factors is copied before attention's output is added to it.
-    products = {"mm": 2 * 8 + 8, "addmm": 8} if fused_norms else {"mm": 4 * 8 + 8, "addmm_": 8}
+    # in eight chunks. Attention's output and the MLP's are added to the stream in place, but to a copy of it where a
+    # norm inside a product keeps it for its backward.
+    products = {"mm": 2 * 8 + 8, "addmm": 16} if fused_norms else {"mm": 4 * 8 + 8, "addmm_": 16}
     # Before the first layer x is x0, and two gradients meet; the head's dx is scaled by what comes back for the loss.
     assert dict(passes.counts) == {**products, "add": 1, "mul": 1}
 

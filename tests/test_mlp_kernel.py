@@ -49,6 +49,33 @@ def test_many_tiles(small_tiles, dtype):
     check(op.relu2_mlp, make_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_may_become_the_result(dtype):
+    def in_place(x, w_fc, w_proj, residual):
+        stream = (1 * residual).view(residual.shape)  # a view, as the norm returns it
+        y = op.relu2_mlp(x, w_fc, w_proj, stream, overwrite=True)
+        assert y.data_ptr() == stream.data_ptr()
+        return y
+
+    inputs = make_inputs((2, 35), 37, 91, dtype)
+    check(in_place, inputs, dtype)
+    *rest, residual = inputs
+    spread = torch.zeros(2, 35, 74, dtype=dtype, device=DEVICE)[..., ::2].copy_(residual)
+    assert torch.equal(op.relu2_mlp(*rest, spread, overwrite=True), op.relu2_mlp(*inputs))
+    assert torch.equal(spread, residual), "not contiguous, so it is left alone"
+    kept = residual.clone()
+    op.relu2_mlp(*inputs)
+    assert torch.equal(residual, kept)
+
+
+def test_an_overwritten_residual_is_refused_by_whoever_kept_it():
+    *rest, residual = make_inputs((4,), 8, 32, torch.float32)
+    stream = residual.requires_grad_().exp()  # keeps its result
+    y = op.relu2_mlp(*rest, stream, overwrite=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
 def test_bfloat16_in_many_tiles(small_tiles):
     check(op.relu2_mlp, make_inputs((2, 35), 37, 91, torch.bfloat16), torch.bfloat16)
 
@@ -66,7 +93,7 @@ def test_gradients_add_up_in_main_grad(dtype):
 
 MUTANTS = {
     "no relu": (("z = tl.maximum(z, 0.0)", "z = z"),),
-    "no residual": (("acc + residual.to(tl.float32)", "acc"),),
+    "no residual": (("torch.addmm(stream, post, w_proj.mT)", "torch.mm(post, w_proj.mT)"),),
     "half of the gradient": (("2.0 * root * dpost", "root * dpost"),),
     "the gradient of relu, not of its square": (("2.0 * root * dpost", "tl.where(post > 0, 1.0, 0.0) * dpost"),),
     "the last column is not written": (("post, mask=mask)", "post, mask=mask & (offs_n < N - 1)[None, :])"),),
@@ -117,7 +144,7 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="residual"):
         op.relu2_mlp(x, w_fc, w_proj, residual[:2])
     with pytest.raises(ValueError, match="stride"):
-        op.relu2_mlp(x, w_fc, w_proj, residual.T.contiguous().T)
+        op.norm_relu2_mlp(x.T.contiguous().T, w_fc, w_proj)
     with pytest.raises(ValueError, match="float64"):
         op.relu2_mlp(*(t.double() for t in (x, w_fc, w_proj, residual)))
 
@@ -167,5 +194,4 @@ def test_past_two_to_the_31_elements(rows, hidden):
     post = op._fc_fwd(x, w_fc)
     dz, _ = op._proj_bwd_(residual[last], w_proj, post[last].clone())
     assert torch.equal(post[last], op._fc_fwd(x[last], w_fc))
-    assert torch.equal(op._proj_fwd(post, w_proj, residual)[last], op._proj_fwd(post[last], w_proj, residual[last]))
     assert torch.equal(op._proj_bwd_(residual, w_proj, post)[0][last], dz)
