@@ -120,7 +120,7 @@ def test_rates_are_of_what_the_ops_cost():
     ours = {name: target.calls * target.flops for name, target in small_targets(config).items()}
     assert ours["attention-forward"] == flops["rotary_attention"]
     assert ours["attention-dq"] + ours["attention-dkv"] == 14 / 4 * flops["rotary_attention"]  # as launched
-    assert ours["mlp-fc-forward"] + ours["mlp-proj-forward"] == flops["mlp"]
+    assert 2 * ours["mlp-fc-forward"] == flops["mlp"]  # the second product, as large, is the vendor's
     assert ours["mlp-proj-backward"] == ours["norm-mlp-fc-backward"] == ours["mlp-fc-forward"]
     gates = 2 * config.micro_batch_tokens * 2 * GATE_CHANNELS
     assert ours["norm-qkv-forward"] == flops["qkv_projection"] - gates
