@@ -42,9 +42,8 @@ GEMM = product_tiles(((32, 5), (64, 3), (64, 4), (128, 2)), BLOCK_M=SIZES, BLOCK
 # What they leave out spilled hundreds of bytes a thread, or took more than 227 KiB (bench/LOG.md, 2026-11-24).
 ATTENTION = grid(
     lambda tile: tile["block_m"] * min(tile["block_n"], 64) <= 1024 * tile["num_warps"]
-    and tile["block_n"] * tile["full_stages"] < 512
-    and tile["num_stages"] in (2, tile["full_stages"]),
-    block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4), full_stages=(2, 3, 4),
+    and tile["block_n"] * tile["num_stages"] < 512,
+    block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4), tma=(True, False),
 )  # fmt: skip
 ATTENTION_DKV = grid(
     lambda tile: tile["block_m"] * tile["block_n"] <= 2048 or tile["num_warps"] == 8,

@@ -1,8 +1,9 @@
 """The loops of a compiled matrix kernel, read from its machine code: what a turn of each costs, and what bounds it.
 
 A loop is a backward branch; of nested ones the innermost that holds products counts. Code that the assembler moved out
-of a loop's range is not seen. The model: cycles of one of the four sub-partitions of a multiprocessor for the warps
-that reside on it (CTAs per multiprocessor x warps / 4), one turn each.
+of a loop's range is not seen, and its way back, a branch from behind the loop's end into its middle, is no loop. The
+model: cycles of one of the four sub-partitions of a multiprocessor for the warps that reside on it (CTAs per
+multiprocessor x warps / 4), one turn each.
 
     tensor   HGMMA of 64 x N: N/2. Dense bf16 does 4,096 FLOPs a cycle and multiprocessor, 512 FMA on each of its four
              tensor cores (NVIDIA, "H100 Tensor Core GPU Architecture"; x 132 x 1.83 GHz it is the datasheet's 989.5
@@ -114,6 +115,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
         target = re.search(r"\b0x([0-9a-f]+)\s*$", instruction.operands)
         if instruction.mnemonic.startswith("BRA") and target and int(target[1], 16) < instruction.address:
             ranges.add((int(target[1], 16), instruction.address))
+    ranges = {(a, b) for a, b in ranges if not any(first < a <= last < b for first, last in ranges)}
     held = sorted((first, last) for first, last in ranges if any(first <= p <= last for p in products))
     innermost = [
         (first, last) for first, last in held

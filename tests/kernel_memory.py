@@ -24,7 +24,8 @@ class Accesses:
 
     def __init__(self, kernel: str, arguments: Iterable):
         self.kernel = kernel
-        storages = [a.untyped_storage() for a in arguments if isinstance(a, torch.Tensor)]
+        tensors = [getattr(a, "base", a) for a in arguments]  # a descriptor's is the tensor it describes
+        storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
         self.ranges = {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}
         self.program = -1
         self.reads: list[tuple[np.ndarray, int, int]] = []  # addresses, program, moment
@@ -95,9 +96,9 @@ def watch_memory(monkeypatch) -> None:
         now[-1].program += 1
         begin(self, *index)
 
-    def watched_load(self, pointers, mask, other, *rest):
+    def watched_load(self, pointers, mask, other, *rest, **options):
         now[-1].add(now[-1].reads, pointers, mask)
-        loaded = load(self, pointers, mask, other, *rest)
+        loaded = load(self, pointers, mask, other, *rest, **options)
         # An `other` of one zero is taken for none by the interpreter.
         if other is not None or loaded.data.size == 1 or mask.data.all():
             return loaded

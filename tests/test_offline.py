@@ -44,7 +44,7 @@ for kernel, count in launches.items():
 """
 
 
-# With three stages in every loop of the attention forward, ptxas lets no product begin before the last has ended.
+# With three stages and loads by pointers, ptxas lets no product of attention begin before the last has ended.
 STAGES = """
 import torch
 from bench.offline import recording, usage
@@ -54,7 +54,7 @@ from kernels.rotary_attention.forward import attention_fwd
 q, k, v = torch.empty(1, 512, 3 * 128, device="meta", dtype=torch.bfloat16).split(128, dim=-1)
 with recording(90) as launches:
     own = tiles.config(128, q.dtype)
-    for forward in (own.forward, own.forward._replace(num_stages=3, full_stages=None)):
+    for forward in (own.forward, tiles.Tiles(128, 64, 8, 3)):
         tiles.config = lambda *_: own._replace(forward=forward)
         attention_fwd(q, k, v, 128, 256)
 print(*[fault for kernel, count in launches.items() for fault in usage(kernel, count, warnings=True).faults(90)])

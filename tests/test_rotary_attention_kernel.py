@@ -15,6 +15,7 @@ from kernels.rotary_attention import (
     rotary_attention,
     rotary_attention_ref,
     rotary_tables,
+    rows,
     tiles,
     visited_tiles,
 )
@@ -25,6 +26,7 @@ interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="patches the interprete
 
 real_config = tiles.config
 SMALL_TILES = Config(Rows(8, 4), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
+TMA_TILES = SMALL_TILES._replace(forward=Tiles(32, 16, 4, 1, tma=True), dq=Tiles(16, 32, 4, 1, tma=True))
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +78,27 @@ def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
         (1, 20, 2, 1, 16, 1000, True),  # shorter than a tile of queries, in a window wider than any tile
     ],
 )
-def test_output_and_gradients(B, T, H, KVH, head_dim, window, has_ve):
+@pytest.mark.parametrize("tma", [False, True])
+def test_output_and_gradients(B, T, H, KVH, head_dim, window, has_ve, tma, monkeypatch):
+    if DEVICE == "cpu" and tma:
+        monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: TMA_TILES)
     check(random_inputs(B, T, H, KVH, head_dim, has_ve), H, window, head_dim, torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("misaligned", ["base", "stride"])
+def test_rows_that_the_accelerator_cannot_take_are_loaded_by_pointers(misaligned, monkeypatch):
+    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: TMA_TILES)
+    T, width = 40, 3 * 2 * 16
+    qkv = random_inputs(1, T, 2, 2, 16, False)[0].float()
+    wide = torch.zeros(1, T, width + (4 if misaligned == "base" else 1))
+    moved = wide[..., 1 : 1 + width] if misaligned == "base" else wide[..., :width]
+    moved.copy_(qkv)
+    assert rows.fits_tma(qkv)
+    assert not rows.fits_tma(moved)
+    tables = rotary_tables(T, 16)
+    out = rotary_attention(moved, *tables, 2, 18, overwrite=True)
+    assert torch.equal(out, rotary_attention(qkv, *tables, 2, 18))
 
 
 @pytest.mark.parametrize(("T", "H", "KVH", "head_dim", "window", "has_ve"), [
@@ -274,7 +295,7 @@ MUTANTS = [
     (forward, "_fwd_run", "offs_m - n0 - window", "offs_m - n0 - window + 1"),
     (forward, "_fwd_run", "<= (offs_m - n0)", "<= (offs_m - n0 + 1)"),
     (forward, "_attention_fwd_kernel", "CAUSAL=NARROW", "CAUSAL=False"),
-    (forward, "_attention_fwd_kernel", "head // GROUP * HEAD_DIM", "head % (NUM_HEADS // GROUP) * HEAD_DIM"),
+    (forward, "_attention_fwd_kernel", "head // GROUP", "head % (NUM_HEADS // GROUP)"),
     (forward, "key_runs", "m0 + BLOCK_M - 1 - window", "m0 - window"),
     (backward, "_dq_run", "(dp - delta[:, None])", "dp"),
     (backward, "_dq_run", "offs_m - n0 - window", "offs_m - n0 - window - 1"),
@@ -300,6 +321,25 @@ def test_a_wrong_kernel_is_rejected(module, name, old, new, monkeypatch, tmp_pat
             monkeypatch.setattr(user, name, wrong)
     with pytest.raises(AssertionError):
         check(random_inputs(1, 40, 4, 2, 16, True), 4, 18, 16, torch.float32)
+
+
+WRONG_LOADS = [
+    (SMALL_TILES, "head * HEAD_DIM)", "0)"),
+    (SMALL_TILES, "batch.to(tl.int64) * batch_stride", "0"),
+    (TMA_TILES, "head * HEAD_DIM]", "0]"),
+    (TMA_TILES, "[batch, first,", "[0, first,"),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("shapes", "old", "new"), WRONG_LOADS)
+def test_a_wrong_load_is_rejected(shapes, old, new, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: shapes)
+    wrong = mutated(rows.load_rows, old, new, tmp_path / "mutant.py")
+    for user in (forward, backward):
+        monkeypatch.setattr(user, "load_rows", wrong)
+    with pytest.raises(AssertionError):
+        check(random_inputs(2, 40, 4, 2, 16, True), 4, 18, 16, torch.float32)
 
 
 def test_what_the_kernels_cannot_take_is_said():
@@ -340,8 +380,11 @@ SMALL = [(1, 150, 2, 1, 64, 70, True), (1, 131, 1, 1, 128, 131, False), (2, 1, 2
 
 
 @real_and_small("B, T, H, KVH, head_dim, window, has_ve", REAL, SMALL)
-def test_bfloat16_in_its_own_tiles(B, T, H, KVH, head_dim, window, has_ve, monkeypatch):
+@pytest.mark.parametrize("arch", [80, 90] if DEVICE == "cpu" else [None])
+def test_bfloat16_in_its_own_tiles(B, T, H, KVH, head_dim, window, has_ve, arch, monkeypatch):
     monkeypatch.setattr(tiles, "config", real_config)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tiles, "gpu_arch", lambda: arch)
     check(random_inputs(B, T, H, KVH, head_dim, has_ve), H, window, head_dim, torch.bfloat16, draws=2)
 
 

@@ -51,6 +51,11 @@ def test_the_innermost_loop_around_products_is_counted():
     assert loop.flops() == 2 * 64 * 16 * (64 + 128)
 
 
+def test_the_way_back_from_code_moved_out_of_a_loop_is_none():
+    moved = LISTING.replace("BRA 0x160;", "BRA 0x60;")  # as after a wait that spins, between the products
+    assert sass.loops(sass.instructions(moved)) == sass.loops(sass.instructions(LISTING))
+
+
 def test_cycles_are_those_of_the_model():
     (loop,) = sass.loops(sass.instructions(LISTING))
     # By shared memory: A [64, 16] and B [64, 16] of the first product, B alone of the second, in 2 bytes; ldmatrix and

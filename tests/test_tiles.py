@@ -26,7 +26,7 @@ from train.precompile import walk_step
 # What the kernels call a number of a tile, where it is not that number's own name.
 PARAMETERS = {
     "block_m": ("BLOCK_M",), "block_n": ("BLOCK_N",), "rows": ("BLOCK_T",), "NUM_WARPS": ("num_warps",),
-    "BLOCK": ("BLOCK", "BLOCK_R", "BLOCK_N"), "full_stages": ("STAGES",),
+    "BLOCK": ("BLOCK", "BLOCK_R", "BLOCK_N"), "tma": ("TMA",),
 }  # fmt: skip
 
 

@@ -15,31 +15,29 @@ from torch import Tensor
 from ..common import tl, triton
 from . import tiles
 from .prologue import rotary_norm_bwd
+from .rows import fits_tma, load_rows, row_source
 from .tiles import key_runs, query_runs
 
 
 @triton.jit
 def _dq_run(
-    dq, q, do, lse, delta, k_ptr, v_ptr, start, stop, m0, seq_len, window,
-    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr,
+    dq, q, do, lse, delta, k_source, v_source, batch, head, start, stop, m0, seq_len, window, k_stride_b, v_stride_b,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of one run of tiles to dq (without the factor ln 2)."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, HEAD_DIM)
-    k_offs = offs_n[:, None] * K_STRIDE + offs_d[None, :]
-    v_offs = offs_n[:, None] * V_STRIDE + offs_d[None, :]
-    k_stride, v_stride = tl.full((), K_STRIDE, tl.int64), tl.full((), V_STRIDE, tl.int64)
-    for n0 in tl.range(start, stop, BLOCK_N, num_stages=None if CAUSAL or WINDOWED else STAGES):
-        if CAUSAL or WINDOWED:
-            live = (n0 + offs_n < seq_len)[:, None]
-            k = tl.load(k_ptr + n0 * k_stride + k_offs, mask=live, other=0.0)
-            v = tl.load(v_ptr + n0 * v_stride + v_offs, mask=live, other=0.0)
-        else:
-            k = tl.load(k_ptr + n0 * k_stride + k_offs)
-            v = tl.load(v_ptr + n0 * v_stride + v_offs)
+    for n0 in range(start, stop, BLOCK_N):
+        k = load_rows(
+            k_source, batch, n0, head, seq_len, k_stride_b,
+            STRIDE=K_STRIDE, MASKED=CAUSAL or WINDOWED, TMA=TMA, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        )  # fmt: skip
+        v = load_rows(
+            v_source, batch, n0, head, seq_len, v_stride_b,
+            STRIDE=V_STRIDE, MASKED=CAUSAL or WINDOWED, TMA=TMA, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None]  # [BLOCK_M, BLOCK_N]
         if CAUSAL:
             scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
@@ -54,37 +52,40 @@ def _dq_run(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, factor_ptr, cos_ptr, sin_ptr, grad_scale_ptr, dq_ptr,
-    seq_len, window, q_stride_b, v_stride_b,
+    q_source, k_source, v_source, do_source, q_ptr, out_ptr, lse_ptr, delta_ptr, factor_ptr, cos_ptr, sin_ptr,
+    grad_scale_ptr, dq_ptr, seq_len, window, q_stride_b, v_stride_b,
     Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
-    NARROW: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NARROW: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, the longest rows first."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     NORM_HEADS: tl.constexpr = NUM_HEADS + KV_HEADS
+    OUT_STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
     DQKV_STRIDE: tl.constexpr = (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM
     blocks = tl.cdiv(seq_len, BLOCK_M)
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     row = tl.program_id(0) // blocks
-    batch, head = (row // NUM_HEADS).to(tl.int64), row % NUM_HEADS
-    first = batch * seq_len + m0  # the tile's first token
-    q_ptr += batch * q_stride_b + m0.to(tl.int64) * Q_STRIDE + head * HEAD_DIM
-    k_ptr += batch * q_stride_b + head // GROUP * HEAD_DIM
-    v_ptr += batch * v_stride_b + head // GROUP * HEAD_DIM
+    batch, head = row // NUM_HEADS, row % NUM_HEADS
+    first = batch.to(tl.int64) * seq_len + m0  # the tile's first token
     out_ptr += (first * NUM_HEADS + head) * HEAD_DIM
-    do_ptr += (first * NUM_HEADS + head) * HEAD_DIM
     lse_ptr += row.to(tl.int64) * seq_len + m0
     delta_ptr += row.to(tl.int64) * seq_len + m0
 
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEAD_DIM)[None, :]
     live = m0 + rows < seq_len
-    out_offs = rows[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d
-    q = tl.load(q_ptr + rows[:, None] * Q_STRIDE + offs_d, mask=live[:, None], other=0.0)
-    do = tl.load(do_ptr + out_offs, mask=live[:, None], other=0.0)
-    out = tl.load(out_ptr + out_offs, mask=live[:, None], other=0.0)
+    q = load_rows(
+        q_source, batch, m0, head, seq_len, q_stride_b,
+        STRIDE=Q_STRIDE, MASKED=True, TMA=TMA, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
+    )  # fmt: skip
+    out_stride_b = tl.full((), OUT_STRIDE, tl.int64) * seq_len
+    do = load_rows(
+        do_source, batch, m0, head, seq_len, out_stride_b,
+        STRIDE=OUT_STRIDE, MASKED=True, TMA=TMA, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
+    )  # fmt: skip
+    out = tl.load(out_ptr + rows[:, None] * OUT_STRIDE + offs_d, mask=live[:, None], other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + rows, delta, mask=live)
     lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
@@ -92,19 +93,19 @@ def _attention_dq_kernel(
     dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, start, full, m0, seq_len, window,
-        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=NARROW, WINDOWED=True, STAGES=STAGES,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        dq, q, do, lse, delta, k_source, v_source, batch, head // GROUP, start, full, m0, seq_len, window,
+        q_stride_b, v_stride_b, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
+        CAUSAL=NARROW, WINDOWED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, full, diagonal, m0, seq_len, window,
-        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=False, WINDOWED=False, STAGES=STAGES,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        dq, q, do, lse, delta, k_source, v_source, batch, head // GROUP, full, diagonal, m0, seq_len, window,
+        q_stride_b, v_stride_b, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
+        CAUSAL=False, WINDOWED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_ptr, v_ptr, diagonal, stop, m0, seq_len, window,
-        K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, CAUSAL=True, WINDOWED=False, STAGES=STAGES,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        dq, q, do, lse, delta, k_source, v_source, batch, head // GROUP, diagonal, stop, m0, seq_len, window,
+        q_stride_b, v_stride_b, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
+        CAUSAL=True, WINDOWED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
 
     factor_ptr += first * NORM_HEADS + head
@@ -112,6 +113,7 @@ def _attention_dq_kernel(
     if HAS_GRAD_SCALE:
         factor *= tl.load(grad_scale_ptr + first + rows, mask=live, other=0.0)
     table = m0.to(tl.int64) * (HEAD_DIM // 2)
+    q_ptr += batch.to(tl.int64) * q_stride_b + m0.to(tl.int64) * Q_STRIDE + head * HEAD_DIM
     rotary_norm_bwd(
         dq, q_ptr, factor, cos_ptr + table, sin_ptr + table,
         dq_ptr + first * DQKV_STRIDE + head * HEAD_DIM, live,
@@ -261,12 +263,15 @@ def attention_bwd(
     config = tiles.config(head_dim, out.dtype)
 
     block = config.dq
+    tma = block.tma and fits_tma(q, k, v, dout)
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
-        q, k, v, out, dout, lse, delta, factors, cos, sin, grad_scale, dq,
+        row_source(q, block.block_m, head_dim, tma), row_source(k, block.block_n, head_dim, tma),
+        row_source(v, block.block_n, head_dim, tma), row_source(dout, block.block_m, head_dim, tma),
+        q, out, lse, delta, factors, cos, sin, grad_scale, dq,
         T, window, q.stride(0), v.stride(0),
         Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_GRAD_SCALE=grad_scale is not None,
-        NARROW=block.both_edges(window), STAGES=block.full_stages,
+        NARROW=block.both_edges(window), TMA=tma,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     block = config.dkv
