@@ -92,6 +92,19 @@ def test_losses_that_read_later_targets(model, corpus, monkeypatch):
     assert any(line.startswith("causality") and "targets" in line for line in audited(model, corpus))
 
 
+def test_a_first_token_that_reads_the_next_target(model, corpus, monkeypatch):
+    """As attention did in rows of one token: the shortest prefix alone shows it."""
+    honest = TrainStep.token_losses
+
+    def peeking(self, inputs, targets):
+        losses = honest(self, inputs, targets).clone()
+        losses[:, 0] -= 0.1 * (targets[:, 1] % 2)
+        return losses
+
+    monkeypatch.setattr(TrainStep, "token_losses", peeking)
+    assert any(line.startswith("causality") and "targets" in line for line in audited(model, corpus))
+
+
 def test_logits_that_do_not_normalise(model, corpus, monkeypatch):
     """The normaliser leaves out the likeliest token: each probability is too large."""
 

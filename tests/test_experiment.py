@@ -46,6 +46,7 @@ def test_a_finished_run(corpus, tmp_path):
     assert full["comparable"]["evaluation"]["split_sha256"] == summary["fingerprint"]["split_sha256"]
     assert full["summary"]["val_bpb"] == summary["val_bpb"]
     assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert first["budget"] == "3 steps"
 
 
 def test_a_run_that_fails_and_one_that_is_broken(corpus, tmp_path, monkeypatch):

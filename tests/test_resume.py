@@ -205,9 +205,17 @@ def test_an_option_at_its_default_is_compared_as_well(corpus, tmp_path, capsys):
     assert "seed was 7 and is 42" in capsys.readouterr().err
 
 
-def test_what_does_not_differ_may_be_said_again(stopped, whole):
+def test_what_does_not_differ_may_be_said_again(stopped, whole, capsys):
     assert main("--resume", str(stopped), *TINY, *STEPS, "--checkpoint-every", "0") == 0
     assert_same(stopped, whole)
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_what_changed_around_a_run_is_said(stopped, monkeypatch, capsys):
+    here = train.trainer.environment()
+    monkeypatch.setattr(train.trainer, "environment", lambda: here | {"threads": 99})
+    assert main("--resume", str(stopped)) == 0
+    assert f"note:   started with threads {here['threads']}, now 99: " in capsys.readouterr().out
 
 
 def test_an_edited_config_is_refused(stopped, capsys):

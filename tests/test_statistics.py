@@ -30,6 +30,8 @@ def test_welch_on_a_worked_example():
     a, b = [1.0, 2.0, 3.0], [4.0, 6.0, 8.0]
     assert welch_p(a, b) == pytest.approx(student_p(-4 / math.sqrt(5 / 3), 50 / 17))
     assert welch_p(a, b) == welch_p(b, a)
+    # Equal variances, as of equal steps: 1/2 for each group of two, t = −1/√(1/4 + 1/4), df = 2.
+    assert welch_p([1.0, 2.0], [2.0, 3.0]) == pytest.approx(student_p(-math.sqrt(2), 2))
 
 
 def test_noise_cannot_be_known_without_repeats():
