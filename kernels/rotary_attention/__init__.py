@@ -95,17 +95,17 @@ class _RotaryAttention(torch.autograd.Function):
         qkv = qkv.detach() if overwrite else qkv.clone()
         factors = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
         ctx.widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-        out, lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)
-        ctx.save_for_backward(qkv, out, lse, factors, cos, sin, ve, gate, grad_scale)
+        out, neg_lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)
+        ctx.save_for_backward(qkv, out, neg_lse, factors, cos, sin, ve, gate, grad_scale)
         ctx.window = window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        qkv, out, lse, factors, cos, sin, ve, gate, grad_scale = ctx.saved_tensors
+        qkv, *saved, grad_scale = ctx.saved_tensors
         q, k, v = qkv.split(ctx.widths, dim=-1)
-        dqkv, dve, dgate = attention_bwd(dout, q, k, v, out, lse, factors, cos, sin, ve, gate, ctx.window, grad_scale)
+        dqkv, dve, dgate = attention_bwd(dout, q, k, v, *saved, ctx.window, grad_scale)
         return dqkv, None, None, None, None, dve, dgate, None, None
 
 

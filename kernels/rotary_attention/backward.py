@@ -4,7 +4,9 @@ With p = exp2(q·kᵀ − lse), q scaled as the prologue leaves it, recomputed t
 
     delta = rowsum(dout·out)    dv = pᵀ·dout    ds = p·(dout·vᵀ − delta)    dq = ln 2·ds·k    dk = ln 2·dsᵀ·q
 
-Two kernels: the first walks the keys of each block of queries (dq; it also writes delta), the second the queries of
+Both lse and delta are stored negated, as the products' accumulators start with them.
+
+Two kernels: the first walks the keys of each block of queries (dq; it also writes −delta), the second the queries of
 each block of keys (dk, dv, summed over the group's heads). Each ends by taking its tile back through what the prologue
 did, while it is in registers: no gradient of a normed head is ever stored. Both compute p and ds, 7 products for 5.
 """
@@ -21,8 +23,8 @@ from .tiles import key_runs, query_runs
 
 @triton.jit
 def _dq_run(
-    dq, q, do, lse, delta, k_source, v_source, batch, head, start, stop, m0, seq_len, window, k_stride_b, v_stride_b,
-    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, TMA: tl.constexpr,
+    dq, q, do, neg_lse, neg_delta, k_source, v_source, batch, head, start, stop, m0, seq_len, window,
+    k_stride_b, v_stride_b, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, TMA: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -38,21 +40,21 @@ def _dq_run(
             v_source, batch, n0, head, seq_len, v_stride_b,
             STRIDE=V_STRIDE, MASKED=CAUSAL or WINDOWED, TMA=TMA, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None]  # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") + neg_lse[:, None]  # [BLOCK_M, BLOCK_N]
         if CAUSAL:
             scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
         if WINDOWED:
             scores = tl.where(offs_n[None, :] >= (offs_m - n0 - window)[:, None], scores, float("-inf"))
         p = tl.exp2(scores)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
+        ds = p * (dp + neg_delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
 def _attention_dq_kernel(
-    q_source, k_source, v_source, do_source, q_ptr, out_ptr, lse_ptr, delta_ptr, factor_ptr, cos_ptr, sin_ptr,
+    q_source, k_source, v_source, do_source, q_ptr, out_ptr, neg_lse_ptr, neg_delta_ptr, factor_ptr, cos_ptr, sin_ptr,
     grad_scale_ptr, dq_ptr, seq_len, window, q_stride_b, v_stride_b,
     Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
@@ -70,8 +72,8 @@ def _attention_dq_kernel(
     batch, head = row // NUM_HEADS, row % NUM_HEADS
     first = batch.to(tl.int64) * seq_len + m0  # the tile's first token
     out_ptr += (first * NUM_HEADS + head) * HEAD_DIM
-    lse_ptr += row.to(tl.int64) * seq_len + m0
-    delta_ptr += row.to(tl.int64) * seq_len + m0
+    neg_lse_ptr += row.to(tl.int64) * seq_len + m0
+    neg_delta_ptr += row.to(tl.int64) * seq_len + m0
 
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEAD_DIM)[None, :]
@@ -86,24 +88,24 @@ def _attention_dq_kernel(
         STRIDE=OUT_STRIDE, MASKED=True, TMA=TMA, ROWS=BLOCK_M, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     out = tl.load(out_ptr + rows[:, None] * OUT_STRIDE + offs_d, mask=live[:, None], other=0.0)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
-    tl.store(delta_ptr + rows, delta, mask=live)
-    lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
+    neg_delta = -tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
+    tl.store(neg_delta_ptr + rows, neg_delta, mask=live)
+    neg_lse = tl.load(neg_lse_ptr + rows, mask=live, other=0.0)
 
     dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
     dq = _dq_run(
-        dq, q, do, lse, delta, k_source, v_source, batch, head // GROUP, start, full, m0, seq_len, window,
+        dq, q, do, neg_lse, neg_delta, k_source, v_source, batch, head // GROUP, start, full, m0, seq_len, window,
         q_stride_b, v_stride_b, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
         CAUSAL=NARROW, WINDOWED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_source, v_source, batch, head // GROUP, full, diagonal, m0, seq_len, window,
+        dq, q, do, neg_lse, neg_delta, k_source, v_source, batch, head // GROUP, full, diagonal, m0, seq_len, window,
         q_stride_b, v_stride_b, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
         CAUSAL=False, WINDOWED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
     dq = _dq_run(
-        dq, q, do, lse, delta, k_source, v_source, batch, head // GROUP, diagonal, stop, m0, seq_len, window,
+        dq, q, do, neg_lse, neg_delta, k_source, v_source, batch, head // GROUP, diagonal, stop, m0, seq_len, window,
         q_stride_b, v_stride_b, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
         CAUSAL=True, WINDOWED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
     )  # fmt: skip
@@ -123,7 +125,7 @@ def _attention_dq_kernel(
 
 @triton.jit
 def _dkv_run(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, n0, seq_len, window,
+    dk, dv, k, v, q_ptr, do_ptr, neg_lse_ptr, neg_delta_ptr, start, stop, n0, seq_len, window,
     Q_STRIDE: tl.constexpr, DO_STRIDE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -137,24 +139,24 @@ def _dkv_run(
     q_ptr += start * q_stride
     do_ptr += start * do_stride
     for m0 in range(start, stop, BLOCK_M):
-        # lse and delta come straight into registers: asked for first, while the copies of q and do are waited for.
+        # These come straight into registers: asked for first, while the copies of q and do are waited for.
         if MASKED:
             live = m0 + offs_m < seq_len
-            lse = tl.load(lse_ptr + m0 + offs_m, mask=live, other=0.0)
-            delta = tl.load(delta_ptr + m0 + offs_m, mask=live, other=0.0)
+            neg_lse = tl.load(neg_lse_ptr + m0 + offs_m, mask=live, other=0.0)
+            neg_delta = tl.load(neg_delta_ptr + m0 + offs_m, mask=live, other=0.0)
             q = tl.load(q_ptr + q_offs, mask=live[:, None], other=0.0)
             do = tl.load(do_ptr + do_offs, mask=live[:, None], other=0.0)
         else:
-            lse = tl.load(lse_ptr + m0 + offs_m)
-            delta = tl.load(delta_ptr + m0 + offs_m)
+            neg_lse = tl.load(neg_lse_ptr + m0 + offs_m)
+            neg_delta = tl.load(neg_delta_ptr + m0 + offs_m)
             q = tl.load(q_ptr + q_offs)
             do = tl.load(do_ptr + do_offs)
-        # -lse and -delta start the accumulators: subtracted later, they would hold 32 registers a thread and spill.
-        scores = tl.dot(k, tl.trans(q), tl.broadcast_to(-lse[None, :], (BLOCK_N, BLOCK_M)), input_precision="ieee")
+        # They start the accumulators: subtracted later, they would hold 32 registers a thread and spill.
+        scores = tl.dot(k, tl.trans(q), tl.broadcast_to(neg_lse[None, :], (BLOCK_N, BLOCK_M)), input_precision="ieee")
         if MASKED:
             distance = (m0 + offs_m)[None, :] - offs_n[:, None]
             scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
-        less_delta = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
+        less_delta = tl.broadcast_to(neg_delta[None, :], (BLOCK_N, BLOCK_M))
         dp_less_delta = tl.dot(v, tl.trans(do), less_delta, input_precision="ieee")
         p = tl.exp2(scores)
         ds = p * dp_less_delta
@@ -167,7 +169,7 @@ def _dkv_run(
 
 @triton.jit
 def _attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, factor_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, neg_lse_ptr, neg_delta_ptr, factor_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr,
     grad_scale_ptr, dk_ptr, dv_ptr, dve_ptr, dgate_ptr,
     seq_len, window, q_stride_b, v_stride_b,
     ve_stride_b, ve_stride_t, gate_stride_b, gate_stride_t,
@@ -201,8 +203,8 @@ def _attention_dkv_kernel(
         head = kv_head * GROUP + i
         q_head_ptr = q_ptr + batch * q_stride_b + head * HEAD_DIM
         do_head_ptr = do_ptr + batch * seq_len * DO_STRIDE + head * HEAD_DIM
-        lse_head_ptr = lse_ptr + (batch * NUM_HEADS + head) * seq_len
-        delta_head_ptr = delta_ptr + (batch * NUM_HEADS + head) * seq_len
+        lse_head_ptr = neg_lse_ptr + (batch * NUM_HEADS + head) * seq_len
+        delta_head_ptr = neg_delta_ptr + (batch * NUM_HEADS + head) * seq_len
         dk, dv = _dkv_run(
             dk, dv, k, v, q_head_ptr, do_head_ptr, lse_head_ptr, delta_head_ptr,
             start, full, n0, seq_len, window,
@@ -246,7 +248,7 @@ def _attention_dkv_kernel(
 
 
 def attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, factors: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, neg_lse: Tensor, factors: Tensor,
     cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, window: int, grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dqkv [B, T, (H + 2·KVH)·head_dim], dve, dgate): what the forward's tensors were made of, in their dtypes."""
@@ -259,7 +261,7 @@ def attention_bwd(
     dq, dk, dv = dqkv.split([width, k.shape[-1], k.shape[-1]], dim=-1)
     dve = None if ve is None else torch.empty(ve.shape, dtype=ve.dtype, device=ve.device)
     dgate = None if ve is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    delta = torch.empty_like(lse)
+    neg_delta = torch.empty_like(neg_lse)
     config = tiles.config(head_dim, out.dtype)
 
     block = config.dq
@@ -267,7 +269,7 @@ def attention_bwd(
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         row_source(q, block.block_m, head_dim, tma), row_source(k, block.block_n, head_dim, tma),
         row_source(v, block.block_n, head_dim, tma), row_source(dout, block.block_m, head_dim, tma),
-        q, out, lse, delta, factors, cos, sin, grad_scale, dq,
+        q, out, neg_lse, neg_delta, factors, cos, sin, grad_scale, dq,
         T, window, q.stride(0), v.stride(0),
         Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HAS_GRAD_SCALE=grad_scale is not None,
@@ -276,7 +278,7 @@ def attention_bwd(
     )  # fmt: skip
     block = config.dkv
     _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
-        q, k, v, dout, lse, delta, factors, cos, sin, ve, gate, grad_scale, dk, dv, dve, dgate,
+        q, k, v, dout, neg_lse, neg_delta, factors, cos, sin, ve, gate, grad_scale, dk, dv, dve, dgate,
         T, window, q.stride(0), v.stride(0),
         0 if ve is None else ve.stride(0), 0 if ve is None else ve.stride(1),
         0 if ve is None else gate.stride(0), 0 if ve is None else gate.stride(1),

@@ -63,7 +63,7 @@ def _fwd_run(
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_source, k_source, v_source, out_ptr, lse_ptr,
+    q_source, k_source, v_source, out_ptr, neg_lse_ptr,
     seq_len, window, q_stride_b, v_stride_b, least,
     RUNNING_MAX: tl.constexpr, Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NARROW: tl.constexpr,
@@ -108,11 +108,11 @@ def _attention_fwd_kernel(
     out_ptr += (batch.to(tl.int64) * seq_len * NUM_HEADS + head) * HEAD_DIM
     out_offs = offs_m.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d[None, :]
     tl.store(out_ptr + out_offs, acc / divisor[:, None], mask=live[:, None])
-    tl.store(lse_ptr + row.to(tl.int64) * seq_len + offs_m, tl.log2(total) + peak, mask=live)
+    tl.store(neg_lse_ptr + row.to(tl.int64) * seq_len + offs_m, -tl.log2(total) - peak, mask=live)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H·head_dim], lse [B, H, T]: log₂ Σ exp(score), fp32).
+    """(out [B, T, H·head_dim], neg_lse [B, H, T]: −log₂ Σ exp(score), fp32).
 
     q: [B, T, H·head_dim], as the prologue scales it; k, v: [B, T, KVH·head_dim]. q and k are slices of one tensor, so
     that they share strides.
@@ -120,16 +120,16 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
     B, T, width = q.shape
     num_heads, group, window = width // head_dim, width // k.shape[-1], min(window, T)
     out = torch.empty(B, T, width, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, num_heads, T, dtype=torch.float32, device=q.device)
+    neg_lse = torch.empty(B, num_heads, T, dtype=torch.float32, device=q.device)
     block = tiles.config(head_dim, q.dtype).forward
     tma = block.tma and fits_tma(q, k, v)
     least = -1.01 * head_dim * query_scale(head_dim)  # q and k are rounded: 1 % below what their norms allow
     _attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         row_source(q, block.block_m, head_dim, tma), row_source(k, block.block_n, head_dim, tma),
-        row_source(v, block.block_n, head_dim, tma), out, lse,
+        row_source(v, block.block_n, head_dim, tma), out, neg_lse,
         T, window, q.stride(0), v.stride(0), least,
         RUNNING_MAX=q.dtype == torch.float16, Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, NARROW=block.both_edges(window), TMA=tma,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
-    return out, lse
+    return out, neg_lse
