@@ -8,14 +8,14 @@ import torch
 
 from .common import gpu_arch, tl, triton
 
-__all__ = ["gemm_config", "gemm_grid", "gemm_tile", "tile_offsets"]
+__all__ = ["gemm_config", "gemm_grid", "gemm_tile", "tile_index", "tile_offsets"]
 
 GROUP_M = 8  # rows of tiles that share their columns of B while these are in the L2
 
 
 @triton.jit
-def tile_offsets(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Rows [BM] and columns [BN] of this program's tile, int64. Neighbours walk down GROUP_M tiles, then right."""
+def tile_index(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Which tile is this program's: down, and right. Neighbours walk down GROUP_M tiles, then right."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -23,8 +23,13 @@ def tile_offsets(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
     first_m = group * GROUP_M
     rows_in_group = tl.minimum(tiles_m - first_m, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
-    tile_m = first_m + within % rows_in_group
-    tile_n = within // rows_in_group
+    return first_m + within % rows_in_group, within // rows_in_group
+
+
+@triton.jit
+def tile_offsets(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Rows [BM] and columns [BN] of this program's tile, int64."""
+    tile_m, tile_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     return offs_m, offs_n

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .common import EPS, graph_is_kept, tl, triton, upcast, use_kernels, weight_grad
-from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
+from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_index, tile_offsets
 
 
 def relu2_mlp_ref(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ def _proj_bwd_kernel(
     dz = 2.0 * root * dpost
     if HAS_NORM:
         c = tl.sum(dz * root, axis=1)
-        tl.store(c_ptr + tl.min(offs_n, axis=0) // BLOCK_N * M + offs_m, c, mask=offs_m < M)
+        _, tile_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tl.store(c_ptr + tile_n.to(tl.int64) * M + offs_m, c, mask=offs_m < M)
         dz *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
     tl.store(post_ptr + offs, dz.to(post_ptr.dtype.element_ty), mask=mask)
 
