@@ -87,4 +87,4 @@ def versions() -> dict:
             found[name] = version(name)
         except PackageNotFoundError:  # there is no Triton for macOS
             found[name] = None
-    return found
+    return found | {"torch": torch.__version__}  # which build it is, its package does not always say
