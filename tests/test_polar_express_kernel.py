@@ -88,6 +88,13 @@ def test_errors_name_the_argument():
         op.polar_express(g, torch.float64)
 
 
+def test_cost_is_that_of_the_docstring():
+    m, n, size = 20, 30, 600
+    flops = 4 * size + 5 * (m * m * n + m**3 + 2 * m * m * n)
+    moved = 2 * 4 * size + 2 * size + 5 * 2 * (4 * size + 5 * m * m)
+    assert op.cost(2, 30, 20) == op.cost(2, 20, 30) == (2 * moved, 2 * flops)
+
+
 REAL = [(24, 512, 512), (8, 2048, 512), (8, 512, 2048), (4, 4, 32), (2, 1000, 777), (1, 768, 768), (24, 1, 1)]
 
 

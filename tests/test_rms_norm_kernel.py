@@ -153,8 +153,16 @@ def test_errors_name_the_argument():
         op.rms_norm(x.double())
 
 
+def test_eps_is_the_machines():
+    assert torch.finfo(torch.float32).eps == op.EPS
+
+
 def test_cost_counts_every_tensor_once():
     assert op.cost(10, 512) == (10 * (512 * 2 * 2 + 4), 10 * 512 * 4)  # x, y and rstd
+    assert op.cost(10, 512, has_x0=True) == (10 * (512 * 4 * 2 + 4), 10 * 512 * 7)  # x, x0, s, y
+    assert op.cost(10, 512, has_residual=True)[0] == 10 * (512 * 4 * 2 + 4)  # x, residual, s, y
+    for left_out in ("has_s", "has_y"):
+        assert op.cost(10, 512, has_x0=True, **{left_out: False})[0] == 10 * (512 * 3 * 2 + 4)
     mixed = op.cost(10, 512, has_x0=True, backward=True)
     assert mixed[0] == 10 * (512 * 7 * 2 + 4)  # ds, dy, x, x0, dx, dx0 as read and written; rstd
 

@@ -366,6 +366,9 @@ def test_cost_counts_pairs_by_brute_force():
         assert cost(2, T, 4, 2, 16, window)[1] == 2 * 4 * pairs * 2 * 2 * 16
         assert cost(2, T, 4, 2, 16, window, backward=True)[1] == 2 * 4 * pairs * 5 * 2 * 16
     assert cost(1, 1, 4, 4, 128, 0)[0] == 2 * (3 * 512 + 512)
+    with_ve = 2 * (3 * 512 + 512 + 4 + 512)  # qkv, ve, gate, out
+    assert cost(1, 1, 4, 4, 128, 0, has_ve=True)[0] == with_ve
+    assert cost(1, 1, 4, 4, 128, 0, has_ve=True, backward=True)[0] == 2 * with_ve
 
 
 REAL = [
