@@ -110,30 +110,24 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
         yield
         return
     storage = tensor.untyped_storage()._cdata  # alive while the context is open, so that no other has this address
-    made, waiting = None, 0
+    made = None
     # PyTorch calls the innermost hooks alone: what they let pass goes on to those around them.
     outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (lambda kept: kept,) * 2
 
     def pack(kept):
-        nonlocal waiting
         if kept.untyped_storage()._cdata != storage:
             return None, outer_pack(kept)
-        waiting += 1
         return (kept.size(), kept.stride(), kept.storage_offset()), None
 
     def unpack(packed):
-        nonlocal made, waiting
+        nonlocal made
         view, kept = packed
         if view is None:
             return outer_unpack(kept)
         if made is None:
             with torch.no_grad():
                 made = again()
-        view = made.as_strided(*view)
-        waiting -= 1
-        if waiting == 0:
-            made = None
-        return view
+        return made.as_strided(*view)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
