@@ -86,14 +86,16 @@ def test_output_and_gradients(B, T, H, KVH, head_dim, window, has_ve, tma, monke
 
 
 @interpreted
-@pytest.mark.parametrize("misaligned", ["base", "stride"])
-def test_rows_that_the_accelerator_cannot_take_are_loaded_by_pointers(misaligned, monkeypatch):
+@pytest.mark.parametrize("kind", ["base", "stride", "sequences inside tokens"])
+def test_rows_that_the_accelerator_cannot_take_are_loaded_by_pointers(kind, monkeypatch):
     monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: TMA_TILES)
     T, width = 40, 3 * 2 * 16
-    qkv = random_inputs(1, T, 2, 2, 16, False)[0].float()
-    wide = torch.zeros(1, T, width + (4 if misaligned == "base" else 1))
-    moved = wide[..., 1 : 1 + width] if misaligned == "base" else wide[..., :width]
-    moved.copy_(qkv)
+    qkv = random_inputs(2, T, 2, 2, 16, False)[0].float()
+    moved = {
+        "base": torch.zeros(2, T, width + 4)[..., 1 : 1 + width],
+        "stride": torch.zeros(2, T, width + 1)[..., :width],
+        "sequences inside tokens": torch.zeros(T, 2, width).transpose(0, 1),
+    }[kind].copy_(qkv)
     assert rows.fits_tma(qkv)
     assert not rows.fits_tma(moved)
     tables = rotary_tables(T, 16)

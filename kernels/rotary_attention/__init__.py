@@ -92,7 +92,7 @@ class _RotaryAttention(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale):
         num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate, grad_scale)
         head_dim = 2 * cos.shape[-1]
-        qkv = qkv.detach() if overwrite else qkv.clone()
+        qkv = qkv.detach() if overwrite else qkv.clone(memory_format=torch.contiguous_format)
         factors = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
         ctx.widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         out, neg_lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)

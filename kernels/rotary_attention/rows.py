@@ -34,9 +34,11 @@ def load_rows(
 
 
 def fits_tma(*tensors: Tensor) -> bool:
-    """Whether their rows begin at multiples of 16 bytes, as descriptors want it."""
+    """Whether a descriptor takes them: their tokens evenly spaced from sequence to sequence (CUDA wants the stride of a
+    dimension to be a multiple of the one inside it), each at a multiple of 16 bytes."""
     return all(
-        x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1]) for x in tensors
+        x.data_ptr() % 16 == 0 and x.stride(1) * x.itemsize % 16 == 0 and x.stride(0) == x.shape[1] * x.stride(1)
+        for x in tensors
     )
 
 
