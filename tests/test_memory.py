@@ -100,6 +100,19 @@ def test_recompute_keeps_less_on_the_references():
     assert kept - activation_bytes(step.model, 8, step.precision()) == (SMALL.depth - 1) * 2 * hidden
 
 
+@pytest.mark.parametrize("ops", ["triton", "reference"])
+def test_counting_leaves_nothing_behind(ops, launches_left_out):
+    """Neither memory nor a node: one that lives on remembers the stream it was made on, and no capture on another
+    stream may wait for that."""
+    kernels.set_ops(ops)
+    step = random_step(SMALL, torch.float32)
+    with LiveBytes() as memory:
+        activation_bytes(step.model, 2, step.precision())
+        first = memory.now  # what is made once, like the rotary table
+        activation_bytes(step.model, 2, step.precision())
+        assert memory.now == first < memory.peak
+
+
 def test_the_largest_batch_that_fits_is_named(launches_left_out):
     """Exactly, although the gradient of lm_head is kept once whatever the rows."""
     kernels.set_ops("triton")

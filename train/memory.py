@@ -81,7 +81,8 @@ class _Kept:
     """Stands in the graph for a tensor that autograd keeps, and counts its storage once for as long as it lives."""
 
     def __init__(self, tensor: torch.Tensor, users: Counter, peak: list[int]):
-        self.tensor, self.users = tensor, users
+        # Detached: the tensor itself may be the node's own output, and would keep the node that keeps it.
+        self.tensor, self.users = tensor.detach(), users
         storage = tensor.untyped_storage()
         self.key = (storage.data_ptr(), storage.nbytes())
         users[self.key] += 1
