@@ -47,6 +47,7 @@ def assert_as_good(
     """
     assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(value).all(), f"{name}: not finite"
+    assert truth.any(), f"{name}: zeros are right where nothing was computed"
     eps = torch.finfo(baseline.dtype).eps
     inexact = APPROXIMATIONS + method if baseline.dtype == torch.float32 else 0.0
     if relative:

@@ -21,7 +21,8 @@ def make_inputs(shape, parts, dtype, seed=0):
     def tensor():
         t = torch.randn(shape, generator=generator)
         t = t * torch.logspace(-3, 1, shape[-2])[:, None]
-        t[..., 0, :] = 0
+        if shape[-2] > 1:
+            t[..., 0, :] = 0
         return t.to(DEVICE, dtype)
 
     x, residual = tensor(), tensor() if "residual" in parts else None
@@ -57,7 +58,7 @@ def test_outputs_and_gradients(parts, dtype):
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 1025)])
 def test_sizes_of_one(shape):
-    check(op.rms_norm, shape, "residual+x0", torch.float32)
+    check(op.rms_norm, shape, "residual+x0", torch.float32, draws=32)  # one number each: their spread compares
 
 
 @real_and_small("rows, dtype", [(32768, torch.bfloat16)], [(6, torch.float32)])
