@@ -141,3 +141,8 @@ def test_a_gradient_of_zero_changes_only_the_moments():
     op.muon_update(master, grad, momentum, second_moment, copy, hyper, torch.tensor(True, device=DEVICE))
     assert torch.equal(master, before)
     assert torch.equal(copy, master.bfloat16())
+
+
+def test_cost_is_that_of_the_docstring():
+    assert op.cost(100) == (100 * 30, 100 * 18)
+    assert op.cost(100, copy_itemsize=0) == (100 * 28, 100 * 18)
