@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("--shards and --base-url are for --source climbmix: leave them out, or name that source")
     # What is not given is left to the defaults of `prepare`.
     folder = prepare(**{name: value for name, value in vars(args).items() if value is not None})
-    print(summary(Dataset.open(folder, verify=False).manifest, folder))
+    print(summary(Dataset.open(folder, verify=False).manifest, folder), flush=True)
     return 0
 
 

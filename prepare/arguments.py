@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from .errors import output_is_lost
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with exit code 2 and one line for an error, which names the nearest known option. Options are spelled
@@ -55,11 +57,18 @@ def hear_interrupts() -> None:
 
 
 def command(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with `main`'s exit code: without a traceback also after Ctrl-C (130), and where nobody reads the
-    output any more, as in `| head -n 1` (141)."""
+    """Ends the process with `main`'s exit code: without a traceback also after Ctrl-C (130), where nobody reads the
+    output any more, as in `| head -n 1` (141), and where it cannot be written, as on a full disk (2)."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         hear_interrupts()
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if not output_is_lost(error):
+            raise
+        print(f"error: standard output: {error.strerror}; send it elsewhere", file=sys.stderr)
+        sys.exit(2)

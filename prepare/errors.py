@@ -1,10 +1,13 @@
 """The one exception for what the user can mend."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+STDOUT, STDERR = 1, 2
 
 
 class InputError(Exception):
@@ -19,7 +22,29 @@ def one_line(error: Exception, mend: str) -> str:
     if error.filename:
         return f"{error.filename}: {error.strerror}; {mend}"
     what = error.strerror or " ".join(str(error).split())
+    if output_is_lost(error):
+        return f"standard output: {what}; send it elsewhere"
     return f"{what}; {mend}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else what
+
+
+def output_is_lost(error: OSError) -> bool:
+    """Whether `error` is that standard output takes nothing more, as on a full disk: the errors of a stream name no
+    file. If so it is silenced, since Python would try again at the very end, and exit with 120."""
+    if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE):
+        return False
+    try:
+        print(flush=True)
+    except OSError:
+        silence(STDOUT)
+        return True
+    return False
+
+
+def silence(descriptor: int) -> None:
+    """What is written there from here on, and what waits in Python's buffer, goes nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def gigabytes(num_bytes: float) -> str:

@@ -123,6 +123,30 @@ def test_an_error_that_is_about_no_path_is_mended_by_none():
     assert one_line(OSError(errno.EACCES, "Permission denied", "a"), "MEND") == "a: Permission denied; MEND"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [
+    ["train", *TINY, "--data", "DATA", "--run-dir", "OUT/run"],
+    ["train.doctor", "--data", "DATA"],
+    ["train.evaluate", "RUN"],
+    ["train.compare", "r000", "r001", "--ledger", "LEDGER"],
+    ["prepare", "--source", "TEXT", "--out", "OUT/data", "--vocab-size", "280"],
+])  # fmt: skip
+def test_output_that_cannot_be_written_is_what_the_error_names(arguments, small_data, small_run, tmp_path):
+    a_night(tmp_path / "ledger", 2)
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"This is text number {i}, and not the last one. " * 10)
+    folders = {"DATA": small_data, "RUN": small_run, "LEDGER": tmp_path / "ledger", "TEXT": tmp_path / "text"}
+    arguments = [str(folders.get(a, a)).replace("OUT", str(tmp_path)) for a in arguments]
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=ROOT, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device; send it elsewhere"
+
+
 def test_what_the_doctor_says_of_a_bad_path():
     found, _ = doctor.dataset(LONG, "cpu")
     assert (found.state, found.remedy) == (doctor.WRONG, "name another folder with --data")

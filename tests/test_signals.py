@@ -8,6 +8,7 @@ import pytest
 from tiny_run import TINY, rows, start
 
 from train.checkpoint import checkpoint_folders, read_checkpoint
+from train.ledger import Ledger
 
 
 def wait_for_line(stream, beginning: str) -> None:
@@ -34,6 +35,23 @@ def test_a_second_signal_stops_at_once(corpus, tmp_path):
     left = checkpoint_folders(folder / "checkpoints")
     assert left
     assert all(read_checkpoint(path) for path in left)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_has_no_reader_any_more_is_interrupted(asked, corpus, tmp_path):
+    """As after `| head -n 5`, and after Ctrl-C in `2>&1 | tee run.log`, which ends the tee too."""
+    folder = tmp_path / "run"
+    process = start(*TINY, "--data", str(corpus), "--run-dir", str(folder), "--total-batch-size", str(4 * 32 * 128))
+    wait_for_line(process.stdout, "step 00001")
+    if asked:
+        process.send_signal(signal.SIGINT)
+        wait_for_line(process.stderr, "interrupted: finishing the step")
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=60) == (130 if asked else 141)
+    assert read_checkpoint(checkpoint_folders(folder / "checkpoints")[0]).step == len(rows(folder))
+    (entry,) = Ledger.beside(folder).runs()
+    assert entry["outcome"] == "interrupted"
 
 
 def test_a_signal_while_it_sets_up(corpus, tmp_path):

@@ -3,24 +3,32 @@
 import sys
 
 from prepare import InputError
-from prepare.errors import one_line
+from prepare.errors import STDERR, one_line, output_is_lost, silence
 
-from .signals import Interrupted, Signals
+from .signals import UNREAD, Interrupted, Signals
 
 MEND = "make room there, change its permissions, or name another folder with --run-dir, --data or TIMEBOX_HOME"
 
 
 def main(args: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 FAIL, or a hang; 2 bad arguments or bad input; 130, 143 interrupted."""
+    """Exit codes: 0 done; 1 FAIL, or a hang; 2 bad arguments or bad input; 130, 143 interrupted; 141 nobody reads
+    the output."""
     with Signals() as signals:
         try:
-            return _train(args, signals)
+            code = _train(args, signals)
+            sys.stdout.flush()
+            return code
         except (InputError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and output_is_lost(error):  # ends as quietly as cat does
+                return Interrupted(signals.received or UNREAD).exit_code
             line = f"error: {one_line(error, MEND)}"
             print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr)
             return 2
         except Interrupted as interrupted:
-            print(f"\n{interrupted}", file=sys.stderr)
+            try:
+                print(f"\n{interrupted}", file=sys.stderr)
+            except BrokenPipeError:  # Ctrl-C ends also the `tee` that reads it
+                silence(STDERR)
             return interrupted.exit_code
 
 

@@ -21,11 +21,11 @@ class Reporter:
 
     def __init__(
         self, folder: RunFolder, model: GPTConfig, device: torch.device, tokens_per_step: int,
-        out: TextIO | None = None, beat: Callable[[], None] = lambda: None,
+        out: TextIO | None = None, beat: Callable[[], None] = lambda: None, unread: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        """`beat` is called after each step (train/watchdog.py)."""
+        """`beat` is called after each step (train/watchdog.py), `unread` where nobody reads what is printed."""
         self.folder, self.model, self.device, self.tokens_per_step = folder, model, device, tokens_per_step
-        self.out, self.beat = out or sys.stdout, beat
+        self.out, self.beat, self.unread = out or sys.stdout, beat, unread
         self.redraw = self.out.isatty()
         self.rows_lost = False
 
@@ -47,6 +47,8 @@ class Reporter:
         try:
             self.folder.write_metrics(row)  # first: what was printed is in the file
             self.say(line)
+        except BrokenPipeError:
+            self.unread()
         except OSError as error:  # a log is no reason to end a run
             if error.errno not in DISK_FULL:
                 raise

@@ -23,7 +23,7 @@ from .ledger import RUN, Ledger
 from .loop import TrainingError
 from .provenance import evaluating_code_sha256, machine, short_commit, source_state, versions
 from .runs import default_run_dir
-from .signals import Interrupted
+from .signals import UNREAD, Interrupted
 from .watchdog import HangError
 
 
@@ -99,6 +99,8 @@ class Record:
         """Writes the row of a run that ended otherwise. Bad arguments, before there is a run, leave none."""
         if self.written or (isinstance(error, InputError | OSError) and not self.began):
             return
+        if isinstance(error, BrokenPipeError):
+            error = Interrupted(UNREAD)
         reason = " ".join(str(error).split())
         if not isinstance(error, InputError | TrainingError | Interrupted | HangError):
             reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__

@@ -3,16 +3,19 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from prepare.errors import STDOUT, silence
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+UNREAD = signal.SIGPIPE  # nobody reads what is printed, as after `| head -n 1`: ends as if it had been sent
 
 
 class Interrupted(BaseException):
     """A signal came. Unwinds like KeyboardInterrupt, so that files are closed and threads end."""
 
     def __init__(self, number: int):
-        super().__init__(WORDS[number])
+        super().__init__(WORDS.get(number, "nobody reads the output"))
         self.exit_code = 128 + number
 
 
@@ -42,7 +45,14 @@ class Signals:
         if not self._deferred:
             raise Interrupted(number)
         line = f"\n{WORDS[number]}: finishing the step and writing a checkpoint; a second signal stops at once\n"
-        os.write(2, line.encode())  # the handler may stand inside a print
+        with suppress(OSError):  # Ctrl-C ends also the `tee` that reads it
+            os.write(2, line.encode())  # the handler may stand inside a print
+
+    def unread(self) -> None:
+        """To be called inside `deferred` where a line could not be printed for want of a reader. Nothing is printed any
+        more, and it is as if a signal had come, unless one has: Ctrl-C in `| tee` is a Ctrl-C first."""
+        silence(STDOUT)
+        self.received = self.received or UNREAD
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

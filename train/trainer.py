@@ -238,7 +238,9 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             folder.cut_metrics(state.step)
         checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin)
         stack.callback(checkpoints.wait)
-        report = Reporter(folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat)
+        report = Reporter(
+            folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread
+        )
         ready = seconds_since_start()
         with signals.deferred():
             try:
