@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
 from .errors import InputError, bad_path_is_input_error, full_disk_is_input_error
 from .files import read_json, sealed
-from .home import DEFAULT_SOURCE, default_folder, downloads_folder
+from .home import DEFAULT_SOURCE, default_folder, downloads_folder, expanded
 from .shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -51,7 +51,7 @@ def prepare(
     check_vocab_size(vocab_size)
     if seed < 0:
         raise InputError(f"--seed is {seed}: it takes 0 or more")
-    folder = Path(out).expanduser().absolute() if out else default_folder(source)
+    folder = expanded(out).absolute() if out else default_folder(source)
     with bad_path_is_input_error():
         check_replaceable(folder)
         text = open_source(source, shards=shards, base_url=base_url)

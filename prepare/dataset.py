@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .errors import InputError, gigabytes
 from .files import SEAL, read_json, seal_of, sha256_of
+from .home import expanded
 from .shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -105,7 +106,7 @@ class Dataset:
         it where their size or mtime is not the recorded one; holdout shards where they are read. Raises InputError
         where anything disagrees.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         manifest = _read_manifest(folder)
         path = folder / TOKENIZER
         # Hashed before it is parsed: a pattern with a changed bit is no pattern to compile.

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import InputError
+from .home import expanded
 
 VAL_SHARE = 0.02  # of all documents, where no file is named val*
 HOLDOUT_SHARE = 0.01  # of the documents that are not validation
@@ -143,7 +144,7 @@ def stdlib_source() -> Source:
 
 def folder_source(folder: str | Path) -> Source:
     """Every `.parquet`, `.jsonl`, `.txt` and `.md` below `folder`; files named `val*` are validation, and first."""
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
         raise InputError(f"{root} {what}: --source takes stdlib, climbmix or a folder with text")
@@ -166,12 +167,18 @@ def climbmix_source(paths: list[Path], details: dict) -> Source:
 
 
 def _walk(root: Path, suffixes: set[str], skip_folders: set[str]) -> list[Path]:
-    """Files below `root` with such a suffix, sorted by relative path; hidden files and folders are left out."""
+    """Files below `root` with such a suffix, sorted by relative path; hidden files and folders are left out, and so are
+    pipes, whose end would never come. Raises OSError where a folder cannot be read: its text would be missed by none.
+    """
+
+    def unreadable(error: OSError):
+        raise error
+
     found = []
-    for folder, names, files in os.walk(root):
+    for folder, names, files in os.walk(root, onerror=unreadable):
         names[:] = [name for name in names if name not in skip_folders and not name.startswith(".")]
         paths = [Path(folder, name) for name in files if not name.startswith(".")]
-        found += [path for path in paths if _suffix(path) in suffixes]
+        found += [path for path in paths if _suffix(path) in suffixes and not path.is_fifo()]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -205,7 +212,7 @@ def _read_jsonl(path: Path, skipped: Skipped) -> Iterator[str | None]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as e:  # UnicodeDecodeError and JSONDecodeError
+            except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                 raise InputError(f"{path}, line {number}: not JSON ({e}); mend or remove the line") from e
             if not isinstance(row, dict) or "text" not in row:
                 raise InputError(f'{path}, line {number}: no "text" key; every line must be an object with one')

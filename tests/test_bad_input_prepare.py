@@ -64,6 +64,10 @@ def jsonl_with_a_number(folder):
     (folder / "a.jsonl").write_text('{"text": 5}\n')
 
 
+def jsonl_nested_beyond_reading(folder):
+    (folder / "a.jsonl").write_text("[" * 100_000 + "\n")
+
+
 def jsonl_not_utf8(folder):
     (folder / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
 
@@ -95,6 +99,7 @@ BAD_CORPORA = {
     broken_jsonl: r"a\.jsonl, line 3: not JSON",
     jsonl_without_text: r'a\.jsonl, line 2: no "text" key',
     jsonl_with_a_number: r'a\.jsonl, line 1: "text" is int',
+    jsonl_nested_beyond_reading: r"a\.jsonl, line 1: not JSON",
     jsonl_not_utf8: r"a\.jsonl, line 2: .*0xff",
     txt_not_utf8: r"a\.txt is not UTF-8: bad byte at offset 8",
     only_empty: "has 0 different documents",
@@ -120,6 +125,8 @@ def test_bad_corpus(tmp_path, capsys, make):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--source", "~no-such-user/text"], "~no-such-user"),
+        (["--out", "~no-such-user/data"], "~no-such-user"),
         (["--source", "nowhere/at/all"], "nowhere/at/all does not exist"),
         (["--source", __file__], "is no folder"),
         (["--vocab-size", "259"], "--vocab-size takes 260"),

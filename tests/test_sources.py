@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +123,33 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
     texts = [text for _, text in folder_source(tmp_path).documents(skipped)]
     assert texts[0] == "x\ufffdy 😀"
     assert skipped.total() == 1
+
+
+def test_a_pipe_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "b.txt")
+    assert [file.path.name for file in folder_source(tmp_path).files] == ["a.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "below").mkdir()
+    listing = os.scandir
+
+    def scandir(path):  # the tests may run as root, who can read all
+        if Path(path).name == "below":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(PermissionError, match="below"):
+        folder_source(tmp_path)
+
+
+def test_a_home_that_is_not_known(monkeypatch):
+    monkeypatch.setenv("TIMEBOX_HOME", "~no-such-user/timebox")
+    with pytest.raises(InputError, match="~no-such-user"):
+        default_folder()
 
 
 def test_default_folder(monkeypatch, tmp_path):
