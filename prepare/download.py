@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import requests
@@ -45,14 +45,14 @@ def fetch_all(base_url: str, names: list[str], folder: Path) -> list[Path]:
     missing = [path for path in paths if not path.exists()]
     stop = threading.Event()
     with (
-        tqdm(unit="B", unit_scale=True, desc=f"fetching {len(missing)} files", disable=None, leave=False) as bar,
+        tqdm(unit="B", unit_scale=True, desc=f"0 of {len(missing)} files", disable=None, leave=False) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         futures = [pool.submit(_fetch, f"{base_url.rstrip('/')}/{path.name}", path, bar, stop) for path in missing]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
+            for done, future in enumerate(as_completed(futures), 1):
                 future.result()
+                bar.set_description(f"{done} of {len(missing)} files")
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)

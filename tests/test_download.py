@@ -225,3 +225,12 @@ def test_climbmix_from_a_mirror(server, tmp_path, monkeypatch):
     assert json.loads((folder / "manifest.json").read_text())["details"]["shards"] == 2
     prepare("climbmix", vocab_size=280, shards=1, base_url=server.url)
     assert len(server.requests) == 3
+
+
+def test_the_bar_counts_the_files(server, tmp_path, monkeypatch):
+    names = ["one", "two"]
+    server.files |= {name: name.encode() for name in names}
+    said = []
+    monkeypatch.setattr(download.tqdm, "set_description", lambda bar, text: said.append(text))
+    fetched(server, tmp_path, names)
+    assert said == ["1 of 2 files", "2 of 2 files"]
