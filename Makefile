@@ -5,6 +5,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
 
+ifeq ($(origin PYTHON)$(wildcard $(PY)),command line$(PY))
+$(info note: $(VENV) is there and keeps its Python; for one with $(PYTHON): make clean, then this again)
+endif
+
 .PHONY: train test bench lint clean
 .DEFAULT_GOAL := train
 

@@ -183,3 +183,12 @@ def test_a_report_whose_output_is_closed(tmp_path):
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 0
     assert (tmp_path / "report.md").read_text().startswith("# 3 experiments: ")
+
+
+def test_make_says_that_a_venv_keeps_its_python(tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    make = ["make", "-n", "-f", str(ROOT / "Makefile"), "clean"]
+    for asked, count in (([], 0), (["PYTHON=python3.12"], 1)):
+        done = subprocess.run([*make, *asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.count("note: .venv is there and keeps its Python") == count
