@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = [k for k in known if k.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ": --help lists all"))
         return parsed
 

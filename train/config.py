@@ -16,6 +16,7 @@ from prepare import InputError
 from prepare.arguments import Parser
 
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
+MAX_DEPTH = 100_000  # beyond it the shape alone takes minutes, before anything says that it does not fit
 
 DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -180,6 +181,8 @@ def _check(config: TrainConfig) -> None:
     for key, least in at_least.items():
         if not getattr(config, key) >= least:  # NaN fails too
             raise InputError(f"--{key.replace('_', '-')} {getattr(config, key)} must be at least {least}")
+    if config.depth > MAX_DEPTH:
+        raise InputError(f"--depth {config.depth} must be at most {MAX_DEPTH}")
     if config.steps is not None and config.steps < 1:
         raise InputError(f"--steps {config.steps} must be at least 1")
     if not 0 <= config.seed <= MAX_SEED:

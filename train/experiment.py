@@ -48,7 +48,7 @@ def several(config: TrainConfig) -> int:
     """The runs of one group. The first that does not end well ends them all."""
     base = Path(config.run_dir or default_run_dir(config.name))
     group = config.group or base.resolve().name
-    seeds = [config.seed + i for i in range(config.repeat)]
+    seeds = range(config.seed, config.seed + config.repeat)
     for seed in seeds:
         if code := one_of(config, base, f"repeat of {group}", seed=seed, group=group):
             return code
