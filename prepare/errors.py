@@ -48,7 +48,7 @@ def silence(descriptor: int) -> None:
 
 
 def gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 # What the caller can mend by naming another path, or by changing its permissions.

@@ -89,12 +89,12 @@ class Tokenizer:
         return cls(merges)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Raises InputError where `path` is missing or no tokenizer of ours."""
+    def load(cls, path: str | Path, mend: str = "run prepare again") -> "Tokenizer":
+        """Raises InputError, which advises `mend`, where `path` is missing or no tokenizer of ours."""
         path = Path(path)
-        content = read_json(path, "run prepare again")
+        content = read_json(path, mend)
         if content.get("version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise InputError(f"{path} has format {content['version']!r}, not {FORMAT_VERSION}: run prepare again")
+            raise InputError(f"{path} has format {content['version']!r}, not {FORMAT_VERSION}: {mend}")
         try:
             merges = [base64.b64decode(token, validate=True) for token in content["merges"]]
             names, pattern = content["special_tokens"], content["pattern"]
@@ -106,7 +106,7 @@ class Tokenizer:
                 raise ValueError("pattern and special tokens are to be texts")
             return cls(merges, pattern, names)
         except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path} is not a tokenizer ({type(e).__name__}: {e}): run prepare again") from e
+            raise InputError(f"{path} is not a tokenizer ({type(e).__name__}: {e}): {mend}") from e
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._json(), encoding="utf-8")

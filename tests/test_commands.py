@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from ledger_entries import a_night
 from tiny_run import TINY, rows
 
-from prepare.errors import one_line
+from prepare.errors import gigabytes, one_line
 from train import doctor
 
 ROOT = Path(__file__).parent.parent
@@ -192,3 +193,15 @@ def test_make_says_that_a_venv_keeps_its_python(tmp_path):
     for asked, count in (([], 0), (["PYTHON=python3.12"], 1)):
         done = subprocess.run([*make, *asked], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.count("note: .venv is there and keeps its Python") == count
+
+
+def test_a_damaged_tokenizer_of_a_run_is_mended_from_its_data(small_run, tmp_path, capsys):
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    (copy / "tokenizer.json").write_text("{")
+    assert importlib.import_module("train.sample").main([str(copy)]) == 2
+    assert capsys.readouterr().err.endswith("; copy that of its data folder there, or train it again\n")
+
+
+@pytest.mark.parametrize(("size", "said"), [(2e9, "2.00 GB"), (2.5e6, "2.50 MB")])
+def test_what_a_small_disk_lacks_is_not_nothing(size, said):
+    assert gigabytes(size) == said

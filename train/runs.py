@@ -162,7 +162,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, d
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a finished run: it has no {name}")
     saved, shape = read_config(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", f"copy that of its data folder there, or {_MEND}")
     if tokenizer.fingerprint != saved["data"]["tokenizer_sha256"] or tokenizer.vocab_size != shape.vocab_size:
         raise InputError(f"{folder / 'tokenizer.json'} is not the tokenizer of this run; {_MEND}")
     weights = load_tensors(folder / "model.safetensors", _MEND)
