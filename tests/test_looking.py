@@ -5,6 +5,7 @@ import resource
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from ledger_entries import a_night, add, entry
 from tiny_run import rows, run_main
 
+from model import GPT
 from train import doctor
+from train.config import TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
 from train.ledger import Ledger
+from train.memory import MARGIN, bytes_of_rows, check_batch_fits, state_bytes
 from train.report import limits
 from train.report import main as report_main
 
@@ -166,6 +170,18 @@ def test_the_doctor_finds_a_healthy_cpu(corpus, capsys):
 
 def wrong(found: doctor.Finding) -> bool:
     return found.state == doctor.WRONG and bool(found.remedy)
+
+
+def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch):
+    """To the row: what is needed once, whatever the rows, is not counted for each."""
+    config = resolve(TrainConfig(), "cpu")
+    shape = config.model_config(1024)
+    model = GPT(shape)
+    per_row, fixed = bytes_of_rows(model, nullcontext())
+    free = fixed + per_row * config.device_batch_size + 1
+    check_batch_fits(config, model, nullcontext(), free)  # raises nothing
+    monkeypatch.setattr(doctor, "available_bytes", lambda device: MARGIN * state_bytes(shape, 4) + free)
+    assert doctor.batch("cpu", 1024).state == doctor.OK
 
 
 def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path, monkeypatch, capsys):

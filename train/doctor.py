@@ -22,7 +22,7 @@ from prepare.arguments import Parser, command
 from prepare.home import home
 
 from .config import TrainConfig, resolve
-from .memory import MARGIN, activation_bytes, available_bytes, state_bytes
+from .memory import MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
 from .trainer import OLDEST_GPU, VOCAB_SIZE, cpu_has_bf16
@@ -226,11 +226,12 @@ def batch(device: str, vocab_size: int) -> Finding:
     model = GPT(shape, device=device)
     model.init_weights(0)
     model.to_forward_dtype(dtype)
-    rows = int(free // (MARGIN * activation_bytes(model, 1, nullcontext())))
+    per_row, fixed = bytes_of_rows(model, nullcontext())
+    rows = max(0, int((free - fixed) // per_row))
     found = f"up to {rows} rows of {config.seq_len} tokens should fit, the default is {config.device_batch_size}"
     if rows >= config.device_batch_size:
         return Finding("batch", OK, found)
-    fits = max((n for n in range(1, rows + 1) if config.total_batch_size // config.seq_len % n == 0), default=0)
+    fits = largest_batch(config, rows)
     remedy = f"train with --device-batch-size {fits}" if fits else "free memory, or train with a lower --depth"
     return Finding("batch", WRONG, found, remedy)
 

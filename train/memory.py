@@ -149,14 +149,18 @@ def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContext
     raise InputError(f"{line}{mend_by_batch(config, rows)}")
 
 
-def mend_by_batch(config: TrainConfig, rows: int) -> str:
-    """The end of a line that says what to do where `rows` rows fit: the largest micro-batch up to it that divides the
-    step evenly, so that nothing but the number of micro-steps changes."""
+def largest_batch(config: TrainConfig, rows: int) -> int:
+    """Rows of the largest micro-batch, at most `rows`, that divides the step evenly, so that nothing but the number of
+    micro-steps changes; 0 where there is none."""
     step_rows = config.total_batch_size // config.seq_len
-    fitting = [n for n in range(1, rows + 1) if step_rows % n == 0]
-    if not fitting:
-        return ", which is less than one row needs: lower --seq-len or --depth"
-    return f": use --device-batch-size {fitting[-1]}"
+    return max((n for n in range(1, rows + 1) if step_rows % n == 0), default=0)
+
+
+def mend_by_batch(config: TrainConfig, rows: int) -> str:
+    """The end of a line that says what to do where `rows` rows fit."""
+    if fits := largest_batch(config, rows):
+        return f": use --device-batch-size {fits}"
+    return ", which is less than one row needs: lower --seq-len or --depth"
 
 
 # Parts of the messages of errors that have no class of their own: PyTorch's allocator on a CPU, CUDA, cuBLAS, Triton.
