@@ -166,10 +166,6 @@ def _update_problem(op: Op, device: str, dtype: torch.dtype, randn: Callable[...
     return Problem(op, state, {"hyper": hyper, "apply": torch.ones((), dtype=torch.bool, device=device)})
 
 
-def rms_norm(x, x0=None, lambda_r=None, lambda_0=None):
-    return kernels.rms_norm(x, x0=x0, lambda_r=lambda_r, lambda_0=lambda_0)
-
-
 def qkv_projection(x, weight, gate_weight=None):
     return [out for out in kernels.qkv_projection(x, weight, gate_weight) if out is not None]
 
@@ -195,7 +191,7 @@ def adamw_update(master, grad, exp_avg, exp_avg_sq, copy=None, *, hyper, apply):
 
 # By the module in kernels/. With `kernels.set_ops` these are the kernels, the references, or the references compiled.
 OPS: dict[str, Function] = {
-    "rms_norm": rms_norm,
+    "rms_norm": kernels.rms_norm,
     "linear": kernels.linear,
     "qkv_projection": qkv_projection,
     "rotary_attention": rotary_attention,
@@ -227,7 +223,7 @@ def _scaled(value: Tensor, through: Tensor, rstd: Tensor) -> Tensor:
 
 def _norm_factors_truth(x, x0, lambda_r, lambda_0):
     """From the norm that is written."""
-    s, y, x0 = kernels.rms_norm(x, None, x0, lambda_r, lambda_0)
+    s, y, x0 = kernels.rms_norm(x, x0, lambda_r, lambda_0)
     rstd = torch.rsqrt(s.detach().square().mean(-1) + EPS)
     return [s, _scaled(s, y, rstd), rstd, x0]
 

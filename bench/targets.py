@@ -213,9 +213,9 @@ def _mlp_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
 def _norm_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
     M, D, L = config.micro_batch_tokens, model.d_model, model.depth
 
-    def inputs(randn: Random, mixed: bool) -> list[Tensor | None]:
+    def inputs(randn: Random, mixed: bool) -> list[Tensor]:
         lambdas = [torch.tensor(value, device=randn.device) for value in (0.9, 0.2)]
-        return [randn(M, D), None, randn(M, D), *lambdas] if mixed else [randn(M, D)]
+        return [randn(M, D), randn(M, D), *lambdas] if mixed else [randn(M, D)]
 
     def forward(randn: Random, mixed: bool) -> Call:
         given = inputs(randn, mixed)
@@ -223,7 +223,7 @@ def _norm_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
 
     def backward(randn: Random, mixed: bool) -> Call:
         given = inputs(randn, mixed)
-        leaves = [x.requires_grad_() for x in given if x is not None]
+        leaves = [x.requires_grad_() for x in given]
         outs = kernels.rms_norm(*given)
         douts = [randn(M, D) for _ in outs]
         return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)

@@ -1,18 +1,19 @@
-"""RMSNorm without a weight, with what stands before it in the residual stream.
+"""RMSNorm without a weight, and before it the mix of the residual stream x with x₀, the stream's beginning.
 
-    s = λᵣ·(x + residual) + λ₀·x₀          (each part optional)
+    s = λᵣ·x + λ₀·x₀                       (without x₀: s = x)
     y = s / sqrt(mean(s²) + eps)           eps = 2⁻²³
 
-Both s and y are returned, so that the stream has one consumer and autograd has no sum of its own to make. So is x₀, for
-the next layer: what that sends back is added to here, where dx₀ is written anyway.
-x, x₀, residual, s, y: [..., D]; λᵣ, λ₀: scalars. Source: Zhang & Sennrich, arXiv 1910.07467.
+Both s and y are returned: a layer that read x beside y would leave autograd a sum of two gradients to make. x₀ is
+returned too, for the next layer to read: its gradient then passes through this op, which adds it to the dx₀ that it
+writes anyway.
+x, x₀, s, y: [..., D]; λᵣ, λ₀: scalars. Source: Zhang & Sennrich, arXiv 1910.07467.
 
-Backward, with x̂ = s·rstd:  g = ds + rstd·(dy − x̂·mean(dy·x̂));  dx = dresidual = λᵣ·g;  dx₀ = λ₀·g, and
-what came back for the x₀ that was returned;
-dλᵣ = Σ g·(x + residual);  dλ₀ = Σ g·x₀, per block of rows first and then over the blocks, in a fixed order.
+Backward, with x̂ = s·rstd:  g = ds + rstd·(dy − x̂·mean(dy·x̂));  dx = λᵣ·g;  dx₀ = λ₀·g + the gradient of the x₀ that was
+returned;  dλᵣ = Σ g·x;  dλ₀ = Σ g·x₀, per block of rows first and then over the blocks, in a fixed order.
 
-`norm_factors` leaves y to who multiplies it: it returns s and rstd, and y = rstd ⊙ s is never written. What comes back
-for that s is rstd ⊙ dy, which is all that its backward wants: g = ds + rstd·dy − x̂·mean(rstd·dy·x̂).
+`norm_factors` does not write y = rstd ⊙ s: it returns the two factors, and the product that reads y multiplies by rstd
+in its epilogue. The gradient that this product sends back for s is rstd ⊙ dy, and g = ds + rstd·dy − x̂·mean(rstd·dy·x̂)
+needs no more.
 
 Saved: rstd in fp32, and with x₀ the tensors that s is made of. Without x₀ there is no λ whose gradient needs them: y is
 x̂, and what follows a norm mostly keeps y for itself, so that keeping it here too costs nothing. With x alone, s is x:
@@ -29,14 +30,11 @@ from .common import EPS, tl, triton, upcast, use_kernels
 
 def rms_norm_ref(
     x: Tensor,
-    residual: Tensor | None = None,
     x0: Tensor | None = None,
     lambda_r: Tensor | None = None,
     lambda_0: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     s = upcast(x)
-    if residual is not None:
-        s = s + upcast(residual)
     if x0 is not None:
         s = lambda_r * s + lambda_0 * upcast(x0)
     y = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS)
@@ -45,9 +43,8 @@ def rms_norm_ref(
 
 @triton.jit
 def _rms_norm_fwd_kernel(
-    x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, s_ptr, y_ptr, rstd_ptr,
-    x_stride_m, residual_stride_m, x0_stride_m, M, D,
-    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr, HAS_S: tl.constexpr, HAS_Y: tl.constexpr,
+    x_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, s_ptr, y_ptr, rstd_ptr, x_stride_m, x0_stride_m, M, D,
+    EPS: tl.constexpr, HAS_X0: tl.constexpr, HAS_S: tl.constexpr, HAS_Y: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,9 +52,6 @@ def _rms_norm_fwd_kernel(
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     s = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + offs_m[:, None] * residual_stride_m + offs_d[None, :], mask=mask, other=0.0)
-        s += residual.to(tl.float32)
     if HAS_X0:
         x0 = tl.load(x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
         s = tl.load(lambda_r_ptr) * s + tl.load(lambda_0_ptr) * x0
@@ -72,10 +66,10 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit
 def _rms_norm_bwd_kernel(
-    ds_ptr, dy_ptr, dx0_later_ptr, x_ptr, residual_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, rstd_ptr,
-    dx_ptr, dx0_ptr, partial_ptr, x_stride_m, residual_stride_m, x0_stride_m, M, D,
-    HAS_DS: tl.constexpr, HAS_DY: tl.constexpr, SCALED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_X0: tl.constexpr,
-    HAS_LATER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    ds_ptr, dy_ptr, dx0_later_ptr, x_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, rstd_ptr,
+    dx_ptr, dx0_ptr, partial_ptr, x_stride_m, x0_stride_m, M, D,
+    HAS_DS: tl.constexpr, HAS_DY: tl.constexpr, SCALED: tl.constexpr, HAS_X0: tl.constexpr, HAS_LATER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Without HAS_X0, `x_ptr` is y. With SCALED, `dy_ptr` is rstd ⊙ dy."""
     pid = tl.program_id(0)
@@ -87,25 +81,22 @@ def _rms_norm_bwd_kernel(
         mask_m = offs_m < M
         mask = mask_m[:, None] & (offs_d < D)[None, :]
         offs = offs_m[:, None] * D + offs_d[None, :]
-        inner = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            residual_ptrs = residual_ptr + offs_m[:, None] * residual_stride_m + offs_d[None, :]
-            inner += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_X0:
             x0_ptrs = x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :]
             x0 = tl.load(x0_ptrs, mask=mask, other=0.0).to(tl.float32)
-            s = tl.load(lambda_r_ptr) * inner + tl.load(lambda_0_ptr) * x0
+            s = tl.load(lambda_r_ptr) * x + tl.load(lambda_0_ptr) * x0
         g = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         if HAS_DY:
             rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
             dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            normed = s * rstd if HAS_X0 else inner
+            normed = s * rstd if HAS_X0 else x
             dy = dy if SCALED else rstd * dy
             g += dy - normed * (tl.sum(dy * normed, axis=1)[:, None] / D)
         if HAS_DS:
             g += tl.load(ds_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if HAS_X0:
-            dlambda_r += tl.sum(g * inner)
+            dlambda_r += tl.sum(g * x)
             dlambda_0 += tl.sum(g * x0)
             tl.store(dx_ptr + offs, (tl.load(lambda_r_ptr) * g).to(dx_ptr.dtype.element_ty), mask=mask)
             dx0 = tl.load(lambda_0_ptr) * g
@@ -181,41 +172,38 @@ def _check(x: Tensor, x0: Tensor | None, lambdas: tuple[Tensor | None, Tensor | 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, wanted):
+    def forward(ctx, x, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, wanted):
         # wanted: "s, y"; "y" alone; "factors" of y, that is s twice and rstd
         _check(x, x0, (lambda_r, lambda_0))
         ctx.set_materialize_grads(False)
-        rows, rows_residual, rows_x0 = _rows("x", x, x), _rows("residual", residual, x), _rows("x0", x0, x)
+        rows, rows_x0 = _rows("x", x, x), _rows("x0", x0, x)
         M, D = rows.shape
-        mixed = residual is not None or x0 is not None
+        mixed = x0 is not None
         y = None if wanted == "factors" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         s = None if wanted == "y" else torch.empty(x.shape, dtype=x.dtype, device=x.device) if mixed else x
         rstd = torch.empty(M, dtype=torch.float32, device=x.device)
         config = _config(D)
         _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
-            rows, rows_residual, rows_x0, lambda_r, lambda_0, s, y, rstd,
-            rows.stride(0), 0 if residual is None else rows_residual.stride(0), 0 if x0 is None else rows_x0.stride(0),
-            M, D, EPS=EPS, HAS_RESIDUAL=residual is not None, HAS_X0=x0 is not None,
-            HAS_S=mixed and wanted != "y", HAS_Y=wanted != "factors", **config,
+            rows, rows_x0, lambda_r, lambda_0, s, y, rstd, rows.stride(0), rows_x0.stride(0) if mixed else 0, M, D,
+            EPS=EPS, HAS_X0=mixed, HAS_S=mixed and wanted != "y", HAS_Y=wanted != "factors", **config,
         )  # fmt: skip
         # An output is saved as it is: a view of it would keep it, and with it this node, alive for ever.
-        kept = (y, None) if x0 is None else (rows, rows_residual)
-        ctx.save_for_backward(*kept, rows_x0, lambda_r, lambda_0, rstd)
-        ctx.has_residual, ctx.scaled = residual is not None, wanted == "factors"
+        ctx.save_for_backward(rows if mixed else y, rows_x0, lambda_r, lambda_0, rstd)
+        ctx.scaled = wanted == "factors"
         ctx.dlambda = dlambda_r, dlambda_0
         if wanted == "factors":
             rstd = rstd.view(x.shape[:-1])
             ctx.mark_non_differentiable(rstd)
             return s, s.view_as(s), rstd, x0
-        return (s, y) if x0 is None else (s, y, x0)
+        return (s, y, x0) if mixed else (s, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, ds, dy, *others):
         dx0_later = others[-1] if others else None
-        x, residual, x0, lambda_r, lambda_0, rstd = ctx.saved_tensors
+        x, x0, lambda_r, lambda_0, rstd = ctx.saved_tensors
         if ds is None and dy is None:
-            return None, None, dx0_later, *(None,) * 5
+            return None, dx0_later, *(None,) * 5
         shape = (dy if ds is None else ds).shape
         ds, dy, dx0_later = (None if g is None else g.contiguous() for g in (ds, dy, dx0_later))
         x = x.reshape(-1, shape[-1])
@@ -226,15 +214,14 @@ class _RMSNorm(torch.autograd.Function):
         dx0 = None if x0 is None else torch.empty_like(dx)
         partial = None if x0 is None else torch.empty(programs, 2, dtype=torch.float32, device=x.device)
         _rms_norm_bwd_kernel[(programs,)](
-            ds, dy, dx0_later, x, residual, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
-            x.stride(0), 0 if residual is None else residual.stride(0), 0 if x0 is None else x0.stride(0), M, D,
-            HAS_DS=ds is not None, HAS_DY=dy is not None, SCALED=ctx.scaled, HAS_RESIDUAL=residual is not None,
+            ds, dy, dx0_later, x, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
+            x.stride(0), 0 if x0 is None else x0.stride(0), M, D,
+            HAS_DS=ds is not None, HAS_DY=dy is not None, SCALED=ctx.scaled,
             HAS_X0=x0 is not None, HAS_LATER=dx0_later is not None, STEPS=STEPS, **config,
         )  # fmt: skip
-        dresidual = dx if ctx.has_residual else None
         if x0 is None:
-            return dx, dresidual, None, None, None, None, None, None
-        main_grads = [g if needed else None for g, needed in zip(ctx.dlambda, ctx.needs_input_grad[3:5], strict=True)]
+            return dx, *(None,) * 6
+        main_grads = [g if needed else None for g, needed in zip(ctx.dlambda, ctx.needs_input_grad[2:4], strict=True)]
         targets = [
             torch.empty(like.shape, dtype=torch.float32, device=x.device) if main_grad is None else main_grad
             for like, main_grad in zip((lambda_r, lambda_0), main_grads, strict=True)
@@ -246,12 +233,11 @@ class _RMSNorm(torch.autograd.Function):
         dlambda_r, dlambda_0 = (
             target if main_grad is None else None for target, main_grad in zip(targets, main_grads, strict=True)
         )
-        return dx, dresidual, dx0, dlambda_r, dlambda_0, None, None, None
+        return dx, dx0, dlambda_r, dlambda_0, None, None, None
 
 
 def rms_norm(
     x: Tensor,
-    residual: Tensor | None = None,
     x0: Tensor | None = None,
     lambda_r: Tensor | None = None,
     lambda_0: Tensor | None = None,
@@ -260,24 +246,23 @@ def rms_norm(
     """The mixed stream, its norm, and x0 for the next layer.
 
     Args:
-        x, residual, x0: [..., D], one dtype.
+        x, x0: [..., D], one dtype.
         lambda_r, lambda_0: 0-dimensional, fp32 or wider; given exactly when `x0` is. Where one carries `main_grad`,
             the kernels add its gradient there.
         y_only: s is not wanted, and the kernels do not write it.
 
     Returns:
-        (s, y), and with `x0` a third, a view of it: whoever reads that one instead of `x0` sends its gradient through
-        here, where it is added to. All shaped and typed like `x`. With `x` alone, s is a view of it; with `y_only` it
-        is None.
+        (s, y), and with `x0` also a view of it: the gradient of what reads that view comes through here, and is added
+        to dx0. All shaped and typed like `x`. Without `x0`, s is a view of `x`; with `y_only` it is None.
 
     Raises:
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
     if not use_kernels(x):
-        s, *rest = rms_norm_ref(x, residual, x0, lambda_r, lambda_0)
+        s, *rest = rms_norm_ref(x, x0, lambda_r, lambda_0)
         return None if y_only else s, *rest
     dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
-    return _RMSNorm.apply(x, residual, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "y" if y_only else "s, y")
+    return _RMSNorm.apply(x, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "y" if y_only else "s, y")
 
 
 def norm_factors_ref(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, ...]:
@@ -302,18 +287,17 @@ def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> t
     if not use_kernels(x):
         return norm_factors_ref(x, x0, lambda_r, lambda_0)
     dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
-    return _RMSNorm.apply(x, None, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "factors")
+    return _RMSNorm.apply(x, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "factors")
 
 
 def cost(
-    rows: int, width: int, has_residual: bool = False, has_x0: bool = False,
-    has_s: bool = True, has_y: bool = True, itemsize: int = 2, backward: bool = False,
+    rows: int, width: int, has_x0: bool = False, has_s: bool = True, has_y: bool = True,
+    itemsize: int = 2, backward: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """Bytes that have to move and FLOPs, for [rows, width]; without `has_s`, of `y_only`; without `has_y`, of
     `norm_factors`."""
-    mixed = (has_residual or has_x0) and has_s
     if not backward:
-        tensors = 1 + has_residual + has_x0 + mixed + has_y  # the inputs, s, y
-        return rows * (width * tensors * itemsize + 4), rows * width * (4 + has_residual + 3 * has_x0)
-    tensors = 2 + 1 + 3 * has_x0 + (has_residual and has_x0) + 1  # ds, dy, what was kept, dx; dx0 as read and written
+        tensors = 1 + has_x0 + (has_x0 and has_s) + has_y  # the inputs, s, y
+        return rows * (width * tensors * itemsize + 4), rows * width * (4 + 3 * has_x0)
+    tensors = 2 + 1 + 3 * has_x0 + 1  # ds, dy, what was kept, dx; and x0, dx0 as read and written
     return rows * (width * tensors * itemsize + 4), rows * width * (9 + 9 * has_x0)

@@ -148,8 +148,8 @@ class GPT(nn.Module):
                 qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate, rstd, grads_scaled=True)
         else:
             rstd = None
-            x, y, x0 = kernels.rms_norm(x, None, *streams[1:])
-            with _forgetting(y, lambda: kernels.rms_norm(streams[0], None, *streams[1:], y_only=True)[1], recompute):
+            x, y, x0 = kernels.rms_norm(*streams)
+            with _forgetting(y, lambda: kernels.rms_norm(*streams, y_only=True)[1], recompute):
                 qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate)
         with _forgetting(ve, lambda: look_up()[0], recompute and value is not None):
             attn = kernels.rotary_attention(

@@ -86,7 +86,7 @@ def without_softcap(x, weight, *, targets):
 
 
 def without_mix(x, x0, lambda_r, lambda_0):
-    return problems.rms_norm(x + 0 * x0 + 0 * lambda_r + 0 * lambda_0)
+    return kernels.rms_norm(x + 0 * x0 + 0 * lambda_r + 0 * lambda_0)
 
 
 def without_momentum(master, grad, momentum, *rest, **constants):
@@ -99,7 +99,7 @@ def not_a_number(*inputs, **constants):
 
 def factors_of_a_written_norm(x, x0, lambda_r, lambda_0):
     """The gradient of y = rstd ⊙ s where that of rstd ⊙ y is due."""
-    s, y, x0 = kernels.rms_norm(x, None, x0, lambda_r, lambda_0)
+    s, y, x0 = kernels.rms_norm(x, x0, lambda_r, lambda_0)
     return [s, s.detach() + y - y.detach(), kernels.norm_factors(x, x0, lambda_r, lambda_0)[2].detach(), x0]
 
 

@@ -104,7 +104,7 @@ def attention_inputs(T=21, D=40):
 
 
 def attention_ref(x, x0, lambda_r, lambda_0, w_qkv, w_gate, ve):
-    s, y, _ = rms_norm.rms_norm_ref(x, None, x0, upcast(lambda_r), upcast(lambda_0))
+    s, y, _ = rms_norm.rms_norm_ref(x, x0, upcast(lambda_r), upcast(lambda_0))
     qkv, gate = y @ w_qkv.T, y[..., : w_gate.shape[1]] @ w_gate.T
     cos, sin = rotary_tables(x.shape[1], HEAD_DIM, device=DEVICE)
     return s, rotary_attention_ref(qkv, cos, sin, H, WINDOW, ve, gate)

@@ -49,9 +49,8 @@ def scalar(value):
 # Name: the op, how to draw its inputs, and which of them are weights, whose gradient goes to main_grad.
 OPS = {
     "rms_norm": (kernels.rms_norm, lambda: [draw(4, 24)], []),
-    "rms_norm of a sum": (kernels.rms_norm, lambda: [draw(4, 24), draw(4, 24)], []),
     "rms_norm of a mix": (
-        kernels.rms_norm, lambda: [draw(4, 24), draw(4, 24), draw(4, 24), scalar(1.25), scalar(-0.5)], [3, 4]
+        kernels.rms_norm, lambda: [draw(4, 24), draw(4, 24), scalar(1.25), scalar(-0.5)], [2, 3]
     ),
     "norm_factors": (factors, lambda: [draw(4, 24), draw(4, 24) + 1, scalar(1.25), scalar(-0.5)], [2, 3]),
     "linear": (kernels.linear, lambda: [draw(5, 24), draw(16, 24), draw(5, 16)], [1]),

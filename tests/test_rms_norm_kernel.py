@@ -11,7 +11,7 @@ from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, output
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.rms_norm")
-PARTS = ["x", "residual", "x0", "residual+x0"]
+PARTS = ["x", "x0"]
 
 
 def make_inputs(shape, parts, dtype, seed=0):
@@ -25,18 +25,16 @@ def make_inputs(shape, parts, dtype, seed=0):
             t[..., 0, :] = 0
         return t.to(DEVICE, dtype)
 
-    x, residual = tensor(), tensor() if "residual" in parts else None
-    if "x0" not in parts:
-        return [x, residual]
-    return [x, residual, tensor(), torch.tensor(1.25, device=DEVICE), torch.tensor(-0.375, device=DEVICE)]
+    if parts == "x":
+        return [tensor()]
+    return [tensor(), tensor(), torch.tensor(1.25, device=DEVICE), torch.tensor(-0.375, device=DEVICE)]
 
 
 def with_scalars(function):
     """In fp32 at least, whatever the dtype of the rest."""
 
-    def call(x, residual, x0=None, lambda_r=None, lambda_0=None):
-        scalars = [None if v is None else upcast(v) for v in (lambda_r, lambda_0)]
-        return function(x, residual, x0, *scalars)
+    def call(x, *mixed):
+        return function(x, *(upcast(value) if value.dim() == 0 else value for value in mixed))
 
     return call
 
@@ -51,21 +49,21 @@ def check(function, shape, parts, dtype, reference=op.rms_norm_ref, draws=1, inp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("parts", PARTS)
 def test_outputs_and_gradients(parts, dtype):
-    draws = 8 if "x0" in parts else 1
+    draws = 8 if parts == "x0" else 1
     check(op.rms_norm, (5, 9, 300), parts, dtype, draws=draws)  # several programs, the last one partly filled
     check(op.rms_norm, (3, 7, 37), parts, dtype, draws=draws)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 1025)])
 def test_sizes_of_one(shape):
-    check(op.rms_norm, shape, "residual+x0", torch.float32, draws=32)  # one number each: their spread compares
+    check(op.rms_norm, shape, "x0", torch.float32, draws=32)  # one number each: their spread compares
 
 
 @real_and_small("rows, dtype", [(32768, torch.bfloat16)], [(6, torch.float32)])
 def test_strided_rows(rows, dtype):
-    inputs = make_inputs((rows, 80), "residual+x0", dtype)
-    inputs[:3] = [t[:, 7:50] for t in inputs[:3]]
-    check(op.rms_norm, (rows, 43), "residual+x0", dtype, inputs=inputs)
+    inputs = make_inputs((rows, 80), "x0", dtype)
+    inputs[:2] = [t[:, 7:50] for t in inputs[:2]]
+    check(op.rms_norm, (rows, 43), "x0", dtype, inputs=inputs)
 
 
 @pytest.mark.parametrize("only", ["s", "y"])
@@ -79,12 +77,12 @@ def test_one_gradient_may_be_absent(parts, only):
 
 def test_x0_goes_through_layer_after_layer():
     """Each adds its part of dx0 to what the next sent back, a last one that nobody reads included."""
-    first, _, x0, *lambdas = make_inputs((4, 9, 40), "x0", torch.float32)
+    first, x0, *lambdas = make_inputs((4, 9, 40), "x0", torch.float32)
 
     def three_layers(mix):
         def function(x, x0, lambda_r, lambda_0):
             for _ in range(3):
-                x, y, x0 = mix(x, None, x0, upcast(lambda_r), upcast(lambda_0))
+                x, y, x0 = mix(x, x0, upcast(lambda_r), upcast(lambda_0))
             return x, y
 
         return function
@@ -95,22 +93,22 @@ def test_x0_goes_through_layer_after_layer():
         assert_as_good(name, *values, factor=6)  # three times an op that may double the error
 
     x0.requires_grad_()
-    alone = op.rms_norm(first, None, x0, *lambdas)[2]
+    alone = op.rms_norm(first, x0, *lambdas)[2]
     assert alone.data_ptr() == x0.data_ptr()
     (dx0,) = torch.autograd.grad(alone, x0, torch.full_like(x0, 3.0))
     assert (dx0 == 3.0).all()
 
 
 def test_lambda_gradients_add_up_in_main_grad():
-    x, _, x0, *_ = make_inputs((4, 9, 40), "x0", torch.float32)
+    x, x0, *_ = make_inputs((4, 9, 40), "x0", torch.float32)
     lambdas = [torch.tensor([0.5, 1.5], device=DEVICE, requires_grad=True) for _ in range(2)]
     truth = [value.detach().double().requires_grad_() for value in lambdas]
     for value in lambdas:
         value.main_grad = torch.tensor([3.0, -2.0], device=DEVICE)
     for scale in (1.0, 0.5):
-        _, y, _ = op.rms_norm(x, None, x0, *(layer_weight(v, 1) for v in lambdas))
+        _, y, _ = op.rms_norm(x, x0, *(layer_weight(v, 1) for v in lambdas))
         (scale * y[..., 3]).sum().backward()
-        _, y, _ = op.rms_norm_ref(x.double(), None, x0.double(), *(v[1] for v in truth))
+        _, y, _ = op.rms_norm_ref(x.double(), x0.double(), *(v[1] for v in truth))
         (scale * y[..., 3]).sum().backward()
     for value, exact in zip(lambdas, truth, strict=True):
         assert value.grad is None
@@ -125,7 +123,7 @@ MUTANTS = {
     "the stream's gradient is lost": (("g += tl.load(ds_ptr", "tl.load(ds_ptr"),),
     "what comes back for x0 is lost": (("dx0 += tl.load(dx0_later_ptr", "tl.load(dx0_later_ptr"),),
     "dx unscaled": (("(tl.load(lambda_r_ptr) * g)", "g"),),
-    "dλr from the mixed stream": (("tl.sum(g * inner)", "tl.sum(g * s)"),),
+    "dλr from the mixed stream": (("tl.sum(g * x)", "tl.sum(g * s)"),),
     "one program's dλ is left out": (("for start in range(0, N, BLOCK)", "for start in range(0, N - 1, BLOCK)"),
                                      ("BLOCK=1024", "BLOCK=1")),
     "the last row is not written": (("mask_m = offs_m < M\n    mask =", "mask_m = offs_m < M - 1\n    mask ="),),
@@ -136,18 +134,17 @@ MUTANTS = {
 def test_mutants_fail(name, tmp_path):
     wrong = mutant(op, *MUTANTS[name], folder=tmp_path)
     with pytest.raises(AssertionError):
-        check(wrong.rms_norm, (5, 9, 300), "residual+x0", torch.float32)
+        check(wrong.rms_norm, (5, 9, 300), "x0", torch.float32)
 
 
 def test_errors_name_the_argument():
     x = torch.randn(4, 8, device=DEVICE)
     one = torch.ones((), device=DEVICE)
-    with pytest.raises(ValueError, match="residual"):
-        op.rms_norm(x, x[:2])
-    with pytest.raises(ValueError, match="x0"):
-        op.rms_norm(x, None, x.half(), one, one)
+    for wrong in (x[:2], x.half()):
+        with pytest.raises(ValueError, match="x0"):
+            op.rms_norm(x, wrong, one, one)
     with pytest.raises(ValueError, match="lambda_0"):
-        op.rms_norm(x, None, x, one)
+        op.rms_norm(x, x, one)
     with pytest.raises(ValueError, match="stride"):
         op.rms_norm(x.T)
     with pytest.raises(ValueError, match="float64"):
@@ -161,7 +158,6 @@ def test_eps_is_the_machines():
 def test_cost_counts_every_tensor_once():
     assert op.cost(10, 512) == (10 * (512 * 2 * 2 + 4), 10 * 512 * 4)  # x, y and rstd
     assert op.cost(10, 512, has_x0=True) == (10 * (512 * 4 * 2 + 4), 10 * 512 * 7)  # x, x0, s, y
-    assert op.cost(10, 512, has_residual=True)[0] == 10 * (512 * 4 * 2 + 4)  # x, residual, s, y
     for left_out in ("has_s", "has_y"):
         assert op.cost(10, 512, has_x0=True, **{left_out: False})[0] == 10 * (512 * 3 * 2 + 4)
     mixed = op.cost(10, 512, has_x0=True, backward=True)
@@ -171,19 +167,18 @@ def test_cost_counts_every_tensor_once():
 @real_and_small("shape", [(16, 2048, 512), (2, 2048, 1280), (1, 1, 512)], [(2, 9, 40), (1, 1, 8)])
 @pytest.mark.parametrize("parts", PARTS)
 def test_bfloat16(parts, shape):
-    check(op.rms_norm, shape, parts, torch.bfloat16, draws=8 if "x0" in parts else 1)
+    check(op.rms_norm, shape, parts, torch.bfloat16, draws=8 if parts == "x0" else 1)
 
 
 @real_and_small("shape", [(2048, 512)], [(9, 40)])
 def test_heavy_tails_in_bfloat16(shape):
-    generator = torch.Generator().manual_seed(0)
-    x, x0 = (torch.randn(shape, generator=generator).pow(5).to(DEVICE, torch.bfloat16) for _ in range(2))
-    check(op.rms_norm, shape, "x", torch.bfloat16, inputs=[x, x0])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).pow(5).to(DEVICE, torch.bfloat16)
+    check(op.rms_norm, shape, "x", torch.bfloat16, inputs=[x])
 
 
 @real_and_small("shape", [(16, 2048, 512)], [(4, 9, 40)])
 def test_the_same_bits_twice(shape):
-    inputs = make_inputs(shape, "residual+x0", torch.bfloat16)
+    inputs = make_inputs(shape, "x0", torch.bfloat16)
     runs = [outputs_and_gradients(with_scalars(op.rms_norm), inputs, torch.bfloat16) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
