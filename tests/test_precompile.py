@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ def test_a_second_run_starts_no_process_where_the_first_did_its_work(monkeypatch
     assert first.wait() == (code == 0)
     second, other = precompile.Precompiler(config, 8192, 90), precompile.Precompiler(config, 32768, 90)
     assert len(second._processes) == (0 if code == 0 else 3)
+    repeat = replace(config, seed=43, run_dir="runs/repeat-seed43", group="repeat", description="once more")
+    assert len(precompile.Precompiler(repeat, 8192, 90)._processes) == len(second._processes)
+    assert len(precompile.Precompiler(replace(config, device_batch_size=64), 8192, 90)._processes) == 3
     assert len(other._processes) == 3
 
 

@@ -24,9 +24,11 @@ from prepare import Batch
 
 from .config import TrainConfig
 from .optimizer import Optimizer
+from .provenance import ROOT
 from .schedule import step_values
 from .step import TrainStep
 
+SOURCES = ("kernels", "model", "train")  # decide which kernels a step launches, and what is in them
 MAX_PROCESSES = 16  # three kernels each: more would spend their time importing
 
 
@@ -100,8 +102,12 @@ class Precompiler:
         import triton
 
         arguments = json.dumps({"config": asdict(config), "vocab_size": vocab_size, "arch": arch})
-        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("kernels/**/*.py")))
-        key = hashlib.sha256(f"{arguments} {triton.__version__} {torch.__version__}".encode() + sources).hexdigest()
+        # Not what differs between the runs of one experiment: no kernel depends on it.
+        shapes = {key: value for key, value in config.fixed().items() if key not in ("name", "run_dir", "seed")}
+        digest = hashlib.sha256(json.dumps([shapes, vocab_size, arch, triton.__version__, torch.__version__]).encode())
+        for path in sorted(path for folder in SOURCES for path in ROOT.glob(f"{folder}/**/*.py")):
+            digest.update(path.read_bytes())
+        key = digest.hexdigest()
         # Says that all of it lies in Triton's cache, and is gone when that is.
         self._stamp = Path(triton.knobs.cache.dir) / f"timebox-{key[:16]}"
         of = 0 if self._stamp.exists() else min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
@@ -110,7 +116,7 @@ class Precompiler:
         command = [sys.executable, "-m", "train.precompile", arguments]
         self._processes = [
             subprocess.Popen(
-                [*command, str(share), str(of)], env=environment, cwd=Path(__file__).parents[1],
+                [*command, str(share), str(of)], env=environment, cwd=ROOT,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
             for share in range(of)
