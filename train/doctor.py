@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from model import GPT
-from prepare import Dataset, InputError, default_folder
+from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
 from prepare.home import home
 
@@ -25,7 +25,7 @@ from .config import TrainConfig, resolve
 from .memory import MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
-from .trainer import OLDEST_GPU, VOCAB_SIZE, cpu_has_bf16
+from .trainer import OLDEST_GPU, VOCAB_SIZE, cpu_has_bf16, embedded_folder
 
 PYTHONS = ((3, 11), (3, 12))
 OK, NOTE, WRONG = "ok", "note", "wrong"
@@ -197,8 +197,7 @@ def kernel(device: str) -> Finding:
 
 def dataset(folder: str | None, device: str) -> tuple[Finding, int]:
     """What was found, and the vocabulary it has."""
-    default = default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
-    path = Path(folder or default)
+    path = Path(folder or embedded_folder(device))
     if folder is None and not path.exists():
         return Finding("data", NOTE, f"none at {path} yet: train prepares it by itself"), VOCAB_SIZE[device]
     try:

@@ -106,12 +106,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**30)
 
 
+def embedded_folder(device: str) -> Path:
+    """Of the corpus that is trained on where none is named. `stdlib` is what `python -m prepare` writes, with 8,192
+    tokens; a CPU's, with fewer, is in a folder of its own."""
+    return default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
+
+
 def open_data(folder: str | None, device: str) -> Dataset:
     """The prepared corpus; the embedded one is prepared first where none is named and it is not there yet."""
     if folder is not None:
         return Dataset.open(folder)
-    # `stdlib` is what `python -m prepare` writes, with 8,192 tokens; a CPU's smaller one stands beside it.
-    default = default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
+    default = embedded_folder(device)
     if not (default / "manifest.json").exists():
         size = f"vocabulary {VOCAB_SIZE[device]:,}"
         print(f"no --data: preparing the embedded corpus, {size}, once, in {default}", flush=True)
