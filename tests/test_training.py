@@ -299,6 +299,11 @@ def test_no_gpu_is_said_in_one_line(corpus, tmp_path, capsys, monkeypatch):
     assert "--device cuda" in capsys.readouterr().err
 
 
+def test_a_gpu_has_no_autocast_to_announce(monkeypatch):
+    monkeypatch.setattr(train.trainer, "pick_device", lambda wanted: "cuda")
+    assert train.trainer.complete(TrainConfig(ops="reference", autocast=True)).autocast is False
+
+
 def test_a_run_folder_in_use_is_left_alone(corpus, finished, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in finished.iterdir()}
     assert run_main(corpus, finished, "--steps", "1") == 2

@@ -58,7 +58,7 @@ def evaluate(options) -> int:
         return 1
     if data.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"{data.folder} has another tokenizer than the run: name the run's own folder with --data")
-    score = TrainStep(model, None, bool(config.autocast and device == "cpu")).token_losses
+    score = TrainStep(model, None, config.autocast).token_losses
     tokens = config.eval_tokens if options.eval_tokens is None else options.eval_tokens
     rows = config.device_batch_size if options.device_batch_size is None else options.device_batch_size
     evaluation = evaluate_bpb(

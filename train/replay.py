@@ -88,7 +88,7 @@ def replay(run: Path, wanted_device: str | None) -> bool:
     pick_ops(config.ops if device == config.device else None, device)
     model = build_model(shape, failure.parameters, device, run)
     optimizer = Optimizer(model, config, torch.bfloat16 if device == "cuda" else torch.float32)
-    step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
+    step = TrainStep(model, optimizer, config.autocast)
     torch.set_rng_state(failure.generators["rng.cpu"])
     if device == "cuda" and "rng.cuda" in failure.generators:
         torch.cuda.set_rng_state(failure.generators["rng.cuda"])

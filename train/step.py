@@ -22,7 +22,7 @@ class TrainStep:
     """
 
     def __init__(self, model: GPT, optimizer: Optimizer | None, autocast: bool = False):
-        """`optimizer` None: for evaluation alone."""
+        """`optimizer` None: for evaluation alone. `autocast` matters on a CPU alone."""
         # The parts of a split sum are added in fp32 and rounded once, as everywhere else. Here, so that evaluations,
         # replays and benchmarks of a step multiply as the run does: the setting is the process's.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -35,7 +35,7 @@ class TrainStep:
 
     def precision(self):
         """The context the forward runs in: bf16 matrix products on a CPU that has them, nothing elsewhere."""
-        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast and self.device.type == "cpu" else nullcontext()
 
     def __call__(
         self, batches: Sequence[Batch], values: StepValues, apply: bool = True

@@ -139,9 +139,9 @@ def complete(config: TrainConfig) -> TrainConfig:
     """With every field set that depends on the machine. Raises InputError."""
     device = pick_device(config.device)
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
-    if config.autocast is None:
-        config = dataclasses.replace(config, autocast=device == "cpu" and cpu_has_bf16())
-    return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
+    autocast = cpu_has_bf16() if config.autocast is None else config.autocast
+    graphs = pick_graphs(config.graphs, device, config.ops)
+    return dataclasses.replace(config, autocast=autocast and device == "cpu", graphs=graphs)
 
 
 def how_to_go_on(folder: RunFolder) -> str:
@@ -201,7 +201,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         model = GPT(model_config, device=device, **config.model_options)
         model.init_weights(config.seed)
         optimizer = Optimizer(model, config, forward_dtype)
-        step = TrainStep(model, optimizer, autocast=bool(config.autocast and device == "cpu"))
+        step = TrainStep(model, optimizer, config.autocast)
         with record.timed("compile"):
             if kernels_compile and not kernels_compile.wait():
                 print("note: kernels were not compiled ahead: each is when it is first launched", file=sys.stderr)
