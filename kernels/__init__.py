@@ -9,8 +9,9 @@ from .mlp import norm_relu2_mlp, relu2_mlp
 from .muon import muon_update, second_moment_shape
 from .polar_express import polar_express
 from .qkv_projection import qkv_projection
-from .rms_norm import norm_factors, rms_norm
+from .rms_norm import MAX_WIDTH, norm_factors, rms_norm
 from .rotary_attention import (
+    HEAD_DIMS,
     ROTARY_BASE,
     compiled_attention,
     prepare_compiled_attention,
@@ -20,6 +21,8 @@ from .rotary_attention import (
 
 __all__ = [
     "EPS",
+    "HEAD_DIMS",
+    "MAX_WIDTH",
     "ROTARY_BASE",
     "SOFTCAP",
     "adamw_update",

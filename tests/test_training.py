@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from test_loop import make_step
 from tiny_run import losses, run_main
 
+import kernels
 import train.__main__
 import train.memory
 import train.trainer
 from model import GPT
-from prepare import Batch, Dataset
+from prepare import Batch, Dataset, InputError
 from train import evaluate, sample
 from train.config import TrainConfig
 from train.optimizer import Optimizer
@@ -302,6 +303,17 @@ def test_no_gpu_is_said_in_one_line(corpus, tmp_path, capsys, monkeypatch):
 def test_a_gpu_has_no_autocast_to_announce(monkeypatch):
     monkeypatch.setattr(train.trainer, "pick_device", lambda wanted: "cuda")
     assert train.trainer.complete(TrainConfig(ops="reference", autocast=True)).autocast is False
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"), [({"head_dim": 256}, "--head-dim 256: .* 16, 32, 64, 128"), ({"d_model": 8320}, "at most 8192")]
+)
+def test_a_shape_that_the_kernels_do_not_take_is_bad_input(monkeypatch, shape, named):
+    monkeypatch.setattr(train.trainer, "pick_device", lambda wanted: "cuda")
+    assert train.trainer.complete(TrainConfig(ops="reference", **shape)).ops == "reference"
+    with pytest.raises(InputError, match=named):
+        train.trainer.complete(TrainConfig(ops="triton", **shape))
+    kernels.set_ops(None)
 
 
 def test_a_run_folder_in_use_is_left_alone(corpus, finished, capsys):

@@ -82,6 +82,17 @@ def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
     return possible if wanted is None else wanted
 
 
+def check_kernels_take(config: TrainConfig) -> None:
+    """Raises InputError for a shape that a model may have and the kernels do not take."""
+    if config.head_dim not in kernels.HEAD_DIMS:
+        dims = ", ".join(map(str, kernels.HEAD_DIMS))
+        raise InputError(f"--head-dim {config.head_dim}: the kernels take {dims}; --ops reference takes any")
+    if config.d_model > kernels.MAX_WIDTH:
+        raise InputError(
+            f"--d-model {config.d_model}: the kernels take at most {kernels.MAX_WIDTH}; --ops reference takes any"
+        )
+
+
 def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
     """Has the kernels compiled beside the rest of the set-up; None where there are none to compile."""
     if config.device != "cuda" or config.ops != "triton":
@@ -139,6 +150,8 @@ def complete(config: TrainConfig) -> TrainConfig:
     """With every field set that depends on the machine. Raises InputError."""
     device = pick_device(config.device)
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
+    if config.ops == "triton":
+        check_kernels_take(config)
     autocast = cpu_has_bf16() if config.autocast is None else config.autocast
     graphs = pick_graphs(config.graphs, device, config.ops)
     return dataclasses.replace(config, autocast=autocast and device == "cpu", graphs=graphs)

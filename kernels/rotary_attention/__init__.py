@@ -32,6 +32,7 @@ from .reference import ROTARY_BASE, rotary_attention_ref, rotary_norm_ref, rotar
 from .tiles import visited_tiles
 
 __all__ = [
+    "HEAD_DIMS",
     "ROTARY_BASE",
     "compiled_attention",
     "cost",
@@ -44,6 +45,8 @@ __all__ = [
     "window_mask",
 ]
 
+HEAD_DIMS = (16, 32, 64, 128)  # the kernels hold a head in one tile
+
 
 def _check(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, window: int, ve: Tensor | None, gate: Tensor | None,
@@ -55,8 +58,8 @@ def _check(
     B, T, width = qkv.shape
     head_dim = 2 * cos.shape[-1]
     num_kv_heads = (width // head_dim - num_heads) // 2
-    if head_dim not in (16, 32, 64, 128):
-        raise ValueError(f"head_dim {head_dim} must be 16, 32, 64 or 128: the kernels hold a head in one tile")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim {head_dim} must be one of {', '.join(map(str, HEAD_DIMS))}")
     if num_heads < 1 or num_kv_heads < 1 or (num_heads + 2 * num_kv_heads) * head_dim != width:
         raise ValueError(f"width {width} is not (H + 2·KVH)·head_dim with H = {num_heads}, head_dim = {head_dim}")
     if num_heads % num_kv_heads:
