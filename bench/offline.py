@@ -13,17 +13,14 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bench import sass
 from prepare.arguments import Parser, command
 from train.config import TrainConfig, resolve
 from train.memory import LiveBytes
-from train.precompile import AbsentGpu, walk_step
+from train.precompile import compiling_only, walk_step
 
 # (kernel, arch): (bytes of stack a thread, why it is accepted).
 ALLOWED_SPILLS: dict[tuple[str, int], tuple[int, str]] = {}
@@ -88,28 +85,6 @@ class Usage:
         return found
 
 
-@contextmanager
-def recording(arch: int) -> Iterator[Counter]:
-    """Inside, a launch compiles for `arch` and does nothing else. Yields the launches of each compiled kernel."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
-    launches: Counter = Counter()
-    launch = JITFunction.run
-
-    def run(self, *args, grid, warmup, **kwargs):
-        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        launches[kernel] += 1
-        return kernel
-
-    triton.runtime.driver.set_active(AbsentGpu(arch))
-    JITFunction.run = run
-    try:
-        yield launches
-    finally:
-        JITFunction.run = launch
-
-
 def usage(kernel, launches: int, warnings: bool = False) -> Usage:
     """What the assembler made of a compiled kernel; with `warnings` also what it warns of, which takes another run."""
     report = sass.cuobjdump(kernel.asm["cubin"], "-res-usage")
@@ -166,7 +141,7 @@ def report_loops(usages: list[tuple[Usage, object]], arch: int) -> None:
 
 def compile_step(arch: int, vocab_size: int, loops: bool = False, **flags: bool) -> int:
     """Compiles, reports, and returns the exit code."""
-    with recording(arch) as launches, LiveBytes() as memory:
+    with compiling_only(arch) as launches, LiveBytes() as memory:
         walk_step(resolve(TrainConfig(**flags), "cuda"), vocab_size)
     found = [(usage(kernel, count, warnings=True), kernel) for kernel, count in launches.items()]
     found.sort(key=lambda pair: pair[0].name)

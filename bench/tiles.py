@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from bench.offline import recording, usage
+from bench.offline import usage
 from bench.targets import Call, Random, Target, Tile, targets
 from train.config import TrainConfig, resolve
+from train.precompile import compiling_only
 
 STUCK = 120  # seconds without a result: the compiler hangs
 
@@ -131,7 +132,7 @@ def compile_one(target: Target, call: Call, tile: Tile | None, arch: int) -> dic
     """Registers, spills and shared memory of a tile on `arch`, the most of all variants; `fault` where it is no use.
     `asked` as `tiled` yields it."""
     try:
-        with recording(arch) as launches:
+        with compiling_only(arch) as launches:
             _, asked = launches_of(target, call, tile)
         used = [usage(kernel, n) for kernel, n in launches.items() if kernel.metadata.name in target.kernels]
     except Exception as error:  # of any kind: the compiler's own assertions too
@@ -150,7 +151,7 @@ def compile_share(arguments: str) -> None:
     calls = {}
     for name, tile in given["jobs"]:
         if name not in calls:
-            with recording(given["arch"]):
+            with compiling_only(given["arch"]):
                 calls[name] = prepared(found[name], "meta", torch.bfloat16)
         line = compile_one(found[name], calls[name], tile, given["arch"])
         with Path(given["results"]).open("a", encoding="utf-8") as file:

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import torch, triton
 import triton.language as tl
-from bench.offline import recording, usage
+from bench.offline import usage
+from train.precompile import compiling_only
 
 @triton.jit
 def _center_kernel(x_ptr, N: tl.constexpr):
@@ -35,7 +36,7 @@ def _dot_kernel(x_ptr, N: tl.constexpr):
     tl.store(x_ptr + offs[:, None] * N + offs[None, :], tl.dot(x, x).to(x.dtype))
 
 x = torch.empty(2**16, device="meta", dtype=torch.{dtype})
-with recording(90) as launches:
+with compiling_only(90) as launches:
     {launch}
     {launch}
 for kernel, count in launches.items():
@@ -47,12 +48,13 @@ for kernel, count in launches.items():
 # With three stages and loads by pointers, ptxas lets no product of attention begin before the last has ended.
 STAGES = """
 import torch
-from bench.offline import recording, usage
+from bench.offline import usage
 from kernels.rotary_attention import tiles
 from kernels.rotary_attention.forward import attention_fwd
+from train.precompile import compiling_only
 
 q, k, v = torch.empty(1, 512, 3 * 128, device="meta", dtype=torch.bfloat16).split(128, dim=-1)
-with recording(90) as launches:
+with compiling_only(90) as launches:
     own = tiles.config(128, q.dtype)
     for forward in (own.forward, tiles.Tiles(128, 64, 8, 3)):
         tiles.config = lambda *_: own._replace(forward=forward)

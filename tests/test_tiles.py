@@ -157,7 +157,7 @@ def test_of_a_tiles_variants_the_worst_counts(monkeypatch):
     light = Usage("_adamw_kernel", 1, warps=8, registers=40, stack=0, shared=0, is_matrix=False, wgmma=0)
     heavy = replace(light, registers=200, stack=16, shared=1024)
     other = replace(heavy, name="_another_kernel", stack=999)
-    monkeypatch.setattr(tiles, "recording", lambda arch: nullcontext(Counter([light, heavy, other])))
+    monkeypatch.setattr(tiles, "compiling_only", lambda arch: nullcontext(Counter([light, heavy, other])))
     monkeypatch.setattr(Usage, "metadata", property(lambda usage: usage), raising=False)  # each is its own kernel
     monkeypatch.setattr(tiles, "launches_of", lambda *_: (None, {}))
     monkeypatch.setattr(tiles, "usage", lambda kernel, launches: kernel)

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -70,16 +71,34 @@ def walk_step(config: TrainConfig, vocab_size: int) -> None:
 
 
 @contextmanager
-def compiling_only(arch: int, share: int, of: int) -> Iterator[dict]:
-    """Inside, a launch only compiles, and of the kernels that are met just every `of`-th. Yields those, by name."""
+def compiling_only(arch: int) -> Iterator[Counter]:
+    """Inside, a launch compiles for `arch` and does nothing else. Yields the launches of each compiled kernel."""
     import triton
     from triton.runtime.jit import JITFunction
 
-    launch, compile_one = JITFunction.run, JITFunction._do_compile
-    met, compiled = {}, {}
+    launches: Counter = Counter()
+    launch = JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
-        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        launches[kernel] += 1
+        return kernel
+
+    triton.runtime.driver.set_active(AbsentGpu(arch))
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = launch
+
+
+@contextmanager
+def only_a_share(share: int, of: int) -> Iterator[dict]:
+    """Inside, of the kernels that are to be compiled just every `of`-th is. Yields those, by name."""
+    from triton.runtime.jit import JITFunction
+
+    compile_one = JITFunction._do_compile
+    met, compiled = {}, {}
 
     def do_compile(self, key, *args):
         if met.setdefault((self, key), len(met)) % of != share:
@@ -87,12 +106,11 @@ def compiling_only(arch: int, share: int, of: int) -> Iterator[dict]:
         compiled[self, key] = self.__name__
         return compile_one(self, key, *args)
 
-    triton.runtime.driver.set_active(AbsentGpu(arch))
-    JITFunction.run, JITFunction._do_compile = run, do_compile
+    JITFunction._do_compile = do_compile
     try:
         yield compiled
     finally:
-        JITFunction.run, JITFunction._do_compile = launch, compile_one
+        JITFunction._do_compile = compile_one
 
 
 class Precompiler:
@@ -134,7 +152,7 @@ class Precompiler:
 
 def main(arguments: str, share: str, of: str) -> None:
     given = json.loads(arguments)
-    with compiling_only(given["arch"], int(share), int(of)):
+    with compiling_only(given["arch"]), only_a_share(int(share), int(of)):
         walk_step(TrainConfig(**given["config"]), given["vocab_size"])
 
 
