@@ -16,10 +16,10 @@ from kernels.rotary_attention import (
     rotary_tables,
     rows,
     tiles,
-    visited_tiles,
 )
 from kernels.rotary_attention.tiles import Config, Rows, Tiles
 from tests.kernel_checks import DEVICE, assert_as_good, compared, outputs_and_gradients, real_and_small
+from tests.visited_tiles import visited_tiles
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="patches the interpreter")
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels.rotary_attention import cost, visited_tiles
+from kernels.rotary_attention import cost
 from kernels.rotary_attention.tiles import Tiles
+from tests.visited_tiles import visited_tiles
 
 
 @pytest.mark.parametrize("by_query", [True, False])

@@ -29,7 +29,6 @@ from .compiled import compiled_attention, compiled_window_attention, prepare_com
 from .forward import attention_fwd
 from .prologue import prologue_fwd_
 from .reference import ROTARY_BASE, rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
-from .tiles import visited_tiles
 
 __all__ = [
     "HEAD_DIMS",
@@ -41,7 +40,6 @@ __all__ = [
     "rotary_attention_ref",
     "rotary_norm_ref",
     "rotary_tables",
-    "visited_tiles",
     "window_mask",
 ]
 

@@ -2,7 +2,7 @@
 
 A row of tiles falls into three runs: tiles that an edge of the window cuts (masked), tiles wholly inside (no mask at
 all), and tiles that the other edge cuts (masked). Tiles outside the window are in none of them. The two functions that
-compute the runs are compiled into the kernels and also run as plain Python, which is how `visited_tiles` counts.
+compute the runs are plain arithmetic: the tests run them as Python too, and hold them against the window itself.
 """
 
 from typing import NamedTuple
@@ -83,25 +83,3 @@ def query_runs(n0, seq_len, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     full = min(full, stop)
     edge = max(full, min(n0 + window + 1, seq_len) // BLOCK_M * BLOCK_M)
     return start, full, edge, stop
-
-
-def _on_host(function, *arguments: int) -> tuple[int, int, int, int]:
-    """Runs a jitted function of integers as the Python it is written in."""
-    return getattr(function, "fn", function)(*arguments)
-
-
-def visited_tiles(seq_len: int, window: int, block_m: int, block_n: int, by_query: bool = True) -> list[tuple]:
-    """The tiles that one head of one sequence visits: (first query, first key, masked), in the kernels' own order.
-
-    `by_query`: as the forward and dQ kernels walk (a row of keys for each block of queries); else as dK/dV does.
-    """
-    window = min(window, seq_len)
-    runs, outer, inner = (key_runs, block_m, block_n) if by_query else (query_runs, block_n, block_m)
-    tiles = []
-    for fixed in range(0, seq_len, outer):
-        start, full, edge, stop = _on_host(runs, fixed, seq_len, window, block_m, block_n)
-        moving = [(i, True) for i in range(start, full, inner)]
-        moving += [(i, False) for i in range(full, edge, inner)]
-        moving += [(i, True) for i in range(edge, stop, inner)]
-        tiles += [(fixed, i, masked) if by_query else (i, fixed, masked) for i, masked in moving]
-    return tiles
