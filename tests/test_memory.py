@@ -5,12 +5,13 @@ import pytest
 import torch
 
 import kernels
+from bench.live_bytes import LiveBytes
 from model import GPT, GPTConfig
 from prepare import InputError
 from tests.kernel_checks import DEVICE
 from tests.test_kernels_together import random_batches, random_step
 from train.config import TrainConfig, resolve
-from train.memory import MARGIN, LiveBytes, activation_bytes, check_batch_fits
+from train.memory import MARGIN, activation_bytes, check_batch_fits
 from train.optimizer import Optimizer
 from train.precompile import walk_step
 

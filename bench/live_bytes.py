@@ -1,0 +1,45 @@
+"""How much memory a step would hold, counted on tensors of device "meta"."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of every tensor that is made while the mode is on, for as long as it lives.
+
+    On tensors of device "meta" it is what an allocator without overhead would hand out, to the byte, with nothing
+    allocated: `now` at any point, `peak` the most so far, both in bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        out = function(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in given:  # else it is a view, perhaps of what was there before
+                self._count(storage)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+        self.storages.add(key)
+        weakref.finalize(storage, self._release, key, nbytes)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self.storages.remove(key)
+        self.now -= nbytes
+
+
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
