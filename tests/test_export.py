@@ -107,14 +107,16 @@ def test_a_model_that_modeling_py_does_not_know_is_refused(finished, tmp_path, m
     monkeypatch.setattr(GPT, "features", lambda self, tokens: 1.01 * honest(self, tokens))
     assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 2
     assert "other logits than model/gpt.py" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 0  # the same again, brought up to date
 
 
 def test_a_full_disk_is_said_in_one_line(finished, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.files.os.fsync", full)
+        patch.setattr("train.export.shutil.copyfile", full)  # the last file
         assert export_main([str(finished), "--to", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "make room" in error

@@ -44,12 +44,23 @@ def main(args: list[str] | None = None) -> int:
 def export(run: str | Path, to: Path) -> float:
     """Writes the folder, and returns how far the logits of what was written lie from the run's.
 
-    Raises InputError where `to` is in use, or where modeling.py does not compute what model/gpt.py does.
+    Raises InputError where `to` is in use, or where modeling.py does not compute what model/gpt.py does; OSError. `to`
+    is then as empty as it was.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to} is {'not empty' if to.is_dir() else 'a file'}: choose another folder for --to")
     model, tokenizer, _ = load_run(run)
     to.mkdir(parents=True, exist_ok=True)
+    try:
+        return write_and_compare(model, tokenizer, to)
+    except BaseException:
+        for path in to.iterdir():  # what is not whole is not left in the way of the next try
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def write_and_compare(model: GPT, tokenizer: Tokenizer, to: Path) -> float:
+    """Fills the empty folder `to`; what is returned and raised is `export`'s."""
     save_tensors(to / "model.safetensors", dict(model.named_parameters()))
     write_json(to / "config.json", exported_config(model, tokenizer))
     (to / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False), encoding="utf-8")
