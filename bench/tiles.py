@@ -189,7 +189,7 @@ def compile_all(jobs: list[tuple[str, Tile | None]], arch: int, vocab_size: int,
 
 
 def _wait(process: subprocess.Popen, results: Path) -> bool:
-    """Whether it had to be killed."""
+    """Until the process has ended, or no result came for `STUCK` seconds: then it is killed. Returns whether it was."""
     size, since = 0, time.monotonic()
     while process.poll() is None:
         time.sleep(0.1)

@@ -202,7 +202,7 @@ def embedding(tokens: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
             add the gradient.
 
     Returns:
-        one tensor [..., width] per table; where a token is none, the kernels give NaN.
+        one tensor [..., width] per table; for a token outside [0, V) the kernels give NaN.
 
     Raises:
         ValueError: tokens that are no integers, or tables that the kernels do not take.

@@ -272,14 +272,15 @@ def norm_factors_ref(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) 
 
 
 def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, ...]:
-    """The mixed stream and its norm y as two factors, y = rstd ⊙ s, for `qkv_projection`.
+    """The mixed stream s, and its norm y = rstd ⊙ s as two factors for `qkv_projection`.
 
     Args:
-        as those of `rms_norm`.
+        x, x0, lambda_r, lambda_0: those of `rms_norm`.
 
     Returns:
-        s; s again, whose gradient the kernels take to be rstd ⊙ dy, all of it: what reaches x through rstd too is
-        theirs to work out; rstd, [...] in fp32; x0 for the next layer, as from `rms_norm`.
+        (s, factor, rstd, x0). s: for the residual stream. factor: s again, for the product; the kernels take its
+        gradient to be rstd ⊙ dy, and add by themselves what reaches x through rstd. rstd: [...] in fp32, without a
+        gradient. x0: for the next layer, as from `rms_norm`.
 
     Raises:
         ValueError: shapes, dtypes or strides that the kernels do not take.

@@ -48,7 +48,8 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def option(default, text: str, **metadata):
-    """`free`: may differ where a run is resumed, since no result depends on it, or something else is compared."""
+    """A field of TrainConfig. Its metadata: `help`, `choices`, and `free` where a resumed run may have another value:
+    no result depends on it, or what it stands for is compared by itself, as the data's hashes are."""
     return field(default=default, metadata={"help": text, **metadata})
 
 

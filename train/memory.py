@@ -71,7 +71,7 @@ def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -
 
 
 def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float, float]:
-    """What every row of a micro-batch needs, and what all of them need once: the gradient of lm_head."""
+    """Bytes that each row of a micro-batch needs, and bytes that any number of rows needs once: lm_head's gradient."""
     one, two = (MARGIN * activation_bytes(model, rows, precision) for rows in (1, 2))
     return two - one, 2 * one - two
 

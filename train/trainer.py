@@ -275,7 +275,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
 
 
 def first_step_would_compile(config: TrainConfig, resumed: bool) -> bool:
-    """Whether it counts against the budget, and should not."""
+    """Whether kernels would be compiled in a step that counts against the budget: then steps are rehearsed first."""
     return config.untimed_steps == 0 or (resumed and (config.device == "cuda" or config.ops == "compile"))
 
 

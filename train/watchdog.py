@@ -31,7 +31,7 @@ class Watchdog:
 
     Where no beat comes for ten times what is usual among the recent ones, at least `FLOOR` seconds, it prints where
     every thread stands, once a hang. Where none comes for `hang_timeout` seconds (and ten times the usual step, if that
-    is more) it prints FAIL and `advice` and ends the process with exit code 1, wherever its other threads are stuck.
+    is more) it prints FAIL, how to go on, and ends the process with exit code 1, wherever its other threads are stuck.
     What is on disk stays: files are written beside and renamed, logs flushed a line at a time.
 
     Seconds are counted while the process runs: stopped (Ctrl-Z) or suspended, it does not hang. One that is stuck in C
