@@ -190,7 +190,7 @@ def kernel(device: str) -> Finding:
         return Finding("kernel", OK, f"rms_norm runs {where}, and is right")
     if device == "cpu":
         return Finding("kernel", NOTE, f"rms_norm does not run {where} ({reason}): training on a CPU does without")
-    return Finding("kernel", WRONG, f"rms_norm does not run {where}: {reason}",
+    return Finding("kernel", WRONG, f"rms_norm fails {where}: {reason}",
                    "Triton needs a C compiler, Python's headers and this driver's CUDA: install gcc, python3-dev and"
                    " the torch and triton of pyproject.toml; --ops reference trains without them")  # fmt: skip
 
