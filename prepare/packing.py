@@ -4,7 +4,8 @@ Every row starts with BOS, and so does every document in it. From a buffer of do
 placed; where none fits, the shortest is cut to fill the row. What happens to a cut-off tail is the `packing`:
 
     lossless   it goes back into the buffer, with a BOS of its own; a document longer than a row enters in pieces
-    published  it is thrown away, as the published system does, and counted (`cropped_share`)
+    published  it is thrown away, as the published system does, and counted (`cropped_share`): where nothing but a BOS
+               fits, a whole document
 """
 
 from bisect import bisect_right, insort
@@ -80,7 +81,7 @@ class Packer:
             row[filled] = self.bos
             filled += 1
             room = end - filled
-            if room:
+            if room or not self.lossless:  # for no room too, the published loader takes a document and cuts it
                 start, length = self._take(room)
                 row[filled : filled + length] = self.split.tokens(start, start + length)
                 filled += length
