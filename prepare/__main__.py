@@ -25,10 +25,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser("prepare", "Turns text into the folder of tokens that train reads.")
     parser.add_argument(
-        "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER", help="the text (default: %(default)s)"
-    )
+        "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER",
+        help="the text: this Python's own standard library, the published shards, or a folder with .parquet and .jsonl"
+             " (of `text`), .txt and .md (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--vocab-size", type=int, metavar="V", help="tokens, special ones included (default: 8192)")
-    parser.add_argument("--out", metavar="FOLDER", help="what to write (default: $TIMEBOX_HOME/<source>)")
+    parser.add_argument("--out", metavar="FOLDER", help="what to write (default: $TIMEBOX_HOME/<source>, without that"
+                        " variable ~/.cache/timebox/<source>)")  # fmt: skip
     parser.add_argument("--shards", type=int, metavar="N", help="climbmix: training shards to fetch (default: 10)")
     parser.add_argument("--base-url", metavar="URL", help="climbmix: where the shards are served")
     parser.add_argument("--seed", type=int, metavar="N", help="of the shuffle (default: 0)")

@@ -246,6 +246,14 @@ def test_help_does_not_wait_for_torch():
     assert "--vocab-size" in result.stdout
 
 
+def test_help_says_what_the_sources_are_and_where_it_writes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("standard library", ".parquet", ".jsonl", ".txt", ".md", "~/.cache/timebox/<source>"):
+        assert said in text
+
+
 def test_options_of_another_source_are_refused(tmp_path, capsys):
     assert main(["--source", str(tmp_path), "--shards", "3", "--out", str(tmp_path / "out")]) == 2
     assert "--source climbmix" in capsys.readouterr().err
