@@ -221,6 +221,7 @@ def muon_update(
     copy: Tensor | None,
     hyper: Tensor,
     apply: Tensor,
+    iterate_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """One step, in place, for `batch` matrices.
 
@@ -230,12 +231,13 @@ def muon_update(
         copy: the bf16 tensor that the forward reads, shaped like `master`, or None where it reads the master.
         hyper: [≥ 3] fp32 on the device: learning rate, momentum, weight decay.
         apply: scalar boolean on the device; where it is false nothing changes.
+        iterate_dtype: of the products of `polar_express`.
 
     Raises:
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
     update = _launch if use_kernels(master) else muon_update_ref
-    update(master, grad, momentum, second_moment, copy, hyper, apply)
+    update(master, grad, momentum, second_moment, copy, hyper, apply, iterate_dtype)
 
 
 def cost(elements: int, copy_itemsize: int = 2) -> tuple[int, int]:

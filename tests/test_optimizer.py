@@ -216,3 +216,10 @@ def test_gradients_are_views_of_one_buffer():
     optimizer.zero_grad()
     assert not any(p.main_grad.any() for p in model.parameters())
     assert all(p.main_grad.data_ptr() % 128 == optimizer.grads.data_ptr() % 128 for p in model.parameters())
+
+
+def test_iterates_are_bf16_but_on_a_cpu_without_its_instructions():
+    for autocast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        model = GPT(GPTConfig(depth=2, d_model=32, head_dim=16, vocab_size=64))
+        groups = Optimizer(model, resolve(TrainConfig(autocast=autocast), "cpu")).groups
+        assert {group.iterate_dtype for group in groups if isinstance(group, MuonGroup)} == {dtype}

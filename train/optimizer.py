@@ -61,6 +61,7 @@ class MuonGroup:
     master: Tensor  # [batch, rows, cols]
     grad: Tensor
     copy: Tensor | None
+    iterate_dtype: torch.dtype
 
     def __post_init__(self):
         self.momentum = torch.zeros_like(self.master)
@@ -73,7 +74,9 @@ class MuonGroup:
         return {f"momentum.{self.label}": self.momentum, f"second_moment.{self.label}": self.second_moment}
 
     def update(self, hyper: Tensor, apply: Tensor) -> None:
-        kernels.muon_update(self.master, self.grad, self.momentum, self.second_moment, self.copy, hyper, apply)
+        kernels.muon_update(
+            self.master, self.grad, self.momentum, self.second_moment, self.copy, hyper, apply, self.iterate_dtype
+        )
 
 
 def _split_rows(stack: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
@@ -131,6 +134,9 @@ class Optimizer:
             adamw(["lambda_r"], config.scalar_lr * 0.01),
             adamw(["lambda_0"], config.scalar_lr, betas=(0.96, 0.95)),
         ]
+        # A CPU without bf16 instructions makes such products number by number: three quarters of a step (bench/LOG.md).
+        slow_bf16 = model.wte.device.type == "cpu" and config.autocast is False
+        iterate_dtype = torch.float32 if slow_bf16 else torch.bfloat16
         for name in BLOCK_WEIGHTS:
             # q, k and v are stored as one tensor and orthogonalised as three matrices.
             rows = [model.config.d_model, model.config.kv_width, model.config.kv_width]
@@ -140,7 +146,7 @@ class Optimizer:
             labels = [name] if len(batches) == 1 else [f"{name}.{part}" for part in "qkv"]
             for label, (master, grad, copy) in zip(labels, batches, strict=True):
                 lr = config.matrix_lr * max(1.0, master.shape[-2] / master.shape[-1]) ** 0.5
-                groups.append(MuonGroup(name, label, lr, master, grad, copy))
+                groups.append(MuonGroup(name, label, lr, master, grad, copy, iterate_dtype))
         updated = {name for g in groups for name in (g.names if isinstance(g, AdamWGroup) else [g.name])}
         if left_out := [name for name in self.parameters if name not in updated]:
             raise InputError(
