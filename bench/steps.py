@@ -1,5 +1,7 @@
 """A training step to measure: the trainer's own, on random tokens."""
 
+import dataclasses
+
 import torch
 
 from model import GPT, GPTConfig
@@ -8,7 +10,7 @@ from train.config import TrainConfig
 from train.optimizer import Optimizer
 from train.schedule import StepValues, step_values
 from train.step import TrainStep
-from train.trainer import pick_graphs
+from train.trainer import pick_autocast, pick_graphs
 
 
 def make_step(
@@ -18,6 +20,7 @@ def make_step(
 
     No parameter is zero: at initialisation half of the products would multiply zeros, which run faster.
     """
+    config = dataclasses.replace(config, autocast=pick_autocast(config.autocast, config.device))
     torch.manual_seed(0)
     model = GPT(shape, device=config.device, **config.model_options)
     model.init_weights(0)
@@ -27,7 +30,8 @@ def make_step(
     size = (config.grad_accum_steps, config.device_batch_size, config.seq_len + 1)
     tokens = torch.randint(shape.vocab_size, size, dtype=torch.int32, device=config.device)
     batches = [Batch(rows, epoch=1, index=i, state={}) for i, rows in enumerate(tokens)]
-    step, values = TrainStep(model, Optimizer(model, config, dtype)), step_values(config, 0, 0.0)
+    step = TrainStep(model, Optimizer(model, config, dtype), config.autocast)
+    values = step_values(config, 0, 0.0)
     if pick_graphs(config.graphs, config.device, config.ops):
         step.capture(size[1:], config.grad_accum_steps, values)
     return step, batches, values

@@ -14,11 +14,12 @@ import kernels
 import train.__main__
 import train.memory
 import train.trainer
-from model import GPT
+from bench import steps
+from model import GPT, GPTConfig
 from prepare import Batch, Dataset, InputError
 from train import evaluate, sample
-from train.config import TrainConfig
-from train.optimizer import Optimizer
+from train.config import TrainConfig, resolve
+from train.optimizer import MuonGroup, Optimizer
 from train.runs import load_run
 from train.schedule import StepValues
 from train.step import TrainStep
@@ -303,6 +304,17 @@ def test_no_gpu_is_said_in_one_line(corpus, tmp_path, capsys, monkeypatch):
 def test_a_gpu_has_no_autocast_to_announce(monkeypatch):
     monkeypatch.setattr(train.trainer, "pick_device", lambda wanted: "cuda")
     assert train.trainer.complete(TrainConfig(ops="reference", autocast=True)).autocast is False
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_the_measured_step_multiplies_as_the_run_does(monkeypatch, has_bf16):
+    monkeypatch.setattr(train.trainer, "cpu_has_bf16", lambda: has_bf16)
+    shape = GPTConfig(depth=2, d_model=32, head_dim=16, seq_len=16, vocab_size=64)
+    config = resolve(TrainConfig(seq_len=16, device_batch_size=2, total_batch_size=32, ops="reference"), "cpu")
+    step, _, _ = steps.make_step(config, shape, torch.float32)
+    assert step.autocast is has_bf16
+    iterates = {group.iterate_dtype for group in step.optimizer.groups if isinstance(group, MuonGroup)}
+    assert iterates == {torch.bfloat16 if has_bf16 else torch.float32}
 
 
 @pytest.mark.parametrize(

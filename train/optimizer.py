@@ -134,7 +134,7 @@ class Optimizer:
             adamw(["lambda_r"], config.scalar_lr * 0.01),
             adamw(["lambda_0"], config.scalar_lr, betas=(0.96, 0.95)),
         ]
-        # A CPU without bf16 instructions makes such products number by number: three quarters of a step (bench/LOG.md).
+        # Without bf16 instructions a CPU's bf16 products are 20 to 60 times slower than its fp32 ones (bench/LOG.md).
         slow_bf16 = model.wte.device.type == "cpu" and config.autocast is False
         iterate_dtype = torch.float32 if slow_bf16 else torch.bfloat16
         for name in BLOCK_WEIGHTS:

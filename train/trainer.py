@@ -82,6 +82,11 @@ def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
     return possible if wanted is None else wanted
 
 
+def pick_autocast(wanted: bool | None, device: str) -> bool:
+    """Whether a CPU multiplies in bf16; a GPU's products are bf16 anyway."""
+    return device == "cpu" and (cpu_has_bf16() if wanted is None else wanted)
+
+
 def check_kernels_take(config: TrainConfig) -> None:
     """Raises InputError for a shape that a model may have and the kernels do not take."""
     if config.head_dim not in kernels.HEAD_DIMS:
@@ -152,9 +157,8 @@ def complete(config: TrainConfig) -> TrainConfig:
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
     if config.ops == "triton":
         check_kernels_take(config)
-    autocast = cpu_has_bf16() if config.autocast is None else config.autocast
-    graphs = pick_graphs(config.graphs, device, config.ops)
-    return dataclasses.replace(config, autocast=autocast and device == "cpu", graphs=graphs)
+    autocast, graphs = pick_autocast(config.autocast, device), pick_graphs(config.graphs, device, config.ops)
+    return dataclasses.replace(config, autocast=autocast, graphs=graphs)
 
 
 def how_to_go_on(folder: RunFolder) -> str:
