@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from .errors import output_is_lost
+from .errors import lost_output
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,7 +68,8 @@ def command(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if not output_is_lost(error):
+        line = lost_output(error)
+        if not line:
             raise
-        print(f"error: standard output: {error.strerror}; send it elsewhere", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

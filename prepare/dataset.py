@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .errors import InputError, gigabytes
+from .errors import InputError, readable_size
 from .files import SEAL, read_json, seal_of, sha256_of
 from .home import expanded
 from .shards import (
@@ -205,7 +205,7 @@ def _check_changed(folder: Path, records: list[dict]) -> None:
     changed = [record for record in records if not _unchanged(folder, record, verified)]
     if not changed:
         return
-    what = f"checking {gigabytes(sum(record['size'] for record in changed))} of train shards"
+    what = f"checking {readable_size(sum(record['size'] for record in changed))} of train shards"
     for record in tqdm(changed, desc=what, unit="file", disable=None, leave=False):
         _check_hashes(folder, [record])
         stat = (folder / record["name"]).stat()

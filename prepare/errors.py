@@ -22,22 +22,23 @@ def one_line(error: Exception, mend: str) -> str:
     if error.filename:
         return f"{error.filename}: {error.strerror}; {mend}"
     what = error.strerror or " ".join(str(error).split())
-    if output_is_lost(error):
-        return f"standard output: {what}; send it elsewhere"
+    if lost := lost_output(error):
+        return lost
     return f"{what}; {mend}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else what
 
 
-def output_is_lost(error: OSError) -> bool:
-    """Whether `error` is that standard output takes nothing more, as on a full disk: the errors of a stream name no
-    file. If so it is silenced, since Python would try again at the very end, and exit with 120."""
+def lost_output(error: OSError) -> str:
+    """What to say where `error` is that standard output takes nothing more, as on a full disk, and nothing where it is
+    another: the errors of a stream name no file, so writing is tried again. Then the stream is silenced, since Python
+    would try once more at the very end, and exit with 120."""
     if error.filename or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE):
-        return False
+        return ""
     try:
         print(flush=True)
     except OSError:
         silence(STDOUT)
-        return True
-    return False
+        return f"standard output: {error.strerror}; send it elsewhere"
+    return ""
 
 
 def silence(descriptor: int) -> None:
@@ -47,7 +48,7 @@ def silence(descriptor: int) -> None:
     os.close(null)
 
 
-def gigabytes(num_bytes: float) -> str:
+def readable_size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
@@ -77,8 +78,8 @@ def full_disk_is_input_error(folder: Path, needed: int) -> Iterator[None]:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(folder).free
+        free = readable_size(shutil.disk_usage(folder).free)
         raise InputError(
-            f"the disk of {folder} is full: this needs about {gigabytes(needed)} there and {gigabytes(free)} are free; "
+            f"the disk of {folder} is full: this needs about {readable_size(needed)} there and {free} are free; "
             "make room, or name a folder on another disk (--out, or TIMEBOX_HOME)"
         ) from e

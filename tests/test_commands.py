@@ -15,7 +15,7 @@ import pytest
 from ledger_entries import a_night
 from tiny_run import TINY, rows
 
-from prepare.errors import gigabytes, one_line
+from prepare.errors import one_line, readable_size
 from train import doctor
 
 ROOT = Path(__file__).parent.parent
@@ -204,4 +204,4 @@ def test_a_damaged_tokenizer_of_a_run_is_mended_from_its_data(small_run, tmp_pat
 
 @pytest.mark.parametrize(("size", "said"), [(2e9, "2.00 GB"), (2.5e6, "2.50 MB")])
 def test_what_a_small_disk_lacks_is_not_nothing(size, said):
-    assert gigabytes(size) == said
+    assert readable_size(size) == said

@@ -3,7 +3,7 @@
 import sys
 
 from prepare import InputError
-from prepare.errors import STDERR, one_line, output_is_lost, silence
+from prepare.errors import STDERR, lost_output, one_line, silence
 
 from .signals import UNREAD, Interrupted, Signals
 
@@ -19,7 +19,7 @@ def main(args: list[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except (InputError, OSError) as error:
-            if isinstance(error, BrokenPipeError) and output_is_lost(error):  # ends as quietly as cat does
+            if isinstance(error, BrokenPipeError) and lost_output(error):  # ends as quietly as cat does
                 return Interrupted(signals.received or UNREAD).exit_code
             line = f"error: {one_line(error, MEND)}"
             print(f"\n{line}" if sys.stdout.isatty() else line, file=sys.stderr)
