@@ -96,7 +96,7 @@ def timed(provider, op: Op, direction: str):
 def test_op(request, benchmark, ceilings, commit, rows, op, direction, provider):
     wanted = request.config.getoption("--providers")
     if wanted and provider.name not in wanted.split(","):
-        pytest.skip(f"--providers {wanted}")
+        pytest.skip(f"{provider.name} is not among --providers {wanted}")
     assert_right(provider, op, direction, DEVICE, DTYPE)
     with provider.active():
         timing, ran = timed(provider, op, direction)

@@ -168,8 +168,7 @@ def climbmix_source(paths: list[Path], details: dict) -> Source:
 
 def _walk(root: Path, suffixes: set[str], skip_folders: set[str]) -> list[Path]:
     """Files below `root` with such a suffix, sorted by relative path; hidden files and folders are left out, and so are
-    pipes, whose end would never come. Raises OSError where a folder cannot be read: its text would be missed by none.
-    """
+    pipes, whose end would never come. Raises OSError where a folder cannot be read, rather than train without it."""
 
     def unreadable(error: OSError):
         raise error

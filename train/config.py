@@ -16,7 +16,7 @@ from prepare import InputError
 from prepare.arguments import Parser
 
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
-MAX_DEPTH = 100_000  # beyond it the shape alone takes minutes, before anything says that it does not fit
+MAX_DEPTH = 100_000  # a shape has an entry a layer: without a limit, one of 20 digits never ends
 
 DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
