@@ -15,9 +15,10 @@ endif
 train: $(VENV)/.runtime
 	$(PY) -m train $(ARGS)
 
+# A process a core, at most four: a GPU's memory is shared by them.
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest tests -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest bench --benchmark-only $(ARGS)

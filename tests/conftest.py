@@ -5,6 +5,7 @@ import pickle
 import random
 import signal
 import string
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,19 +19,33 @@ from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# One thread here and in every process that a test starts: matrices are too small to share, and threads that wait for
+# each other beside other processes wait ten times as long as they work (bench/LOG.md, 2026-11-28).
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 # A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NO_GPU = not torch.cuda.is_available()
-_need_a_gpu = pytest.StashKey[list]()
+_need_a_gpu = pytest.StashKey[list[str]]()  # the tests' names, as pytest's command line takes them
 
 
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
     """Without a GPU the tests that need one are left out together: one line at the end, instead of a skip for each."""
-    config.stash[_need_a_gpu] = needy = [item for item in items if item.get_closest_marker("gpu")]
+    needy = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[_need_a_gpu] = [item.nodeid for item in needy]
+    if hasattr(config, "workeroutput"):  # one of several processes: the one that prints collects nothing by itself
+        config.workeroutput["need a GPU"] = config.stash[_need_a_gpu]
     if NO_GPU and needy:
         config.hook.pytest_deselected(items=needy)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node):
+    node.config.stash[_need_a_gpu] = getattr(node, "workeroutput", {}).get("need a GPU", [])
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -49,7 +64,7 @@ def pytest_sessionfinish(session):
 @pytest.fixture
 def gpu_test_files(request) -> set[str]:
     """The names of the files with a test that needs a GPU, among those that this session was given."""
-    return {item.path.name for item in request.config.stash[_need_a_gpu]}
+    return {Path(name.partition("::")[0]).name for name in request.config.stash[_need_a_gpu]}
 
 
 @pytest.fixture(autouse=True)
