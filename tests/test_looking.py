@@ -5,7 +5,6 @@ import resource
 import struct
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from ledger_entries import a_night, add, entry
 from tiny_run import rows, run_main
 
 from model import GPT
-from train import doctor
+from train import doctor, trainer
 from train.config import TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
@@ -22,6 +21,7 @@ from train.ledger import Ledger
 from train.memory import MARGIN, bytes_of_rows, check_batch_fits, state_bytes
 from train.report import limits
 from train.report import main as report_main
+from train.step import TrainStep
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,16 +172,30 @@ def wrong(found: doctor.Finding) -> bool:
     return found.state == doctor.WRONG and bool(found.remedy)
 
 
-def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch):
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch, has_bf16):
     """To the row: what is needed once, whatever the rows, is not counted for each."""
+    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: has_bf16)
     config = resolve(TrainConfig(), "cpu")
     shape = config.model_config(1024)
-    model = GPT(shape)
-    per_row, fixed = bytes_of_rows(model, nullcontext())
-    free = fixed + per_row * config.device_batch_size + 1
-    check_batch_fits(config, model, nullcontext(), free)  # raises nothing
-    monkeypatch.setattr(doctor, "available_bytes", lambda device: MARGIN * state_bytes(shape, 4) + free)
-    assert doctor.batch("cpu", 1024).state == doctor.OK
+    step = TrainStep(GPT(shape), None, has_bf16)
+    per_row, fixed = bytes_of_rows(step.model, step.precision())
+    for missing, state in ((0, doctor.OK), (1, doctor.WRONG)):
+        free = fixed + per_row * (config.device_batch_size - missing) + 1
+        monkeypatch.setattr(doctor, "available_bytes", lambda device, free=free: MARGIN * state_bytes(shape, 4) + free)
+        assert doctor.batch("cpu", 1024).state == state
+    check_batch_fits(config, step.model, step.precision(), free + per_row)  # raises nothing
+
+
+def test_a_requirement_that_is_not_pinned_is_looked_for_all_the_same(tmp_path, monkeypatch):
+    named = '"numpy", "no-such-package>=1", "torch==1.0"'
+    (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{named}]\n")
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    missing, installed = doctor.packages()
+    assert wrong(missing)
+    assert missing.found == "no-such-package is missing"
+    assert f"torch {torch.__version__} (tested with 1.0)" in installed.found
+    assert "numpy" not in installed.found
 
 
 def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path, monkeypatch, capsys):

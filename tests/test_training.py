@@ -277,6 +277,8 @@ def test_saved_weights_are_the_trained_ones(finished):
         (["--seed", "9" * 30], "--seed"),
         (["--name", "a/b"], "--name"),
         (["--warmup-ratio", "0.8"], "--warmup-ratio"),
+        (["--matrix-lr", "inf"], "--matrix-lr inf must be finite"),
+        (["--checkpoint-every", "inf"], "--checkpoint-every inf must be finite"),
         (["--packing", "loose"], "--packing"),
         (["--data", "nowhere"], "nowhere"),
         (["--window-pattern", "SQ"], "window_pattern"),

@@ -7,6 +7,7 @@ chosen by measurement (bench/LOG.md).
 import argparse
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -180,8 +181,10 @@ def _check(config: TrainConfig) -> None:
         "checkpoint_every": 0, "hang_timeout": 0,
     }  # fmt: skip
     for key, least in at_least.items():
-        if not getattr(config, key) >= least:  # NaN fails too
-            raise InputError(f"--{key.replace('_', '-')} {getattr(config, key)} must be at least {least}")
+        value = getattr(config, key)
+        if not least <= value < math.inf:  # NaN fails too
+            wanted = "finite" if value == math.inf else f"at least {least}"
+            raise InputError(f"--{key.replace('_', '-')} {value} must be {wanted}")
     if config.depth > MAX_DEPTH:
         raise InputError(f"--depth {config.depth} must be at most {MAX_DEPTH}")
     if config.steps is not None and config.steps < 1:
@@ -190,10 +193,8 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"--seed {config.seed} must be from 0 to {MAX_SEED}")
     if config.name != Path(config.name).name:
         raise InputError(f"--name {config.name!r} must be a part of one folder's name: --run-dir takes a path")
-    if not 0 < config.time_budget < float("inf"):
+    if not 0 < config.time_budget < math.inf:
         raise InputError(f"--time-budget {config.time_budget:g} must be a positive number of seconds")
-    if not config.checkpoint_every < float("inf"):
-        raise InputError("--checkpoint-every inf: it is a number of seconds, if a large one")
     if config.warmup_ratio + config.warmdown_ratio > 1:
         raise InputError("--warmup-ratio and --warmdown-ratio add up to more than 1: lower one of them")
     if config.total_batch_size % config.micro_batch_tokens:

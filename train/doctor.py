@@ -94,20 +94,20 @@ def python() -> Finding:
 
 
 def packages() -> Iterator[Finding]:
-    """Those that pyproject.toml pins, each beside what is installed."""
-    pins = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    """Those that pyproject.toml names, each beside what is installed."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     off = []
-    for pin in pins:
-        name, wanted = re.match(r"([\w-]+)==([\w.]+)", pin).groups()
-        if "sys_platform" in pin and sys.platform != "linux":
+    for requirement in named:
+        name, wanted = re.match(r"([\w-]+)(?:==([\w.]+))?", requirement).groups()
+        if "sys_platform" in requirement and sys.platform != "linux":
             continue
         try:
             installed = version(name)
         except PackageNotFoundError:
             installed = "missing"
         if installed == "missing":
-            yield Finding("packages", WRONG, f"{name} is missing", f"pip install {name}=={wanted}")
-        elif installed.partition("+")[0] != wanted:
+            yield Finding("packages", WRONG, f"{name} is missing", "pip install -e .")
+        elif wanted and installed.partition("+")[0] != wanted:
             off.append(f"{name} {installed} (tested with {wanted})")
     triton = f"triton {version('triton')}" if find_spec("triton") else "no triton, so no kernels"
     found = f"torch {torch.__version__}, {triton}, CUDA {torch.version.cuda or 'none'}"
