@@ -19,8 +19,10 @@ import kernels
 from bench.roofline import Op
 from kernels.common import EPS
 from kernels.rotary_attention import rotary_tables
+from train.config import cpu_has_bf16
+from train.optimizer import iterate_dtype
 
-# Of ‖truth‖: bf16 operands err by 1e-3 to 1e-2, fp32 by far less; Polar Express iterates in bf16 everywhere.
+# Of ‖truth‖: bf16 operands err by 1e-3 to 1e-2, fp32 by far less; Polar Express iterates in bf16 on any GPU.
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 BF16_ITERATES = {"polar_express": 5e-2, "muon": 5e-2}
 TOKENS_TO_CHECK = 2048
@@ -150,7 +152,8 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         tables = [randn(vocab_size, width) for width in widths]
         return Problem(op, tables, {"tokens": integers(vocab_size, tokens)}, frozenset(range(len(tables))))
     if op.module == "polar_express":
-        return Problem(op, [randn(*op.sizes, dtype=torch.float32)])
+        iterates = iterate_dtype(device, cpu_has_bf16())
+        return Problem(op, [randn(*op.sizes, dtype=torch.float32)], {"dtype": iterates})
     return _update_problem(op, device, dtype, randn)
 
 
@@ -163,7 +166,10 @@ def _update_problem(op: Op, device: str, dtype: torch.dtype, randn: Callable[...
         state.append(state[0].to(dtype))  # the copy that the forward reads
     # Rates of the masters' own size, so that an error of the update shows in them: lr, μ, wd or lr, 1 − β₁ᵗ, 1 − β₂ᵗ.
     hyper = torch.tensor([0.5, 0.9, 0.1] if op.module == "muon" else [0.02, 0.9, 0.4], device=device)
-    return Problem(op, state, {"hyper": hyper, "apply": torch.ones((), dtype=torch.bool, device=device)})
+    constants = {"hyper": hyper, "apply": torch.ones((), dtype=torch.bool, device=device)}
+    if op.module == "muon":
+        constants["iterate_dtype"] = iterate_dtype(device, cpu_has_bf16())
+    return Problem(op, state, constants)
 
 
 def qkv_projection(x, weight, gate_weight=None):
@@ -178,8 +184,8 @@ def embedding(*tables, tokens):
     return kernels.embedding(tokens, tables)
 
 
-def muon_update(master, grad, momentum, second_moment, copy=None, *, hyper, apply):
-    kernels.muon_update(master, grad, momentum, second_moment, copy, hyper, apply)
+def muon_update(master, grad, momentum, second_moment, copy=None, *, hyper, apply, iterate_dtype):
+    kernels.muon_update(master, grad, momentum, second_moment, copy, hyper, apply, iterate_dtype)
     return [master, momentum, second_moment, *([] if copy is None else [copy])]
 
 

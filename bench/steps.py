@@ -1,7 +1,5 @@
 """A training step to measure: the trainer's own, on random tokens."""
 
-import dataclasses
-
 import torch
 
 from model import GPT, GPTConfig
@@ -10,7 +8,7 @@ from train.config import TrainConfig
 from train.optimizer import Optimizer
 from train.schedule import StepValues, step_values
 from train.step import TrainStep
-from train.trainer import pick_autocast, pick_graphs
+from train.trainer import pick_graphs
 
 
 def make_step(
@@ -20,7 +18,6 @@ def make_step(
 
     No parameter is zero: at initialisation half of the products would multiply zeros, which run faster.
     """
-    config = dataclasses.replace(config, autocast=pick_autocast(config.autocast, config.device))
     torch.manual_seed(0)
     model = GPT(shape, device=config.device, **config.model_options)
     model.init_weights(0)

@@ -118,7 +118,7 @@ MUTANTS = {
     "momentum": ("muon", "update", without_momentum),
     "bias correction": ("adamw", "update", lambda *x, hyper, apply: problems.adamw_update(
         *x, hyper=hyper * torch.tensor([1.0, 0.9, 1.0]), apply=apply)),
-    "orthogonality": ("polar_express", "update", lambda g: kernels.polar_express(g) * 1.1),
+    "orthogonality": ("polar_express", "update", lambda g, dtype: kernels.polar_express(g, dtype) * 1.1),
     "NaN": ("embedding", "forward", not_a_number),
     "a result too few": ("embedding", "forward", lambda *x, **c: problems.embedding(*x, **c)[:1]),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from ledger_entries import a_night, add, entry
 from tiny_run import rows, run_main
 
 from model import GPT
-from train import doctor, trainer
+from train import doctor
 from train.config import TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
@@ -175,7 +175,7 @@ def wrong(found: doctor.Finding) -> bool:
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch, has_bf16):
     """To the row: what is needed once, whatever the rows, is not counted for each."""
-    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("train.config.cpu_has_bf16", lambda: has_bf16)
     config = resolve(TrainConfig(), "cpu")
     shape = config.model_config(1024)
     step = TrainStep(GPT(shape), None, has_bf16)

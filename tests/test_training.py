@@ -310,7 +310,7 @@ def test_a_gpu_has_no_autocast_to_announce(monkeypatch):
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_the_measured_step_multiplies_as_the_run_does(monkeypatch, has_bf16):
-    monkeypatch.setattr(train.trainer, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("train.config.cpu_has_bf16", lambda: has_bf16)
     shape = GPTConfig(depth=2, d_model=32, head_dim=16, seq_len=16, vocab_size=64)
     config = resolve(TrainConfig(seq_len=16, device_batch_size=2, total_batch_size=32, ops="reference"), "cpu")
     step, _, _ = steps.make_step(config, shape, torch.float32)

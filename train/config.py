@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from model import GPTConfig
 from prepare import InputError
 from prepare.arguments import Parser
@@ -156,8 +158,14 @@ class TrainConfig:
             raise InputError(str(error)) from None
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware, so that bf16 is the faster way (bench/LOG.md)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def resolve(config: TrainConfig, device: str) -> TrainConfig:
-    """Fills in what was left open with the defaults of `device` ("cuda" or "cpu"). Raises InputError."""
+    """Fills in what was left open with the defaults of `device`, "cuda" or "cpu": this CPU. Raises InputError."""
     filled = {key: value for key, value in DEVICE_DEFAULTS[device].items() if getattr(config, key) is None}
     if config.total_batch_size is None and (config.device_batch_size or config.seq_len):
         # Another micro-batch keeps the default total where it divides it, and is the total where it does not.
@@ -165,7 +173,9 @@ def resolve(config: TrainConfig, device: str) -> TrainConfig:
         micro_batch = both["device_batch_size"] * both["seq_len"]
         if micro_batch > 0 and filled["total_batch_size"] % micro_batch:
             filled["total_batch_size"] = micro_batch
-    config = dataclasses.replace(config, device=device, **filled)
+    # A GPU's products are bf16 without it.
+    autocast = device == "cpu" and (cpu_has_bf16() if config.autocast is None else config.autocast)
+    config = dataclasses.replace(config, device=device, autocast=autocast, **filled)
     if config.d_model is None:
         width = -(-64 * config.depth // max(config.head_dim, 1)) * config.head_dim
         config = dataclasses.replace(config, d_model=width)

@@ -20,12 +20,12 @@ from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
 from prepare.home import home
 
-from .config import TrainConfig, resolve
+from .config import TrainConfig, cpu_has_bf16, resolve
 from .memory import MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
 from .step import TrainStep
-from .trainer import OLDEST_GPU, VOCAB_SIZE, cpu_has_bf16, embedded_folder, pick_autocast
+from .trainer import OLDEST_GPU, VOCAB_SIZE, embedded_folder
 
 PYTHONS = ((3, 11), (3, 12))
 OK, NOTE, WRONG = "ok", "note", "wrong"
@@ -225,7 +225,7 @@ def batch(device: str, vocab_size: int) -> Finding:
     model = GPT(shape, device=device)
     model.init_weights(0)
     model.to_forward_dtype(dtype)
-    per_row, fixed = bytes_of_rows(model, TrainStep(model, None, pick_autocast(None, device)).precision())
+    per_row, fixed = bytes_of_rows(model, TrainStep(model, None, config.autocast).precision())
     rows = max(0, int((free - fixed) // per_row))
     found = f"up to {rows} rows of {config.seq_len} tokens should fit, the default is {config.device_batch_size}"
     if rows >= config.device_batch_size:

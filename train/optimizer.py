@@ -79,6 +79,12 @@ class MuonGroup:
         )
 
 
+def iterate_dtype(device: str, autocast: bool) -> torch.dtype:
+    """Of Polar Express. Without bf16 instructions a CPU's bf16 products take tens of times as long as its fp32 ones
+    (bench/LOG.md)."""
+    return torch.float32 if device == "cpu" and not autocast else torch.bfloat16
+
+
 def _split_rows(stack: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
     """[L, R, C] as batches of the matrices stacked in R: one batch where they are alike, else one for each."""
     if stack is None:
@@ -134,9 +140,7 @@ class Optimizer:
             adamw(["lambda_r"], config.scalar_lr * 0.01),
             adamw(["lambda_0"], config.scalar_lr, betas=(0.96, 0.95)),
         ]
-        # Without bf16 instructions a CPU's bf16 products are 20 to 60 times slower than its fp32 ones (bench/LOG.md).
-        slow_bf16 = model.wte.device.type == "cpu" and config.autocast is False
-        iterate_dtype = torch.float32 if slow_bf16 else torch.bfloat16
+        iterates = iterate_dtype(model.wte.device.type, config.autocast)
         for name in BLOCK_WEIGHTS:
             # q, k and v are stored as one tensor and orthogonalised as three matrices.
             rows = [model.config.d_model, model.config.kv_width, model.config.kv_width]
@@ -146,7 +150,7 @@ class Optimizer:
             labels = [name] if len(batches) == 1 else [f"{name}.{part}" for part in "qkv"]
             for label, (master, grad, copy) in zip(labels, batches, strict=True):
                 lr = config.matrix_lr * max(1.0, master.shape[-2] / master.shape[-1]) ** 0.5
-                groups.append(MuonGroup(name, label, lr, master, grad, copy, iterate_dtype))
+                groups.append(MuonGroup(name, label, lr, master, grad, copy, iterates))
         updated = {name for g in groups for name in (g.names if isinstance(g, AdamWGroup) else [g.name])}
         if left_out := [name for name in self.parameters if name not in updated]:
             raise InputError(

@@ -82,11 +82,6 @@ def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
     return possible if wanted is None else wanted
 
 
-def pick_autocast(wanted: bool | None, device: str) -> bool:
-    """Whether a CPU multiplies in bf16; a GPU's products are bf16 anyway."""
-    return device == "cpu" and (cpu_has_bf16() if wanted is None else wanted)
-
-
 def check_kernels_take(config: TrainConfig) -> None:
     """Raises InputError for a shape that a model may have and the kernels do not take."""
     if config.head_dim not in kernels.HEAD_DIMS:
@@ -104,12 +99,6 @@ def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return Precompiler(config, vocab_size, 10 * major + minor)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware, so that bf16 is the faster way (bench/LOG.md)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def keep_freed_memory() -> None:
@@ -157,8 +146,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
     if config.ops == "triton":
         check_kernels_take(config)
-    autocast, graphs = pick_autocast(config.autocast, device), pick_graphs(config.graphs, device, config.ops)
-    return dataclasses.replace(config, autocast=autocast, graphs=graphs)
+    return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
 
 
 def how_to_go_on(folder: RunFolder) -> str:
