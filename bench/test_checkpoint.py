@@ -73,7 +73,7 @@ def test_step_beside(benchmark, checkpoints):
     config = resolve(TrainConfig(), "cpu")
     model = GPT(config.model_config(1024))
     model.init_weights(0)
-    step = TrainStep(model, Optimizer(model, config))
+    step = TrainStep(model, Optimizer(model, config), config.autocast)
     tokens = torch.randint(1024, (config.device_batch_size, config.seq_len + 1), dtype=torch.int32)
     batches = [Batch(tokens, 1, 0, {})]
 
