@@ -15,7 +15,7 @@ endif
 train: $(VENV)/.runtime
 	$(PY) -m train $(ARGS)
 
-# A process a core, at most four: a GPU's memory is shared by them.
+# A process a core, at most four: each holds a GB. With a GPU one (tests/conftest.py).
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest tests -n logical --maxprocesses 4 --dist worksteal $(ARGS)

@@ -19,8 +19,8 @@ from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread here and in every process that a test starts: matrices are too small to share, and threads that wait for
-# each other beside other processes wait ten times as long as they work (bench/LOG.md, 2026-11-28).
+# One thread here and in every process that a test starts: matrices are too small to share, and beside other processes
+# two threads that wait for each other take ten times as long (bench/LOG.md, 2026-11-28).
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -45,7 +45,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node):
-    node.config.stash[_need_a_gpu] = getattr(node, "workeroutput", {}).get("need a GPU", [])
+    if left_out := getattr(node, "workeroutput", {}).get("need a GPU"):
+        node.config.stash[_need_a_gpu] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Tests on a GPU stay in this process: which of them fit into its memory together is known by file alone
+    (bench/gpu_tests.py runs them so), and some measure time."""
+    return None if NO_GPU else 0
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -124,7 +124,7 @@ def test_an_error_that_is_about_no_path_is_mended_by_none():
     assert one_line(OSError(errno.EACCES, "Permission denied", "a"), "MEND") == "a: Permission denied; MEND"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, a disk that is always full, is Linux's")
 @pytest.mark.parametrize("arguments", [
     ["train", *TINY, "--data", "DATA", "--run-dir", "OUT/run"],
     ["train.doctor", "--data", "DATA"],

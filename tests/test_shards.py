@@ -141,7 +141,7 @@ def test_save_array_writes_what_np_save_writes(tmp_path):
         assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, a disk that is always full, is Linux's")
 def test_save_array_says_that_the_disk_is_full():
     with pytest.raises(OSError, match="No space left") as caught:
         shards.save_array(Path("/dev/full"), np.zeros(10**6))

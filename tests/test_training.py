@@ -86,6 +86,21 @@ def test_same_seed_same_losses_bit_for_bit(corpus, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def test_two_threads_give_the_same_bits_twice():
+    """At the CPU's default shape: the tests' own is too small for a second thread, and has one (conftest.py)."""
+    config = resolve(TrainConfig(ops="reference"), "cpu")
+    torch.set_num_threads(2)
+    try:
+        once, again = (steps.make_step(config, config.model_config(1024), torch.float32) for _ in range(2))
+        for step, batches, values in (once, again):
+            step(batches, values)
+    finally:
+        torch.set_num_threads(1)
+    for p, q in zip(once[0].model.parameters(), again[0].model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p.main_grad, q.main_grad)
+
+
 def test_strict_mode_rehearses_without_a_trace(corpus, tmp_path):
     assert run_main(corpus, tmp_path / "strict", "--steps", "4", "--untimed-steps", "0") == 0
     assert run_main(corpus, tmp_path / "usual", "--steps", "4") == 0
