@@ -338,13 +338,6 @@ def test_what_is_put_around_a_peer_makes_it_our_op(monkeypatch, fake):
             assert_right(Provider("peer", "reference", functions), op, direction, "cpu", torch.float32)
 
 
-@pytest.mark.parametrize(("has_bf16", "iterates"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_muon_is_measured_as_this_cpu_runs_it(monkeypatch, has_bf16, iterates):
-    monkeypatch.setattr(problems, "cpu_has_bf16", lambda: has_bf16)
-    for module, name in (("polar_express", "dtype"), ("muon", "iterate_dtype")):
-        assert problems.build(SMALL[module], "cpu", torch.float32).constants[name] == iterates
-
-
 def test_the_suite_from_outside(tmp_path):
     """Times in JSON and table are the same; what cannot run is one line a provider."""
     path = tmp_path / "ops.json"

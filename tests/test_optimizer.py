@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from bench import problems
+from bench.roofline import Op
 from kernels.muon import muon_update_ref, second_moment_shape
 from kernels.polar_express import COEFFICIENTS
 from model import GPT, GPTConfig
@@ -223,3 +225,12 @@ def test_iterates_are_bf16_but_on_a_cpu_without_its_instructions():
         model = GPT(GPTConfig(depth=2, d_model=32, head_dim=16, vocab_size=64))
         groups = Optimizer(model, resolve(TrainConfig(autocast=autocast), "cpu")).groups
         assert {group.iterate_dtype for group in groups if isinstance(group, MuonGroup)} == {dtype}
+
+
+@pytest.mark.parametrize(("has_bf16", "iterates"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_muon_is_measured_as_this_cpu_runs_it(monkeypatch, has_bf16, iterates):
+    monkeypatch.setattr(problems, "cpu_has_bf16", lambda: has_bf16)
+    shape = 2, 16, 24
+    polar, muon = Op("polar", 1, "polar_express", shape), Op("muon", 1, "muon", (math.prod(shape),), shape=shape)
+    assert problems.build(polar, "cpu", torch.float32).constants["dtype"] == iterates
+    assert problems.build(muon, "cpu", torch.float32).constants["iterate_dtype"] == iterates
