@@ -10,6 +10,7 @@ that its statistics and its JSON hold the device's times and no others.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -102,7 +103,8 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     side, waits = torch.cuda.Stream(), False
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # on a stream of its own first, as capture asks
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings(action="ignore"):  # PyTorch's, that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         try:
             call()
         except RuntimeError:
