@@ -18,6 +18,9 @@ from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from quick_interpreter import quicken
+
+    quicken()
 
 # One thread here and in every process that a test starts: matrices are too small to share, and beside other processes
 # two threads that wait for each other take ten times as long (bench/LOG.md, 2026-11-28).
