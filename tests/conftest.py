@@ -92,6 +92,20 @@ def _the_gpu_survives(request):
             pytest.exit(f"{request.node.nodeid} broke the GPU for this process ({reason})", returncode=1)
 
 
+@pytest.fixture
+def pictures():
+    """Asked for by a test that wants to see what a run draws."""
+
+
+@pytest.fixture(autouse=True)
+def _tiny_runs_end_soon(request, monkeypatch):
+    """What ends a run would take most of a tiny run's time: in this process no curves are drawn but where a test asks
+    for `pictures`, and the audit sums probabilities at fewer positions. Runs in processes of their own end as ever."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("train.curves._draw", lambda folder, steps: folder)
+    monkeypatch.setattr("train.audit.SUM_TOKENS", 2**11)
+
+
 @pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), *["pretended"] * NO_GPU])
 def gpu(request, monkeypatch):
     """A CUDA device: the real one, or one that is pretended, on which the references run, for want of time."""

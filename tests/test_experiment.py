@@ -28,6 +28,7 @@ def rows(folder) -> list[dict]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_finished_run(corpus, tmp_path):
     assert run_main(corpus, tmp_path / "a", "--description", "the baseline") == 0
     assert run_main(corpus, tmp_path / "b", "--seed", "7") == 0

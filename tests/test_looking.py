@@ -111,12 +111,14 @@ def metrics(folder: Path, **changed) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("changed", [{}, {"mfu": 41.5}, {"loss": float("nan"), "smooth_loss": float("inf")}])
 def test_curves_of_a_damaged_log(tmp_path, changed):
     assert png_size(draw_curves(metrics(tmp_path / "run", **changed))) == (1000, 640)
     assert not list((tmp_path / "run").glob("*.part"))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_grey_ends_where_the_timed_steps_begin(tmp_path, monkeypatch):
     spans = []
     monkeypatch.setattr("matplotlib.axes.Axes.axvspan", lambda self, start, end, **_: spans.append((start, end)))
