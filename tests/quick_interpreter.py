@@ -13,7 +13,7 @@ def quicken() -> None:
     """Once a process."""
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
-    TritonSemantic.binary_op_sanitize_overflow_impl = _in_numpy(TritonSemantic.binary_op_sanitize_overflow_impl)
+    TritonSemantic.binary_op_sanitize_overflow_impl = _overflow_in_numpy
 
 
 def _once_a_launch(patch):
@@ -41,19 +41,14 @@ def _by_name(find):
     return get_np_dtype
 
 
-def _in_numpy(check):
+_FUNCTIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _overflow_in_numpy(semantic, lhs, rhs, binary_op) -> None:
     """Every sum, difference and product of integers is checked for overflow, by ten operations of the interpreter."""
-    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-    def binary_op_sanitize_overflow_impl(self, lhs, rhs, binary_op):
-        if not isinstance(self.builder, interpreter.InterpreterBuilder) or lhs.dtype.is_int1():
-            return check(self, lhs, rhs, binary_op)
-        numbers = lhs.handle.data
-        if numbers.dtype.itemsize < 8:
-            exact = functions[binary_op.__name__](numbers.astype(np.int64), rhs.handle.data.astype(np.int64))
-            limits = np.iinfo(numbers.dtype)
-            if exact.min() < limits.min or exact.max() > limits.max:
-                raise OverflowError(f"{numbers.dtype} overflow in {binary_op.__name__}")
-        return None
-
-    return binary_op_sanitize_overflow_impl
+    numbers = lhs.handle.data
+    if numbers.dtype.itemsize < 8:
+        exact = _FUNCTIONS[binary_op.__name__](numbers.astype(np.int64), rhs.handle.data.astype(np.int64))
+        limits = np.iinfo(numbers.dtype)
+        if exact.min() < limits.min or exact.max() > limits.max:
+            raise OverflowError(f"{numbers.dtype} overflow in {binary_op.__name__}")
