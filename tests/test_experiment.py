@@ -1,6 +1,7 @@
 """Every run leaves a row: finished, failed, broken, interrupted, repeated, confirmed."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -65,6 +66,16 @@ def test_a_run_that_fails_and_one_that_is_broken(corpus, tmp_path, monkeypatch):
     assert failed["note"].endswith(", after 0 steps")
     assert (broken["run"], broken["status"], broken["description"]) == ("bug", "crash", "bug")
     assert broken["note"] == "ZeroDivisionError: division by zero, before the first step"
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_run_that_fails_later_has_curves_of_what_it_did(corpus, tmp_path, monkeypatch):
+    forward, calls = GPT.forward, itertools.count()
+    broken = lambda *args, **kwargs: forward(*args, **kwargs) * (math.nan if next(calls) >= 4 else 1.0)  # noqa: E731
+    monkeypatch.setattr(GPT, "forward", broken)
+    assert run_main(corpus, tmp_path / "run") == 1
+    assert 0 < len(tiny_run.rows(tmp_path / "run")) < 3
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_arguments_leave_no_row(corpus, tmp_path):

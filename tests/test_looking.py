@@ -132,6 +132,12 @@ def test_curves_of_nothing(tmp_path, capsys):
     assert "no readable metrics.jsonl" in capsys.readouterr().err
 
 
+def test_a_picture_that_cannot_be_drawn_is_a_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.curves._draw", lambda *_: 1 / 0)
+    assert draw_curves(metrics(tmp_path / "run")) is None
+    assert capsys.readouterr().err == "note: no curves.png: ZeroDivisionError: division by zero\n"
+
+
 def test_event_files(corpus, tmp_path):
     EventAccumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
