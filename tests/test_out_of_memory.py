@@ -126,3 +126,73 @@ def test_other_errors_stay_what_they_are(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainStep, "micro_step", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run_main(corpus, tmp_path / "run", "--steps", "1")
+
+
+MB = 2**20
+FILES = {  # limit, usage, what memory.stat's lines start with
+    "v2": ("memory.max", "memory.current", ""),
+    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+
+
+def control_group(folder, version: str, limit: int | str, used: int, cache: tuple[int, int] = (0, 0)):
+    """The files that Linux shows of one group. In v1 a total counts the groups below as well."""
+    limit_file, usage_file, prefix = FILES[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit_file).write_text(f"{limit}\n")
+    (folder / usage_file).write_text(f"{used}\n")
+    lines = [f"{prefix}active_file {cache[0]}", f"{prefix}inactive_file {cache[1]}", f"{prefix}anon 12345"]
+    if prefix:
+        lines = ["active_file 1", "inactive_file 2", *lines]
+    (folder / "memory.stat").write_text("\n".join(lines) + "\n")
+
+
+def membership(root, *entries: str):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("".join(f"{entry}\n" for entry in entries))
+
+
+CASES = {
+    "v2": ("sys/fs/cgroup", "0::/batch/job", "max"),
+    "v1": ("sys/fs/cgroup/memory", "4:cpu,memory:/batch/job", 9223372036854771712),
+}
+
+
+@pytest.mark.parametrize("version", CASES)
+def test_the_tightest_control_group_counts(tmp_path, version):
+    """Files in the cache are given up before a process is killed."""
+    mount, entry, unlimited = CASES[version]
+    membership(tmp_path, "9:name=systemd:/", entry)
+    groups = tmp_path / mount
+    control_group(groups / "batch/job", version, unlimited, used=10 * MB)
+    control_group(groups / "batch", version, 700 * MB, used=300 * MB, cache=(20 * MB, 30 * MB))
+    assert memory.control_group_bytes(tmp_path) == 450 * MB
+    control_group(groups / "batch/job", version, 400 * MB, used=10 * MB)
+    assert memory.control_group_bytes(tmp_path) == 390 * MB
+    control_group(groups / "batch/job", version, 400 * MB, used=401 * MB)
+    assert memory.control_group_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize("version", CASES)
+def test_a_container_that_sees_its_own_group_only(tmp_path, version):
+    """Of the path that the host has for it there is nothing inside."""
+    mount, entry, _ = CASES[version]
+    membership(tmp_path, entry)
+    control_group(tmp_path / mount, version, 512 * MB, used=100 * MB)
+    assert memory.control_group_bytes(tmp_path) == 412 * MB
+
+
+def test_without_control_groups_or_limits(tmp_path):
+    assert memory.control_group_bytes(tmp_path) is None  # no Linux
+    membership(tmp_path, "0::/batch")
+    assert memory.control_group_bytes(tmp_path) is None  # the root group of v2 has no such files
+    control_group(tmp_path / "sys/fs/cgroup/batch", "v2", "max", used=MB)
+    assert memory.control_group_bytes(tmp_path) is None
+
+
+def test_what_a_control_group_leaves_is_what_is_free(monkeypatch):
+    monkeypatch.setattr(memory, "control_group_bytes", lambda: 1000)
+    assert memory.available_bytes("cpu") == 1000
+    for more in (None, 2**62):
+        monkeypatch.setattr(memory, "control_group_bytes", lambda more=more: more)
+        assert 1000 < memory.available_bytes("cpu") < 2**50

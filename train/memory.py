@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -76,9 +77,47 @@ def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float,
     return two - one, 2 * one - two
 
 
+def control_group_bytes(root: Path = Path("/")) -> int | None:
+    """What the memory limits of this process's control groups (a container's, a batch system's) leave free; None where
+    there is no limit. Linux kills what goes past one without a word.
+
+    Source: the kernel's documentation of cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`).
+    """
+    try:
+        entries = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    free = []
+    for entry in entries:
+        _, controllers, path = entry.split(":", 2)
+        if not controllers:
+            mount, limit, usage, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            mount, limit = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            usage, prefix = "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        # Every level's limit holds. Inside a container the path may be the host's, of which only the mount is seen.
+        group = Path(path.lstrip("/"))
+        for level in (group, *group.parents):
+            files = root / mount / level
+            try:
+                most, used = (files / limit).read_text().strip(), int((files / usage).read_text())
+                stat = dict(line.split() for line in (files / "memory.stat").read_text().splitlines())
+            except OSError:  # the root group has no limit, and other groups need not be seen
+                continue
+            if most != "max":
+                cache = int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])  # of files: given up
+                free.append(max(0, int(most) - used + cache))
+    return min(free, default=None)
+
+
 def available_bytes(device: str) -> int:
     """Memory that is free now."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free, allowed = psutil.virtual_memory().available, control_group_bytes()
+    return free if allowed is None else min(free, allowed)
 
 
 def check_state_fits(config: TrainConfig, model: GPTConfig, dtype: torch.dtype) -> None:
