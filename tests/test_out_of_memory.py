@@ -180,6 +180,8 @@ def test_a_container_that_sees_its_own_group_only(tmp_path, version):
     membership(tmp_path, entry)
     control_group(tmp_path / mount, version, 512 * MB, used=100 * MB)
     assert memory.control_group_bytes(tmp_path) == 412 * MB
+    (tmp_path / mount / "memory.stat").write_text("")  # not every sandbox that shows these files fills this one
+    assert memory.control_group_bytes(tmp_path) == 412 * MB
 
 
 def test_without_control_groups_or_limits(tmp_path):

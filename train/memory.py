@@ -78,8 +78,8 @@ def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float,
 
 
 def control_group_bytes(root: Path = Path("/")) -> int | None:
-    """What the memory limits of this process's control groups (a container's, a batch system's) leave free; None where
-    there is no limit. Linux kills what goes past one without a word.
+    """What the memory limits of this process's control groups (a container's, a batch system's) leave free, in bytes;
+    None where none has a limit (in v1 each has one, as large as can be). Linux kills what goes past one without a word.
 
     Source: the kernel's documentation of cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`).
     """
@@ -107,7 +107,8 @@ def control_group_bytes(root: Path = Path("/")) -> int | None:
             except OSError:  # the root group has no limit, and other groups need not be seen
                 continue
             if most != "max":
-                cache = int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])  # of files: given up
+                # Of what counts as used, the cache of files is given up before anything is killed.
+                cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
                 free.append(max(0, int(most) - used + cache))
     return min(free, default=None)
 
