@@ -196,6 +196,13 @@ def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch, has_bf16):
     check_batch_fits(config, step.model, step.precision(), free + per_row)  # raises nothing
 
 
+@pytest.mark.parametrize(("allowed", "said"), [(2**29, True), (2**62, False), (None, False)])
+def test_the_doctor_names_a_memory_limit(monkeypatch, allowed, said):
+    monkeypatch.setattr(doctor, "control_group_bytes", lambda: allowed)
+    assert (", 0.5 GiB within this process's limit," in doctor.memory("cpu").found) == said
+    assert ("limit" in doctor.memory("cpu").found) == said
+
+
 def test_a_requirement_that_is_not_pinned_is_looked_for_all_the_same(tmp_path, monkeypatch):
     named = '"numpy", "no-such-package>=1", "torch==1.0"'
     (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{named}]\n")

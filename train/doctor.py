@@ -21,7 +21,7 @@ from prepare.arguments import Parser, command
 from prepare.home import home
 
 from .config import TrainConfig, cpu_has_bf16, resolve
-from .memory import MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
+from .memory import MARGIN, available_bytes, bytes_of_rows, control_group_bytes, largest_batch, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
 from .step import TrainStep
@@ -148,9 +148,11 @@ def _driver() -> str | None:
 
 
 def memory(device: str) -> Finding:
-    main_memory = psutil.virtual_memory()
-    found = f"{main_memory.available / 2**30:.1f} of {main_memory.total / 2**30:.1f} GiB free, {cpu_name()}"
-    found += f", {os.cpu_count()} cores{', bf16 instructions' if cpu_has_bf16() else ''}"
+    main_memory, allowed = psutil.virtual_memory(), control_group_bytes()
+    found = f"{main_memory.available / 2**30:.1f} of {main_memory.total / 2**30:.1f} GiB free"
+    if allowed is not None and allowed < main_memory.available:
+        found += f", {allowed / 2**30:.1f} GiB within this process's limit"
+    found += f", {cpu_name()}, {os.cpu_count()} cores{', bf16 instructions' if cpu_has_bf16() else ''}"
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         found += f"; on the GPU {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
