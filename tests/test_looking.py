@@ -19,7 +19,7 @@ from train.config import TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
 from train.ledger import Ledger
-from train.memory import MARGIN, bytes_of_rows, check_batch_fits, state_bytes
+from train.memory import STATE_MARGIN, bytes_of_rows, check_batch_fits, state_bytes
 from train.report import limits
 from train.report import main as report_main
 from train.step import TrainStep
@@ -191,7 +191,8 @@ def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch, has_bf16):
     per_row, fixed = bytes_of_rows(step.model, step.precision())
     for missing, state in ((0, doctor.OK), (1, doctor.WRONG)):
         free = fixed + per_row * (config.device_batch_size - missing) + 1
-        monkeypatch.setattr(doctor, "available_bytes", lambda device, free=free: MARGIN * state_bytes(shape, 4) + free)
+        available = STATE_MARGIN * state_bytes(shape, 4) + free
+        monkeypatch.setattr(doctor, "available_bytes", lambda device, available=available: available)
         assert doctor.batch("cpu", 1024).state == state
     check_batch_fits(config, step.model, step.precision(), free + per_row)  # raises nothing
 

@@ -1,6 +1,10 @@
 """Bytes of a step at the default GPU configuration, counted on meta tensors with the kernels' launches left out, and
 `--recompute`, which may change memory and nothing else."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -119,12 +123,47 @@ def test_the_largest_batch_that_fits_is_named(launches_left_out):
     kernels.set_ops("triton")
     config = resolve(TrainConfig(device_batch_size=8, seq_len=SMALL.seq_len, total_batch_size=8 * SMALL.seq_len), "cpu")
     step = random_step(GPTConfig(**{**vars(SMALL), "vocab_size": 9000}), torch.float32)
-    needed = {rows: MARGIN * activation_bytes(step.model, rows, step.precision()) for rows in (1, 4, 8)}
+    needed = {rows: MARGIN[DEVICE] * activation_bytes(step.model, rows, step.precision()) for rows in (1, 4, 8)}
     assert needed[8] < 4 * needed[1]
     check_batch_fits(config, step.model, step.precision(), needed[8] + 1)
     for available, named in ((needed[8] - 1, "size 4"), (needed[4] - 1, "size 2"), (needed[1] - 1, "lower --seq-len")):
         with pytest.raises(InputError, match=named):
             check_batch_fits(config, step.model, step.precision(), available)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import train.__main__
+from train import memory, trainer
+
+def resident(which):
+    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
+
+def check(config, model, precision, available):
+    per_row, fixed = memory.bytes_of_rows(model, precision)
+    trainer.check_batch_fits = lambda *_: None
+    print("estimate", per_row * config.device_batch_size + fixed)
+    print("before", resident("VmRSS"))
+
+trainer.check_batch_fits = check
+assert train.__main__.main(sys.argv[1:]) == 0
+print("most", resident("VmHWM"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what a process held at most is read in /proc")
+def test_a_run_on_a_cpu_takes_no_more_than_estimated(corpus, tmp_path):
+    """All of it, from the first step to the curves. A process of its own: a heap in which nothing has been freed. What
+    is made again is temporary: of all options `--recompute` takes the most beside what is kept."""
+    arguments = ["--data", str(corpus), "--run-dir", str(tmp_path / "run"), "--device", "cpu", "--no-autocast"]
+    arguments += ["--steps", "3", "--untimed-steps", "1", "--device-batch-size", "64", "--total-batch-size", "16384"]
+    arguments += ["--recompute"]
+    run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
+    found = {name: float(re.search(rf"^{name} (\S+)$", run.stdout, re.M)[1]) for name in ("estimate", "before", "most")}
+    grown = found["most"] - found["before"]
+    assert found["estimate"] / 2 < grown < found["estimate"], found
 
 
 def test_what_is_made_again_is_made_once():

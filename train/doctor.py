@@ -21,7 +21,7 @@ from prepare.arguments import Parser, command
 from prepare.home import home
 
 from .config import TrainConfig, cpu_has_bf16, resolve
-from .memory import MARGIN, available_bytes, bytes_of_rows, control_group_bytes, largest_batch, state_bytes
+from .memory import STATE_MARGIN, available_bytes, bytes_of_rows, control_group_bytes, largest_batch, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
 from .step import TrainStep
@@ -221,7 +221,7 @@ def batch(device: str, vocab_size: int) -> Finding:
     config = resolve(TrainConfig(), device)
     shape = config.model_config(vocab_size)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    free = available_bytes(device) - MARGIN * state_bytes(shape, dtype.itemsize)
+    free = available_bytes(device) - STATE_MARGIN * state_bytes(shape, dtype.itemsize)
     if free <= 0:
         return Finding("batch", WRONG, "the default model does not fit", "free memory, or train with a lower --depth")
     model = GPT(shape, device=device)
