@@ -56,8 +56,8 @@ def test_what_is_free_now_is_what_counts(corpus, tmp_path, capsys, monkeypatch):
     count = memory.activation_bytes
     monkeypatch.setattr(memory, "activation_bytes", lambda *args: per_row.append(count(*args)) or per_row[-1])
     monkeypatch.setattr(TrainStep, "micro_step", full)
-    margin = memory.MARGIN["cpu"]
-    monkeypatch.setattr(memory, "available_bytes", lambda _: 2.5 * per_row[0] * margin if per_row else 2**40)
+    margin, overhead = memory.MARGIN["cpu"], memory.OVERHEAD["cpu"]
+    monkeypatch.setattr(memory, "available_bytes", lambda _: overhead + 2.5 * per_row[0] * margin if per_row else 2**40)
     rows = ["--device-batch-size", "64", "--total-batch-size", str(64 * 32)]
     assert "use --device-batch-size 2\n" in refused(corpus, tmp_path / "run", capsys, *rows)
 

@@ -353,7 +353,7 @@ def test_a_run_folder_in_use_is_left_alone(corpus, finished, capsys):
 
 
 def test_what_does_not_fit_is_said_up_front(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.trainer, "available_bytes", lambda device: 20 * 2**20)
+    monkeypatch.setattr(train.trainer, "available_bytes", lambda device: train.memory.OVERHEAD["cpu"] + 20 * 2**20)
     args = ["--device-batch-size", "64", "--total-batch-size", str(64 * 32)]
     assert run_main(corpus, tmp_path / "run", *args) == 2
     err = capsys.readouterr().err

@@ -22,9 +22,12 @@ from .compiled import partitioned
 from .config import TrainConfig
 from .step import TrainStep
 
-# Times what autograd keeps: a layer's temporaries in the backward, the allocator's slack. On a CPU whole runs took 1.4
-# to 2.1 times that (bench/LOG.md, 2026-11-29), and one that does not fit may end without a word. GPU: not yet measured.
-MARGIN = {"cpu": 2.2, "cuda": 1.2}
+# Times what autograd keeps, beside OVERHEAD. On a CPU most of it is holes: `keep_freed_memory` has every tensor in one
+# heap, and whole runs grew by up to 2.4 times what was kept (bench/LOG.md, 2026-11-29). A CPU is given more: what does
+# not fit may be killed without a word, and fewer rows cost little there. GPU: not yet measured.
+MARGIN = {"cpu": 3.0, "cuda": 1.2}
+# Bytes whatever the rows: libraries first used after the check, threads' buffers, the drawing of the curves.
+OVERHEAD = {"cpu": 64 * 2**20, "cuda": 0}
 # Times parameters, gradients and moments, of which nothing is unknown but the slack.
 STATE_MARGIN = 1.2
 
@@ -75,10 +78,11 @@ def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -
 
 
 def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float, float]:
-    """Bytes that each row of a micro-batch needs, and bytes that any number of rows needs once: lm_head's gradient."""
-    margin = MARGIN[model.wte.device.type]
-    one, two = (margin * activation_bytes(model, rows, precision) for rows in (1, 2))
-    return two - one, 2 * one - two
+    """Bytes that each row of a micro-batch needs, and bytes that any number of rows needs once: lm_head's gradient and
+    OVERHEAD."""
+    device = model.wte.device.type
+    one, two = (MARGIN[device] * activation_bytes(model, rows, precision) for rows in (1, 2))
+    return two - one, 2 * one - two + OVERHEAD[device]
 
 
 def control_group_bytes(root: Path = Path("/")) -> int | None:

@@ -103,7 +103,8 @@ def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
 
 def keep_freed_memory() -> None:
     """Has glibc keep large blocks that are freed, as PyTorch's allocator does on a GPU. Given back to the kernel, they
-    come with a page fault for every 4 KiB when the next step asks for them: a sixth of a CPU step (bench/LOG.md)."""
+    come with a page fault for every 4 KiB when the next step asks for them: a sixth of a CPU step (bench/LOG.md). The
+    price is a heap with holes, which `memory.MARGIN` allows for."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         libc = ctypes.CDLL(None)
