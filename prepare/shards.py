@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,23 +132,22 @@ def check_replaceable(out: Path) -> None:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out`, renamed to it at the end; removed, `out` untouched, where anything fails."""
+    """A temporary sibling of `out`, renamed to it at the end. Where anything fails, or it is interrupted, nothing of
+    that is left, and `out` is as it was. A link stays one: what it points to is replaced."""
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
+    # Named before they are made: an interruption may come between the call that makes one and the next line.
+    unique = uuid.uuid4().hex
+    folder, old = (out.with_name(f".{out.name}.{state}-{unique}") for state in ("preparing", "old"))
     try:
-        folder.chmod(0o755)  # mkdtemp gives 0700
+        folder.mkdir()
         yield folder
         check_replaceable(out)
         if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
             os.replace(out, old)
-            try:
-                os.replace(folder, out)
-            except BaseException:
-                os.replace(old, out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(folder, out)
+        os.replace(folder, out)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        for rest in (old, folder):
+            shutil.rmtree(rest, ignore_errors=True)

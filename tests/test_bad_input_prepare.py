@@ -201,6 +201,50 @@ def test_a_failure_at_the_very_last_rename_keeps_the_old_folder(tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ["corpus", "out"]
 
 
+@pytest.mark.parametrize("place", ["mkdir", "the old one away", "the new one there"])
+@pytest.mark.parametrize("made", [False, True], ids=["before", "after"])
+def test_interrupted_at_the_worst_place(tmp_path, monkeypatch, place, made):
+    """Right before or right after a call that makes or renames a folder: the old one or the new one is there, whole."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    replace, mkdir = os.replace, Path.mkdir
+
+    def call(here, function, *arguments, **options):
+        if here != place:
+            return function(*arguments, **options)
+        if made:
+            function(*arguments, **options)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def replacing(source, target):
+        call("the old one away" if source == out else "the new one there", replace, source, target)
+
+    def making(path, *arguments, **options):
+        call("mkdir" if ".preparing-" in path.name else None, mkdir, path, *arguments, **options)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    monkeypatch.setattr(Path, "mkdir", making)
+    with pytest.raises(KeyboardInterrupt), shards.building(out) as folder:
+        (folder / "manifest.json").write_text("new")
+    new = place == "the new one there" and made
+    assert (out / "manifest.json").read_text() == ("new" if new else "old")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_link_to_the_folder_stays_one(tmp_path):
+    corpus = str(write_corpus(tmp_path / "corpus", 30))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "data")
+    for vocab_size in (270, 280):
+        prepare(corpus, tmp_path / "out", vocab_size=vocab_size)
+        assert Dataset.open(tmp_path / "out").vocab_size == vocab_size
+    assert (tmp_path / "out").is_symlink()
+    assert os.listdir(tmp_path / "disk") == ["data"]
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "disk", "out"]
+
+
 def test_empty_and_null_documents_are_counted_and_reported(tmp_path, capsys):
     write_corpus(tmp_path / "corpus", 30)
     (tmp_path / "corpus" / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n{"text": "fine"}\n')
