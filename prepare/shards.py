@@ -132,9 +132,9 @@ def check_replaceable(out: Path) -> None:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out`, renamed to it at the end. Where anything fails, or it is interrupted, nothing of
-    that is left, and `out` is as it was. A link stays one: what it points to is replaced."""
-    out = out.resolve()
+    """A temporary sibling of `out`, renamed to it at the end. On a failure or an interruption it is removed, and `out`
+    is as it was. A link stays one: what it points to is replaced."""
+    out = Path(os.path.realpath(out))  # Path.resolve raises a RuntimeError where a link leads to itself
     out.parent.mkdir(parents=True, exist_ok=True)
     # Named before they are made: an interruption may come between the call that makes one and the next line.
     unique = uuid.uuid4().hex

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -243,6 +244,14 @@ def test_a_link_to_the_folder_stays_one(tmp_path):
     assert (tmp_path / "out").is_symlink()
     assert os.listdir(tmp_path / "disk") == ["data"]
     assert sorted(os.listdir(tmp_path)) == ["corpus", "disk", "out"]
+
+
+def test_a_link_to_itself(tmp_path, capsys):
+    corpus = str(write_corpus(tmp_path / "corpus", 30))
+    (tmp_path / "out").symlink_to("out")
+    assert main(["--source", corpus, "--out", str(tmp_path / "out"), "--vocab-size", "270"]) == 2
+    assert re.fullmatch(r"error: .*Not a directory; name another path with .*--out.*\n", capsys.readouterr().err)
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "out"]
 
 
 def test_empty_and_null_documents_are_counted_and_reported(tmp_path, capsys):

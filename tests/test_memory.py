@@ -164,7 +164,8 @@ def test_a_run_on_a_cpu_takes_no_more_than_estimated(corpus, tmp_path):
     run = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
     found = {name: float(re.search(rf"^{name} (\S+)$", run.stdout, re.M)[1]) for name in ("estimate", "before", "most")}
     grown = found["most"] - found["before"]
-    assert found["estimate"] / 2 < grown < found["estimate"], found
+    kept = (found["estimate"] - OVERHEAD["cpu"]) / MARGIN["cpu"]  # little more where the allocator leaves no holes
+    assert kept < grown < found["estimate"], found
 
 
 def test_what_is_made_again_is_made_once():
