@@ -8,6 +8,7 @@ import torch
 from bench import ceilings as measured_ceilings
 from bench.results import step_table, table
 from train.runs import source_commit
+from train.trainer import keep_to_the_cores_allowed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = pytest.StashKey[list]()
@@ -22,6 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    keep_to_the_cores_allowed()
     config.stash[ROWS] = []
     config.stash[STEPS] = {}
     config.stash[STARTED] = time.monotonic()

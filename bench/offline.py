@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from bench import sass
 from bench.live_bytes import LiveBytes
 from prepare.arguments import Parser, command
+from prepare.limits import num_cores
 from train.config import TrainConfig, resolve
 from train.precompile import compiling_only, walk_step
 
@@ -183,7 +184,7 @@ def main(args: list[str] | None = None) -> int:
         flags = {flag[2:].replace("-", "_"): True for flag in options.flags}
         return compile_step(options.arch[0], options.vocab_size[0], options.loops, **flags)
     codes, flags = [], options.flags + ["--loops"] * options.loops
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         for runs in pool.map(lambda arch: compile_apart(arch, options.vocab_size, flags), options.arch):
             for run in runs:
                 print(run.stdout, end="", flush=True)

@@ -9,8 +9,8 @@ from itertools import islice
 import pytest
 
 from prepare import Tokenizer
+from prepare.limits import num_cores
 from prepare.sources import folder_source, stdlib_source
-from prepare.tokenizer import num_cores
 
 SAMPLE_BYTES = 8_000_000
 VOCAB_SIZE = 8_192

@@ -21,6 +21,7 @@ from torch import Tensor
 import kernels
 from bench.offline import usage
 from bench.targets import Call, Random, Target, Tile, targets
+from prepare.limits import num_cores
 from train.config import TrainConfig, resolve
 from train.precompile import compiling_only
 
@@ -182,7 +183,7 @@ def compile_all(jobs: list[tuple[str, Tile | None]], arch: int, vocab_size: int,
                 done.append({"fault": f"the compiler {fate}"})
         return done
 
-    cores = min(len(os.sched_getaffinity(0)), len(jobs))
+    cores = min(num_cores(), len(jobs))
     with ThreadPoolExecutor(cores) as pool:
         shares = list(pool.map(share, (jobs[i::cores] for i in range(cores)), (folder / str(i) for i in range(cores))))
     return [shares[i % cores][i // cores] for i in range(len(jobs))]

@@ -7,7 +7,6 @@ Ids 0..255 are the bytes, 256..V-5 the merges in the order they were learned, an
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -18,6 +17,7 @@ import tiktoken
 
 from .errors import InputError
 from .files import read_json
+from .limits import num_cores
 
 # How text is cut into pieces before any merge; a merge never crosses a piece. The possessive quantifiers mean the
 # same to `tokenizers` (training) and to `tiktoken` (encoding); tests/test_tokenizer.py compares the two.
@@ -43,11 +43,6 @@ def check_vocab_size(vocab_size: int) -> None:
             f"a vocabulary of {vocab_size:,} tokens is not possible: --vocab-size takes {MIN_VOCAB_SIZE} (256 bytes "
             f"and {len(SPECIAL_TOKENS)} special tokens) to {MAX_VOCAB_SIZE:,} (token ids are stored in 16 bits)"
         )
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Tokenizer:

@@ -62,7 +62,7 @@ def test_a_second_run_starts_no_process_where_the_first_did_its_work(monkeypatch
     import triton
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(precompile, "num_cores", lambda: 3)
     monkeypatch.setattr(precompile.subprocess, "Popen", Done)
     monkeypatch.setattr(Done, "code", code, raising=False)
     config = resolve(TrainConfig(), "cuda")

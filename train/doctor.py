@@ -19,9 +19,10 @@ from model import GPT
 from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
 from prepare.home import home
+from prepare.limits import control_group_bytes, num_cores
 
 from .config import TrainConfig, cpu_has_bf16, resolve
-from .memory import STATE_MARGIN, available_bytes, bytes_of_rows, control_group_bytes, largest_batch, state_bytes
+from .memory import STATE_MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
 from .step import TrainStep
@@ -152,7 +153,10 @@ def memory(device: str) -> Finding:
     found = f"{main_memory.available / 2**30:.1f} of {main_memory.total / 2**30:.1f} GiB free"
     if allowed is not None and allowed < main_memory.available:
         found += f", {allowed / 2**30:.1f} GiB within this process's limit"
-    found += f", {cpu_name()}, {os.cpu_count()} cores{', bf16 instructions' if cpu_has_bf16() else ''}"
+    found += f", {cpu_name()}, {os.cpu_count()} cores"
+    if num_cores() < (os.cpu_count() or 1):
+        found += f" of which this process may use {num_cores()}"
+    found += ", bf16 instructions" if cpu_has_bf16() else ""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         found += f"; on the GPU {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

@@ -15,7 +15,7 @@ from .ledger import HOLDOUT, Ledger
 from .memory import is_out_of_memory
 from .runs import load_run
 from .step import TrainStep
-from .trainer import pick_device, pick_ops
+from .trainer import keep_to_the_cores_allowed, pick_device, pick_ops
 
 AUDITED_ROWS = 8
 
@@ -45,6 +45,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def evaluate(options) -> int:
+    keep_to_the_cores_allowed()
     device = pick_device(options.device)
     ops = pick_ops(None, device)
     model, tokenizer, saved = load_run(options.run, device)

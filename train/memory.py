@@ -9,7 +9,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
 import psutil
 import torch
@@ -17,6 +16,7 @@ import torch
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import InputError
+from prepare.limits import control_group_bytes
 
 from .compiled import partitioned
 from .config import TrainConfig
@@ -83,42 +83,6 @@ def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float,
     device = model.wte.device.type
     one, two = (MARGIN[device] * activation_bytes(model, rows, precision) for rows in (1, 2))
     return two - one, 2 * one - two + OVERHEAD[device]
-
-
-def control_group_bytes(root: Path = Path("/")) -> int | None:
-    """What the memory limits of this process's control groups (a container's, a batch system's) leave free, in bytes;
-    None where none has a limit (in v1 each has one, as large as can be). Linux kills what goes past one without a word.
-
-    Source: the kernel's documentation of cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`).
-    """
-    try:
-        entries = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    free = []
-    for entry in entries:
-        _, controllers, path = entry.split(":", 2)
-        if not controllers:
-            mount, limit, usage, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
-            mount, limit = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            usage, prefix = "memory.usage_in_bytes", "total_"
-        else:
-            continue
-        # Every level's limit holds. Inside a container the path may be the host's, of which only the mount is seen.
-        group = Path(path.lstrip("/"))
-        for level in (group, *group.parents):
-            files = root / mount / level
-            try:
-                most, used = (files / limit).read_text().strip(), int((files / usage).read_text())
-                stat = dict(line.split() for line in (files / "memory.stat").read_text().splitlines())
-            except OSError:  # the root group has no limit, and other groups need not be seen
-                continue
-            if most != "max":
-                # Of what counts as used, the cache of files is given up before anything is killed.
-                cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
-                free.append(max(0, int(most) - used + cache))
-    return min(free, default=None)
 
 
 def available_bytes(device: str) -> int:

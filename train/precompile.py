@@ -22,6 +22,7 @@ import torch
 from kernels import set_ops
 from model import GPT
 from prepare import Batch
+from prepare.limits import num_cores
 
 from .config import TrainConfig
 from .optimizer import Optimizer
@@ -128,7 +129,7 @@ class Precompiler:
         key = digest.hexdigest()
         # Says that all of it lies in Triton's cache, and is gone when that is.
         self._stamp = Path(triton.knobs.cache.dir) / f"timebox-{key[:16]}"
-        of = 0 if self._stamp.exists() else min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        of = 0 if self._stamp.exists() else min(MAX_PROCESSES, num_cores())
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "train.precompile", arguments]

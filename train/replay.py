@@ -19,7 +19,7 @@ from .memory import is_out_of_memory
 from .optimizer import Optimizer
 from .runs import build_model, read_config
 from .step import TrainStep
-from .trainer import pick_device, pick_ops
+from .trainer import keep_to_the_cores_allowed, pick_device, pick_ops
 
 OPS = (
     "embedding", "rms_norm", "norm_factors", "qkv_projection", "rotary_attention", "linear", "relu2_mlp",
@@ -81,6 +81,7 @@ def table(title: str, lines: list[str]) -> str:
 
 def replay(run: Path, wanted_device: str | None) -> bool:
     """Prints what the step does now. Returns whether it fails again. Raises InputError."""
+    keep_to_the_cores_allowed()
     failure = read_failure(run)
     saved, shape = read_config(run)
     config = TrainConfig(**saved["config"])

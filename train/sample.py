@@ -12,7 +12,7 @@ from prepare.errors import one_line
 
 from .config import MAX_SEED
 from .runs import load_run
-from .trainer import pick_device
+from .trainer import keep_to_the_cores_allowed, pick_device
 
 
 def next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -58,6 +58,7 @@ def main(args: list[str] | None = None) -> int:
             raise InputError("--tokens, --top-k and --temperature must not be negative")
         if not 0 <= options.seed <= MAX_SEED:
             raise InputError(f"--seed {options.seed} must be from 0 to {MAX_SEED}")
+        keep_to_the_cores_allowed()
         model, tokenizer, _ = load_run(options.run, pick_device(options.device))
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
         prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import os
 import platform
 import resource
 import shlex
@@ -19,6 +20,7 @@ from model.flops import device_peak
 from model.gpt import count_parameters
 from prepare import Dataset, InputError, Loader, default_folder, evaluate_bpb, prepare
 from prepare.evaluate import Evaluation
+from prepare.limits import num_cores
 
 from .audit import audit
 from .budget import Budget
@@ -112,6 +114,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**30)
 
 
+def keep_to_the_cores_allowed() -> None:
+    """Has PyTorch start no more threads than a container's CPU quota has cores. With more each is stopped in turn, and
+    the others wait: twice as many cost a quarter of the speed (bench/LOG.md, 2026-11-29). OMP_NUM_THREADS, where it is
+    set, is taken as it is."""
+    cores = num_cores()
+    if cores < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
+
+
 def embedded_folder(device: str) -> Path:
     """Of the corpus that is trained on where none is named. `stdlib` is what `python -m prepare` writes, with 8,192
     tokens; a CPU's, with fewer, is in a folder of its own."""
@@ -184,6 +195,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             stack.enter_context(saying_how_to_go_on(folder))
             checkpoint = newest_checkpoint(folder.checkpoints)
             check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
+        keep_to_the_cores_allowed()
         config = complete(config)
         device = config.device
         if device == "cpu":
