@@ -46,7 +46,7 @@ def control_group_bytes(root: Path = Path("/")) -> int | None:
         try:
             most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except OSError:  # the root group has no limit, and other groups need not be seen
+        except (OSError, ValueError):  # the root group has no limit, others need not be seen, a sandbox's may be empty
             continue
         if most != "max":
             # Of what counts as used, the cache of files is given up before anything is killed.
@@ -61,11 +61,11 @@ def control_group_cores(root: Path = Path("/")) -> float | None:
     for folder, version in control_groups("cpu", root):
         names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         try:
-            quota, period = " ".join((folder / name).read_text() for name in names).split()
-        except OSError:
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # not seen; "max", which is none; or a sandbox that leaves the files empty
             continue
-        if quota not in ("max", "-1"):
-            cores.append(int(quota) / int(period))
+        if quota > 0 and period > 0:  # v1 has -1 for none
+            cores.append(quota / period)
     return min(cores, default=None)
 
 

@@ -65,6 +65,9 @@ def test_a_container_that_sees_its_own_group_only(tmp_path, version):
     assert control_group_bytes(tmp_path) == 412 * MB
     (tmp_path / mount / "memory.stat").write_text("")  # not every sandbox that shows these files fills this one
     assert control_group_bytes(tmp_path) == 412 * MB
+    for path in (tmp_path / mount).iterdir():
+        path.write_text("")
+    assert control_group_bytes(tmp_path) is None
 
 
 def test_without_control_groups_or_limits(tmp_path):
@@ -105,6 +108,9 @@ def test_the_tightest_quota_counts(tmp_path, version):
     assert control_group_cores(tmp_path) == 2.5
     write(tmp_path / mount / "batch/job", quota, 50_000)
     assert control_group_cores(tmp_path) == 0.5
+    for text in ("", "0 0" if version == "v2" else "0"):  # a sandbox may show the files and limit nothing
+        write(tmp_path / mount / "batch/job", dict.fromkeys(quota, text))
+        assert control_group_cores(tmp_path) == 2.5
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(None, 8), (64.0, 8), (8.0, 8), (2.6, 3), (2.2, 2), (0.1, 1)])
