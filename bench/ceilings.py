@@ -17,6 +17,7 @@ import torch
 from bench.timing import time_call
 from model.flops import device_peak
 from prepare.arguments import Parser, command
+from train.trainer import keep_to_the_cores_allowed
 
 # Bytes/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DATASHEET_BANDWIDTHS = {
@@ -88,6 +89,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write them there too")
     options = parser.parse_args(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep_to_the_cores_allowed()
     measured = measure(device)
     report(device_name(device), measured)
     if options.json:

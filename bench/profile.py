@@ -25,6 +25,7 @@ from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from train.config import TrainConfig, resolve
+from train.trainer import keep_to_the_cores_allowed
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 MARK = "timebox step"  # every profiled step is one such annotation
@@ -180,6 +181,7 @@ def main(args: list[str] | None = None) -> int:
             return 0
         if options.ops == "triton" and device == "cpu":
             raise InputError("--ops triton needs a CUDA device")
+        keep_to_the_cores_allowed()
         config = TrainConfig(ops=options.ops, device_batch_size=options.device_batch_size, graphs=options.graphs)
         config = resolve(config, device)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,15 @@
 """What a container's control groups leave of the machine, from files as Linux shows them."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_run import run_main
 
+import bench.conftest
 import train.trainer
+from bench import ceilings, profile
 from prepare import limits
 from prepare.limits import control_group_bytes, control_group_cores
 from train import doctor, evaluate, replay, sample
@@ -145,6 +148,20 @@ def test_what_computes_later_has_no_more_either(tmp_path, monkeypatch, two_threa
     monkeypatch.setattr(train.trainer, "num_cores", lambda: 1)
     assert program.main([str(tmp_path / "no run")]) == 2
     assert torch.get_num_threads() == 1
+
+
+def test_what_is_measured_has_no_more_either(tmp_path, monkeypatch, two_threads):
+    monkeypatch.setattr(train.trainer, "num_cores", lambda: 1)
+    programs = {
+        "suite": lambda: bench.conftest.pytest_configure(SimpleNamespace(stash={})),
+        "profile": lambda: profile.main(["--save", str(tmp_path / "no folder" / "trace.json")]),
+        "ceilings": lambda: ceilings.main([]),
+    }
+    monkeypatch.setattr(ceilings, "measure", lambda device: ceilings.Ceilings(flops=1.0, bandwidth=1.0))
+    for name, program in programs.items():
+        torch.set_num_threads(2)
+        program()
+        assert torch.get_num_threads() == 1, name
 
 
 @pytest.mark.parametrize("cores", [1, 2**20])
