@@ -14,6 +14,7 @@ from payloads import Payload
 from prepare_corpus import write_corpus
 
 from prepare import prepare
+from prepare.limits import num_cores
 from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
 
 if not torch.cuda.is_available():
@@ -54,9 +55,9 @@ def pytest_testnodedown(node):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Tests on a GPU stay in this process: which of them fit into its memory together is known by file alone
-    (bench/gpu_tests.py runs them so), and some measure time."""
-    return None if NO_GPU else 0
+    """A process for each core that may be used. Tests on a GPU stay in this one: which of them fit into its memory
+    together is known by file alone (bench/gpu_tests.py runs them so), and some measure time."""
+    return num_cores() if NO_GPU else 0
 
 
 def pytest_terminal_summary(terminalreporter, config):

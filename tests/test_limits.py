@@ -138,7 +138,7 @@ def test_a_run_has_no_more_threads_than_cores(corpus, tmp_path, capsys, monkeypa
     if said:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert run_main(corpus, tmp_path / "run", "--steps", "1", "--untimed-steps", "0") == 0
-    assert f"device: cpu, {threads} threads" in capsys.readouterr().out
+    assert ("device: cpu, 1 thread," if threads == 1 else "device: cpu, 2 threads,") in capsys.readouterr().out
     assert torch.get_num_threads() == threads
 
 
@@ -169,3 +169,12 @@ def test_the_doctor_names_the_cores_that_are_allowed(monkeypatch, cores):
     monkeypatch.setattr(doctor, "num_cores", lambda: cores)
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
     assert (" 4 cores of which this process may use 1" in doctor.memory("cpu").found) == (cores == 1)
+
+
+def test_there_is_a_process_of_tests_for_each_core_allowed(request, monkeypatch):
+    conftest = request.config.pluginmanager.get_plugin(str(request.config.rootpath / "tests" / "conftest.py"))
+    monkeypatch.setattr(conftest, "NO_GPU", True)
+    monkeypatch.setattr(conftest, "num_cores", lambda: 3)
+    assert conftest.pytest_xdist_auto_num_workers() == 3
+    monkeypatch.setattr(conftest, "NO_GPU", False)
+    assert conftest.pytest_xdist_auto_num_workers() == 0

@@ -318,7 +318,9 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     counts = count_parameters(model)
     kinds = ", ".join(f"{kind} {n / 1e6:.2f}M" for kind, n in counts.items() if kind not in ("total", "scalars"))
     tokens = data.split("train").num_tokens
-    where = torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+    where = torch.cuda.get_device_name() if config.device == "cuda" else cpu
     length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
     print(f"run:    {folder.path}")
     ops = f"{config.ops} ops"
