@@ -17,7 +17,7 @@ import torch
 from bench.timing import time_call
 from model.flops import device_peak
 from prepare.arguments import Parser, command
-from train.trainer import keep_to_the_cores_allowed
+from train.device import keep_to_the_cores_allowed
 
 # Bytes/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DATASHEET_BANDWIDTHS = {

@@ -25,7 +25,7 @@ from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from train.config import TrainConfig, resolve
-from train.trainer import keep_to_the_cores_allowed
+from train.device import keep_to_the_cores_allowed
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 MARK = "timebox step"  # every profiled step is one such annotation

@@ -5,10 +5,10 @@ import torch
 from model import GPT, GPTConfig
 from prepare import Batch
 from train.config import TrainConfig
+from train.device import pick_graphs
 from train.optimizer import Optimizer
 from train.schedule import StepValues, step_values
 from train.step import TrainStep
-from train.trainer import pick_graphs
 
 
 def make_step(

@@ -8,7 +8,7 @@ import torch
 from tiny_run import run_main
 
 import bench.conftest
-import train.trainer
+import train.device
 from bench import ceilings, profile
 from prepare import limits
 from prepare.limits import control_group_bytes, control_group_cores
@@ -134,7 +134,7 @@ def two_threads(monkeypatch):
 
 @pytest.mark.parametrize(("cores", "said", "threads"), [(1, None, 1), (1, "2", 2), (2, None, 2), (3, None, 2)])
 def test_a_run_has_no_more_threads_than_cores(corpus, tmp_path, capsys, monkeypatch, two_threads, cores, said, threads):
-    monkeypatch.setattr(train.trainer, "num_cores", lambda: cores)
+    monkeypatch.setattr(train.device, "num_cores", lambda: cores)
     if said:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert run_main(corpus, tmp_path / "run", "--steps", "1", "--untimed-steps", "0") == 0
@@ -145,13 +145,13 @@ def test_a_run_has_no_more_threads_than_cores(corpus, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("program", [evaluate, replay, sample])
 def test_what_computes_later_has_no_more_either(tmp_path, monkeypatch, two_threads, program):
     """Other threads may give other last digits."""
-    monkeypatch.setattr(train.trainer, "num_cores", lambda: 1)
+    monkeypatch.setattr(train.device, "num_cores", lambda: 1)
     assert program.main([str(tmp_path / "no run")]) == 2
     assert torch.get_num_threads() == 1
 
 
 def test_what_is_measured_has_no_more_either(tmp_path, monkeypatch, two_threads):
-    monkeypatch.setattr(train.trainer, "num_cores", lambda: 1)
+    monkeypatch.setattr(train.device, "num_cores", lambda: 1)
     programs = {
         "suite": lambda: bench.conftest.pytest_configure(SimpleNamespace(stash={})),
         "profile": lambda: profile.main(["--save", str(tmp_path / "no folder" / "trace.json")]),

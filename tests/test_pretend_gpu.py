@@ -10,7 +10,7 @@ from test_loop import SHAPE, make_step
 from tiny_run import assert_same, losses, run_main
 
 import kernels
-import train.trainer
+import train.device
 from prepare import Batch
 from train.checkpoint import checkpoint_folders, read_checkpoint
 from train.config import TrainConfig, resolve
@@ -104,7 +104,7 @@ def test_a_run_as_graphs_is_the_run_without(gpu, small_data, tmp_path, monkeypat
     options += ["--keep-checkpoints", "--device-batch-size", "16", "--total-batch-size", "1024"]  # the audit likes rows
     if gpu:
         options += ["--ops", "reference"]
-        monkeypatch.setattr(train.trainer, "pick_graphs", lambda wanted, *_: wanted is None)
+        monkeypatch.setattr(train.device, "pick_graphs", lambda wanted, *_: wanted is None)
     runs = {"replayed": [], "eager": ["--no-graphs"]}
     for name, more in runs.items():
         assert run_main(small_data, tmp_path / name, *options, *more) == 0, capsys.readouterr().err

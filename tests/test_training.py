@@ -12,6 +12,7 @@ from tiny_run import losses, run_main
 
 import kernels
 import train.__main__
+import train.device
 import train.memory
 import train.trainer
 from bench import steps
@@ -319,8 +320,8 @@ def test_no_gpu_is_said_in_one_line(corpus, tmp_path, capsys, monkeypatch):
 
 
 def test_a_gpu_has_no_autocast_to_announce(monkeypatch):
-    monkeypatch.setattr(train.trainer, "pick_device", lambda wanted: "cuda")
-    assert train.trainer.complete(TrainConfig(ops="reference", autocast=True)).autocast is False
+    monkeypatch.setattr(train.device, "pick_device", lambda wanted: "cuda")
+    assert train.device.complete(TrainConfig(ops="reference", autocast=True)).autocast is False
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
@@ -338,10 +339,10 @@ def test_the_measured_step_multiplies_as_the_run_does(monkeypatch, has_bf16):
     ("shape", "named"), [({"head_dim": 256}, "--head-dim 256: .* 16, 32, 64, 128"), ({"d_model": 8320}, "at most 8192")]
 )
 def test_a_shape_that_the_kernels_do_not_take_is_bad_input(monkeypatch, shape, named):
-    monkeypatch.setattr(train.trainer, "pick_device", lambda wanted: "cuda")
-    assert train.trainer.complete(TrainConfig(ops="reference", **shape)).ops == "reference"
+    monkeypatch.setattr(train.device, "pick_device", lambda wanted: "cuda")
+    assert train.device.complete(TrainConfig(ops="reference", **shape)).ops == "reference"
     with pytest.raises(InputError, match=named):
-        train.trainer.complete(TrainConfig(ops="triton", **shape))
+        train.device.complete(TrainConfig(ops="triton", **shape))
     kernels.set_ops(None)
 
 

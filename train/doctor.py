@@ -22,11 +22,12 @@ from prepare.home import home
 from prepare.limits import control_group_bytes, num_cores
 
 from .config import TrainConfig, cpu_has_bf16, resolve
+from .device import OLDEST_GPU
 from .memory import STATE_MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
 from .step import TrainStep
-from .trainer import OLDEST_GPU, VOCAB_SIZE, embedded_folder
+from .trainer import VOCAB_SIZE, embedded_folder
 
 PYTHONS = ((3, 11), (3, 12))
 OK, NOTE, WRONG = "ok", "note", "wrong"

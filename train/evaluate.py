@@ -11,11 +11,11 @@ from prepare.errors import one_line
 
 from .audit import ROUNDED_MEAN, audit
 from .config import TrainConfig
+from .device import keep_to_the_cores_allowed, pick_device, pick_ops
 from .ledger import HOLDOUT, Ledger
 from .memory import is_out_of_memory
 from .runs import load_run
 from .step import TrainStep
-from .trainer import keep_to_the_cores_allowed, pick_device, pick_ops
 
 AUDITED_ROWS = 8
 

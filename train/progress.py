@@ -1,4 +1,4 @@
-"""What a run says while it goes: one line a step, and the same in metrics.jsonl."""
+"""What a run says: what is about to be trained, one line a step (and the same in metrics.jsonl), the summary."""
 
 import shutil
 import sys
@@ -7,13 +7,21 @@ from typing import TextIO
 
 import torch
 
-from model import GPTConfig
+import kernels
+from model import GPTConfig, flops_per_token
+from model.flops import device_peak
+from model.gpt import count_parameters
+from prepare import Dataset, default_folder
 
 from .budget import Budget
+from .checkpoint import Checkpoint
+from .config import TrainConfig
 from .files import DISK_FULL
 from .metrics import log_line, utilisation
 from .runs import RunFolder
 from .schedule import StepValues
+
+EPOCHS_WORTH_A_WARNING = 4
 
 
 class Reporter:
@@ -76,3 +84,51 @@ def print_summary(summary: dict[str, str], out: TextIO | None = None) -> None:
     width = max(map(len, summary)) + 1
     lines = ["---", *(f"{key + ':':<{width}} {value}" for key, value in summary.items())]
     print("\n".join(lines), file=out or sys.stdout, flush=True)
+
+
+def expected_epochs(config: TrainConfig, model: GPTConfig, tokens: int) -> float:
+    """Passes over `tokens` that the run will make: exact by steps, by seconds a guess from the device's usual pace."""
+    if config.steps is not None:
+        return config.steps * config.total_batch_size / tokens
+    if config.device == "cuda":
+        flops = 0.4 * (device_peak(torch.cuda.get_device_name()) or 100e12)
+    else:
+        flops = 25e9 * torch.get_num_threads()
+    return config.time_budget * flops / flops_per_token(model) / tokens
+
+
+def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder) -> None:
+    """What is about to be trained, on what, in which folder."""
+    counts = count_parameters(model)
+    kinds = ", ".join(f"{kind} {n / 1e6:.2f}M" for kind, n in counts.items() if kind not in ("total", "scalars"))
+    tokens = data.split("train").num_tokens
+    threads = torch.get_num_threads()
+    cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+    where = torch.cuda.get_device_name() if config.device == "cuda" else cpu
+    length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
+    print(f"run:    {folder.path}")
+    ops = f"{config.ops} ops"
+    if config.ops == "compile":
+        ops += f" ({kernels.compiled_attention(torch.device(config.device))})"
+    print(f"device: {where}, {ops}{', bf16 autocast' if config.autocast else ''}")
+    print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
+    print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
+    micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"
+    print(f"train:  {length}; a step is {config.total_batch_size:,} tokens in {micro}")
+    epochs = expected_epochs(config, model, tokens)
+    if epochs > EPOCHS_WORTH_A_WARNING:
+        print(
+            f"note:   this run will pass over the corpus about {epochs:.0f} times; for a real one:"
+            f" python -m prepare --source climbmix, then python -m train --data {default_folder('climbmix')}",
+        )
+    sys.stdout.flush()
+
+
+def announce_resume(checkpoint: Checkpoint, environment: dict) -> None:
+    """From where the run goes on, and what may keep it from being the one it would have been."""
+    timed, then = checkpoint.values["budget"]["timed_seconds"], checkpoint.values["environment"]
+    print(f"resume: {checkpoint.step} steps are done, {timed:.1f} s of them timed")
+    changed = [f"{key} {then[key]}, now {value}" for key, value in environment.items() if then[key] != value]
+    if changed:
+        print(f"note:   started with {'; '.join(changed)}: the bits of its numbers may depend on it")
+    sys.stdout.flush()

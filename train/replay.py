@@ -14,12 +14,12 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 
 from .config import TrainConfig
+from .device import keep_to_the_cores_allowed, pick_device, pick_ops
 from .failure import find, layers, read_failure
 from .memory import is_out_of_memory
 from .optimizer import Optimizer
 from .runs import build_model, read_config
 from .step import TrainStep
-from .trainer import keep_to_the_cores_allowed, pick_device, pick_ops
 
 OPS = (
     "embedding", "rms_norm", "norm_factors", "qkv_projection", "rotary_attention", "linear", "relu2_mlp",

@@ -11,8 +11,8 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 
 from .config import MAX_SEED
+from .device import keep_to_the_cores_allowed, pick_device
 from .runs import load_run
-from .trainer import keep_to_the_cores_allowed, pick_device
 
 
 def next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

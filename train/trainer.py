@@ -1,9 +1,6 @@
 """A run from its configuration to its summary: what surrounds the loop."""
 
-import ctypes
 import dataclasses
-import os
-import platform
 import resource
 import shlex
 import shutil
@@ -14,28 +11,25 @@ from pathlib import Path
 
 import torch
 
-import kernels
-from model import GPT, GPTConfig, flops_per_token
-from model.flops import device_peak
+from model import GPT, GPTConfig
 from model.gpt import count_parameters
-from prepare import Dataset, InputError, Loader, default_folder, evaluate_bpb, prepare
+from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
 from prepare.evaluate import Evaluation
-from prepare.limits import num_cores
 
 from .audit import audit
 from .budget import Budget
-from .checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
+from .checkpoint import Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .clock import clock_of, seconds_since_start
-from .compiled import check_compiler
-from .config import TrainConfig, resolve
+from .config import TrainConfig
 from .curves import draw_curves
+from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
 from .failure import explain
 from .loop import TrainingError, train
 from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
-from .progress import Reporter, print_summary
+from .progress import Reporter, announce, announce_resume, print_summary
 from .record import Record
 from .resume import check_same
 from .runs import RunFolder, environment
@@ -49,50 +43,6 @@ from .watchdog import HangError, Watchdog
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
 VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
-EPOCHS_WORTH_A_WARNING = 4
-OLDEST_GPU = (8, 0)  # compute capability: the first with bf16
-
-
-def pick_device(wanted: str | None) -> str:
-    """The device's type. Raises InputError where a GPU is asked for and there is none, and where it is too old."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; leave the flag out to train on the CPU")
-    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
-        has, needs = (f"{major}.{minor}" for major, minor in (capability, OLDEST_GPU))
-        raise InputError(f"this GPU has compute capability {has}, bf16 needs {needs}: take another, or --device cpu")
-    return device
-
-
-def pick_ops(wanted: str | None, device: str) -> str:
-    """Triton kernels, references or compiled references, set for every op. Raises InputError where Triton has no
-    device to run on, or torch.compile no compiler."""
-    if wanted == "triton" and device == "cpu":
-        raise InputError("--ops triton needs a CUDA device: leave the flag out to train on the references")
-    if wanted == "compile":
-        check_compiler(device)
-    ops = wanted or ("triton" if device == "cuda" else "reference")
-    kernels.set_ops(ops)
-    return ops
-
-
-def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
-    """Whether steps are CUDA graphs. Raises InputError where they are asked for and cannot be."""
-    possible = device == "cuda" and ops == "triton"
-    if wanted and not possible:
-        raise InputError("--graphs needs a CUDA device and --ops triton: leave the flag out")
-    return possible if wanted is None else wanted
-
-
-def check_kernels_take(config: TrainConfig) -> None:
-    """Raises InputError for a shape that a model may have and the kernels do not take."""
-    if config.head_dim not in kernels.HEAD_DIMS:
-        dims = ", ".join(map(str, kernels.HEAD_DIMS))
-        raise InputError(f"--head-dim {config.head_dim}: the kernels take {dims}; --ops reference takes any")
-    if config.d_model > kernels.MAX_WIDTH:
-        raise InputError(
-            f"--d-model {config.d_model}: the kernels take at most {kernels.MAX_WIDTH}; --ops reference takes any"
-        )
 
 
 def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
@@ -101,26 +51,6 @@ def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return Precompiler(config, vocab_size, 10 * major + minor)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep large blocks that are freed, as PyTorch's allocator does on a GPU. Given back to the kernel, they
-    come with a page fault for every 4 KiB when the next step asks for them: a sixth of a CPU step (bench/LOG.md). The
-    price is a heap with holes, which `memory.MARGIN` allows for."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**30)
-
-
-def keep_to_the_cores_allowed() -> None:
-    """Has PyTorch start no more threads than a container's CPU quota has cores. With more each is stopped in turn, and
-    the others wait: twice as many cost a quarter of the speed (bench/LOG.md, 2026-11-29). OMP_NUM_THREADS, where it is
-    set, is taken as it is."""
-    cores = num_cores()
-    if cores < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores)
 
 
 def embedded_folder(device: str) -> Path:
@@ -139,26 +69,6 @@ def open_data(folder: str | None, device: str) -> Dataset:
         print(f"no --data: preparing the embedded corpus, {size}, once, in {default}", flush=True)
         prepare("stdlib", out=default, vocab_size=VOCAB_SIZE[device])
     return Dataset.open(default)
-
-
-def expected_epochs(config: TrainConfig, model: GPTConfig, tokens: int) -> float:
-    """Passes over `tokens` that the run will make: exact by steps, by seconds a guess from the device's usual pace."""
-    if config.steps is not None:
-        return config.steps * config.total_batch_size / tokens
-    if config.device == "cuda":
-        flops = 0.4 * (device_peak(torch.cuda.get_device_name()) or 100e12)
-    else:
-        flops = 25e9 * torch.get_num_threads()
-    return config.time_budget * flops / flops_per_token(model) / tokens
-
-
-def complete(config: TrainConfig) -> TrainConfig:
-    """With every field set that depends on the machine. Raises InputError."""
-    device = pick_device(config.device)
-    config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
-    if config.ops == "triton":
-        check_kernels_take(config)
-    return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
 
 
 def how_to_go_on(folder: RunFolder) -> str:
@@ -311,43 +221,6 @@ def conclude(
     if not config.keep_checkpoints:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return summary
-
-
-def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder) -> None:
-    """What is about to be trained, on what, in which folder."""
-    counts = count_parameters(model)
-    kinds = ", ".join(f"{kind} {n / 1e6:.2f}M" for kind, n in counts.items() if kind not in ("total", "scalars"))
-    tokens = data.split("train").num_tokens
-    threads = torch.get_num_threads()
-    cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
-    where = torch.cuda.get_device_name() if config.device == "cuda" else cpu
-    length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
-    print(f"run:    {folder.path}")
-    ops = f"{config.ops} ops"
-    if config.ops == "compile":
-        ops += f" ({kernels.compiled_attention(torch.device(config.device))})"
-    print(f"device: {where}, {ops}{', bf16 autocast' if config.autocast else ''}")
-    print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
-    print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
-    micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"
-    print(f"train:  {length}; a step is {config.total_batch_size:,} tokens in {micro}")
-    epochs = expected_epochs(config, model, tokens)
-    if epochs > EPOCHS_WORTH_A_WARNING:
-        print(
-            f"note:   this run will pass over the corpus about {epochs:.0f} times; for a real one:"
-            f" python -m prepare --source climbmix, then python -m train --data {default_folder('climbmix')}",
-        )
-    sys.stdout.flush()
-
-
-def announce_resume(checkpoint: Checkpoint, environment: dict) -> None:
-    """From where the run goes on, and what may keep it from being the one it would have been."""
-    timed, then = checkpoint.values["budget"]["timed_seconds"], checkpoint.values["environment"]
-    print(f"resume: {checkpoint.step} steps are done, {timed:.1f} s of them timed")
-    changed = [f"{key} {then[key]}, now {value}" for key, value in environment.items() if then[key] != value]
-    if changed:
-        print(f"note:   started with {'; '.join(changed)}: the bits of its numbers may depend on it")
-    sys.stdout.flush()
 
 
 def summarise(
