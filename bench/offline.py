@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from bench import sass
-from bench.live_bytes import LiveBytes
 from prepare.arguments import Parser, command
 from prepare.limits import num_cores
 from train.config import TrainConfig, resolve
+from train.live_bytes import LiveBytes
 from train.precompile import compiling_only, walk_step
 
 # (kernel, arch): (bytes of stack a thread, why it is accepted).

@@ -26,6 +26,7 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from train.config import TrainConfig, resolve
 from train.device import keep_to_the_cores_allowed
+from train.memory import fit_default
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 MARK = "timebox step"  # every profiled step is one such annotation
@@ -184,6 +185,8 @@ def main(args: list[str] | None = None) -> int:
         keep_to_the_cores_allowed()
         config = TrainConfig(ops=options.ops, device_batch_size=options.device_batch_size, graphs=options.graphs)
         config = resolve(config, device)
+        if options.device_batch_size is None:
+            config = fit_default(config, config.model_config(options.vocab_size))
         with tempfile.TemporaryDirectory() as folder:
             path = options.save or Path(folder) / "trace.json"
             path.open("ab").close()  # the profiler would not say that it cannot write there

@@ -1,7 +1,7 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import EPS, compiles, layer_weight, recomputed, set_ops
+from .common import EPS, compiles, layer_weight, ops_in_force, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import SOFTCAP, linear_cross_entropy, softcapped_logits
@@ -35,6 +35,7 @@ __all__ = [
     "muon_update",
     "norm_factors",
     "norm_relu2_mlp",
+    "ops_in_force",
     "polar_express",
     "prepare_compiled_attention",
     "qkv_projection",

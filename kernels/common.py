@@ -21,14 +21,15 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
 __all__ = [
-    "EPS", "compiles", "gpu_arch", "graph_is_kept", "layer_weight", "recomputed", "set_ops", "tl", "triton", "upcast",
-    "use_kernels", "weight_grad",
+    "EPS", "compiles", "device_type", "gpu_arch", "graph_is_kept", "layer_weight", "ops_in_force", "recomputed",
+    "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad",
 ]  # fmt: skip
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
 
 
 _ops: str | None = None
+_meta_device = "cuda"
 
 
 def set_ops(ops: str | None) -> None:
@@ -39,6 +40,25 @@ def set_ops(ops: str | None) -> None:
     if ops not in ("triton", "reference", "compile", None):
         raise ValueError(f"ops {ops!r} must be 'triton', 'reference', 'compile' or None")
     _ops = ops
+
+
+@contextmanager
+def ops_in_force(ops: str | None, meta_device: str = "cuda") -> Iterator[None]:
+    """Inside, `set_ops(ops)`, and tensors of device "meta" stand for tensors of `meta_device`; afterwards as before."""
+    global _meta_device
+    before = _ops, _meta_device
+    set_ops(ops)
+    _meta_device = meta_device
+    try:
+        yield
+    finally:
+        set_ops(before[0])
+        _meta_device = before[1]
+
+
+def device_type(x: Tensor) -> str:
+    """Of the device that holds `x`; of a tensor without memory, of the one that it stands for."""
+    return _meta_device if x.is_meta else x.device.type
 
 
 def use_kernels(x: Tensor) -> bool:

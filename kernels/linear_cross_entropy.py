@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import tl, triton, upcast, use_kernels, weight_grad
+from .common import device_type, tl, triton, upcast, use_kernels, weight_grad
 
 SOFTCAP = 15.0
 IGNORED = -1  # a target that contributes neither loss nor gradient, and is not counted in the mean
@@ -113,10 +113,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, softcap: flo
     )
 
 
-def _chunk_rows(vocab_size: int, device: torch.device) -> int:
+def _chunk_rows(vocab_size: int, x: Tensor) -> int:
     # On a CPU a chunk of fp32 logits should stay in the last-level cache: 4 MiB is 3 times as fast as all rows at once
     # (bench/LOG.md, 2026-11-23). On a GPU it only has to be large enough to fill the device.
-    elements = 2**20 if device.type == "cpu" else 2**28
+    elements = 2**20 if device_type(x) == "cpu" else 2**28
     return max(64, elements // vocab_size)
 
 
@@ -126,7 +126,7 @@ def _chunked_losses(
     """The losses [N] by the kernel. Where they are given, `dx` receives count·dx and `dweight` has count·dW added."""
     (N, _), V = x.shape, weight.shape[0]
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
-    rows = max(1, min(N, _chunk_rows(V, x.device)))
+    rows = max(1, min(N, _chunk_rows(V, x)))
     aligned = triton.cdiv(V, 64) * 64  # every row starts at a multiple of 128 bytes, for the GEMMs and the kernel
     buffer = torch.empty(rows, aligned, dtype=x.dtype, device=x.device)
     has_grad = dx is not None or dweight is not None
@@ -195,7 +195,7 @@ class _ChunkedMean(torch.autograd.Function):
         weight = weight.detach().requires_grad_()
         dx = torch.empty_like(x)
         total = 0.0
-        rows, count = _chunk_rows(weight.shape[0], x.device), _count(targets)
+        rows, count = _chunk_rows(weight.shape[0], x), _count(targets)
         for part, targets_part, dx_part in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
@@ -251,7 +251,7 @@ def linear_cross_entropy(
     if kernels:
         losses = _chunked_losses(x, weight, targets, softcap)
     else:
-        rows = _chunk_rows(weight.shape[0], x.device)
+        rows = _chunk_rows(weight.shape[0], x)
         parts = zip(x.split(rows), targets.split(rows), strict=True)
         losses = torch.cat([linear_cross_entropy_ref(part, weight, t, softcap, "none") for part, t in parts])
     return losses if reduction == "none" else losses.sum() / _count(targets)

@@ -13,16 +13,15 @@ import torch
 from ledger_entries import a_night, add, entry
 from tiny_run import rows, run_main
 
-from model import GPT
-from train import doctor
+from prepare import InputError
+from train import doctor, memory
 from train.config import TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
 from train.ledger import Ledger
-from train.memory import STATE_MARGIN, bytes_of_rows, check_batch_fits, state_bytes
+from train.memory import check_fits, count
 from train.report import limits
 from train.report import main as report_main
-from train.step import TrainStep
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,20 +180,23 @@ def wrong(found: doctor.Finding) -> bool:
     return found.state == doctor.WRONG and bool(found.remedy)
 
 
-@pytest.mark.parametrize("has_bf16", [False, True])
-def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch, has_bf16):
-    """To the row: what is needed once, whatever the rows, is not counted for each."""
-    monkeypatch.setattr("train.config.cpu_has_bf16", lambda: has_bf16)
-    config = resolve(TrainConfig(), "cpu")
+def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch):
+    """To the byte."""
+    config = resolve(TrainConfig(ops="reference"), "cpu")
     shape = config.model_config(1024)
-    step = TrainStep(GPT(shape), None, has_bf16)
-    per_row, fixed = bytes_of_rows(step.model, step.precision())
-    for missing, state in ((0, doctor.OK), (1, doctor.WRONG)):
-        free = fixed + per_row * (config.device_batch_size - missing) + 1
-        available = STATE_MARGIN * state_bytes(shape, 4) + free
-        monkeypatch.setattr(doctor, "available_bytes", lambda device, available=available: available)
-        assert doctor.batch("cpu", 1024).state == state
-    check_batch_fits(config, step.model, step.precision(), free + per_row)  # raises nothing
+    needed = count(config, shape, config.device_batch_size).on("cpu")
+    for available, state in ((needed, doctor.OK), (needed - 1, doctor.WRONG)):
+        for module in (doctor, memory):
+            monkeypatch.setattr(module, "available_bytes", lambda device, available=available: available)
+        found = doctor.batch("cpu", 1024)
+        assert found.state == state
+        assert f"up to {config.device_batch_size - (state == doctor.WRONG)} rows" in found.found
+        if state == doctor.OK:
+            check_fits(config, shape)
+        else:
+            with pytest.raises(InputError, match=r"use --device-batch-size 4$"):
+                check_fits(config, shape)
+            assert found.remedy == "train with --device-batch-size 4"
 
 
 @pytest.mark.parametrize(("allowed", "said"), [(2**29, True), (2**62, False), (None, False)])

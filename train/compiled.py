@@ -32,26 +32,17 @@ def check_compiler(device: str) -> None:
         ) from None
 
 
-def _compile(model: GPT, **options) -> Callable[..., Tensor]:
+def compiled(model: GPT) -> Callable[..., Tensor]:
+    """`model` as the ops in force call it: compiled, or as it is."""
+    if not kernels.compiles():
+        return model
     device = model.wte.device
     kernels.prepare_compiled_attention(model.config.seq_len, model.config.windows, device)
     # A break would cost speed and go unnoticed, so it is an error; only older FlashAttention-3 builds cannot be traced.
     fullgraph = kernels.compiled_attention(device) != "FlashAttention-3"
-    return torch.compile(model, dynamic=False, fullgraph=fullgraph, **options)
-
-
-def compiled(model: GPT) -> Callable[..., Tensor]:
-    """`model` as the ops in force call it: compiled, or as it is."""
-    return _compile(model) if kernels.compiles() else model
+    return torch.compile(model, dynamic=False, fullgraph=fullgraph)
 
 
 def compiled_update(optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
     """`optimizer.update` as the ops in force call it."""
     return torch.compile(optimizer.update, dynamic=False, fullgraph=True) if kernels.compiles() else optimizer.update
-
-
-def partitioned(model: GPT) -> Callable[..., Tensor]:
-    """`model` as the ops in force call it, where only what autograd keeps is of interest. The compiled one decides that
-    when it is divided into forward and backward; then each half runs op by op, which spares compiling it for one row.
-    """
-    return _compile(model, backend="aot_eager_decomp_partition") if kernels.compiles() else model

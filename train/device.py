@@ -5,10 +5,12 @@ import dataclasses
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
 import kernels
+from model import GPTConfig
 from prepare import InputError
 from prepare.limits import num_cores
 
@@ -19,14 +21,49 @@ OLDEST_GPU = (8, 0)  # compute capability: the first with bf16
 
 
 def pick_device(wanted: str | None) -> str:
-    """The device's type. Raises InputError where a GPU is asked for and there is none, and where it is too old."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; leave the flag out to train on the CPU")
-    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
+    """The device's type. Raises InputError where a GPU is asked for and there is none, and where there is one that
+    this program, or this PyTorch, cannot use: what trains on the CPU instead is another model on another corpus."""
+    if wanted == "cpu":
+        return "cpu"
+    if torch.version.hip is not None and torch.cuda.is_available():
+        raise InputError("the kernels are written for NVIDIA's GPUs, and this PyTorch is built for AMD's (ROCm): "
+                         "--device cpu trains on the CPU")  # fmt: skip
+    if not torch.cuda.is_available():
+        if reason := why_no_gpu():
+            raise InputError(f"there is a GPU that PyTorch cannot use: {reason}; or take --device cpu")
+        if wanted == "cuda":
+            raise InputError("--device cuda: PyTorch sees no CUDA device here; leave the flag out to train on the CPU")
+        if torch.backends.mps.is_available():
+            print("note:   Apple's GPU (MPS) is not used: there are no kernels for it", flush=True)
+        return "cpu"
+    if (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
         has, needs = (f"{major}.{minor}" for major, minor in (capability, OLDEST_GPU))
         raise InputError(f"this GPU has compute capability {has}, bf16 needs {needs}: take another, or --device cpu")
-    return device
+    return "cuda"
+
+
+def why_no_gpu() -> str:
+    """Why PyTorch sees no GPU although there is one, with what mends it; empty where there is none, or where
+    CUDA_VISIBLE_DEVICES hides all there are."""
+    if torch.version.cuda is None:
+        there = any(Path("/dev").glob("nvidia[0-9]*"))
+        return "it is built without CUDA: install the torch of pyproject.toml built for CUDA" if there else ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        if any(quiet in reason for quiet in ("Found no NVIDIA driver", "No CUDA GPUs are available")):
+            return ""
+        return f"{reason} (update the driver, or install a PyTorch that is built for it)"
+    return ""
+
+
+def gpu_name() -> str:
+    """Of the GPU in use; where there are several, which it is and how to take another."""
+    name, index, several = torch.cuda.get_device_name(), torch.cuda.current_device(), torch.cuda.device_count()
+    if several < 2:
+        return name
+    return f"{name} (number {index} of {several}, from 0: CUDA_VISIBLE_DEVICES=1 takes the next)"
 
 
 def pick_ops(wanted: str | None, device: str) -> str:
@@ -41,6 +78,18 @@ def pick_ops(wanted: str | None, device: str) -> str:
     return ops
 
 
+def ops_of_run(config: TrainConfig, shape: GPTConfig, device: str, compiles: bool = True) -> str:
+    """The ops that a finished run's model is computed with, set for every op: its own, as long as it is on its own
+    device, else the default, which is the references for a shape that the kernels do not take. `compiles` False: what
+    was compiled is not, for a caller whose shapes change with every call."""
+    wanted = config.ops if device == config.device else None
+    if wanted == "compile" and not compiles:
+        wanted = "reference"
+    if wanted is None and why_not_kernels(shape.head_dim, shape.d_model):
+        wanted = "reference"
+    return pick_ops(wanted, device)
+
+
 def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
     """Whether steps are CUDA graphs. Raises InputError where they are asked for and cannot be."""
     possible = device == "cuda" and ops == "triton"
@@ -49,23 +98,21 @@ def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:
     return possible if wanted is None else wanted
 
 
-def check_kernels_take(config: TrainConfig) -> None:
-    """Raises InputError for a shape that a model may have and the kernels do not take."""
-    if config.head_dim not in kernels.HEAD_DIMS:
-        dims = ", ".join(map(str, kernels.HEAD_DIMS))
-        raise InputError(f"--head-dim {config.head_dim}: the kernels take {dims}; --ops reference takes any")
-    if config.d_model > kernels.MAX_WIDTH:
-        raise InputError(
-            f"--d-model {config.d_model}: the kernels take at most {kernels.MAX_WIDTH}; --ops reference takes any"
-        )
+def why_not_kernels(head_dim: int, d_model: int) -> str:
+    """What the kernels do not take of a shape that a model may have; empty where they take it."""
+    if head_dim not in kernels.HEAD_DIMS:
+        return f"--head-dim {head_dim}: the kernels take {', '.join(map(str, kernels.HEAD_DIMS))}"
+    if d_model > kernels.MAX_WIDTH:
+        return f"--d-model {d_model}: the kernels take at most {kernels.MAX_WIDTH}"
+    return ""
 
 
 def complete(config: TrainConfig) -> TrainConfig:
     """With every field set that depends on the machine. Raises InputError."""
     device = pick_device(config.device)
     config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
-    if config.ops == "triton":
-        check_kernels_take(config)
+    if config.ops == "triton" and (reason := why_not_kernels(config.head_dim, config.d_model)):
+        raise InputError(f"{reason}; --ops reference takes any")
     return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from model import GPT
 from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
 from prepare.home import home
@@ -23,10 +22,9 @@ from prepare.limits import control_group_bytes, num_cores
 
 from .config import TrainConfig, cpu_has_bf16, resolve
 from .device import OLDEST_GPU
-from .memory import STATE_MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
+from .memory import available_bytes, count, largest_batch
 from .provenance import ROOT, cpu_name, source_state
 from .runs import default_run_dir
-from .step import TrainStep
 from .trainer import VOCAB_SIZE, embedded_folder
 
 PYTHONS = ((3, 11), (3, 12))
@@ -223,21 +221,14 @@ def dataset(folder: str | None, device: str) -> tuple[Finding, int]:
 
 def batch(device: str, vocab_size: int) -> Finding:
     """The largest micro-batch of the default model that should fit."""
-    config = resolve(TrainConfig(), device)
-    shape = config.model_config(vocab_size)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    free = available_bytes(device) - STATE_MARGIN * state_bytes(shape, dtype.itemsize)
-    if free <= 0:
-        return Finding("batch", WRONG, "the default model does not fit", "free memory, or train with a lower --depth")
-    model = GPT(shape, device=device)
-    model.init_weights(0)
-    model.to_forward_dtype(dtype)
-    per_row, fixed = bytes_of_rows(model, TrainStep(model, None, config.autocast).precision())
-    rows = max(0, int((free - fixed) // per_row))
-    found = f"up to {rows} rows of {config.seq_len} tokens should fit, the default is {config.device_batch_size}"
-    if rows >= config.device_batch_size:
+    config = resolve(TrainConfig(ops="triton" if device == "cuda" else "reference"), device)
+    shape, default, available = config.model_config(vocab_size), config.device_batch_size, available_bytes(device)
+    one, most = (count(config, shape, rows).on(device) for rows in (default, 2 * default))
+    rows = max(0, int(default + (available - one) / (most - one) * default))
+    found = f"up to {rows} rows of {config.seq_len} tokens should fit, the default is {default}"
+    if one <= available:
         return Finding("batch", OK, found)
-    fits = largest_batch(config, rows)
+    fits = largest_batch(config, shape, available, default)
     remedy = f"train with --device-batch-size {fits}" if fits else "free memory, or train with a lower --depth"
     return Finding("batch", WRONG, found, remedy)
 

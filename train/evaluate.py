@@ -11,9 +11,9 @@ from prepare.errors import one_line
 
 from .audit import ROUNDED_MEAN, audit
 from .config import TrainConfig
-from .device import keep_to_the_cores_allowed, pick_device, pick_ops
+from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
 from .ledger import HOLDOUT, Ledger
-from .memory import is_out_of_memory
+from .memory import halving, is_out_of_memory
 from .runs import load_run
 from .step import TrainStep
 
@@ -40,16 +40,16 @@ def main(args: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory: take fewer rows at a time with --device-batch-size", file=sys.stderr)
+        print("error: out of memory, with one row at a time: free memory, or take --device cpu", file=sys.stderr)
         return 2
 
 
 def evaluate(options) -> int:
     keep_to_the_cores_allowed()
     device = pick_device(options.device)
-    ops = pick_ops(None, device)
     model, tokenizer, saved = load_run(options.run, device)
     config = TrainConfig(**saved["config"])
+    ops = ops_of_run(config, model.config, device)
     try:
         data = Dataset.open(options.data or saved["data"]["folder"])
     except InputError as error:
@@ -62,9 +62,11 @@ def evaluate(options) -> int:
     score = TrainStep(model, None, config.autocast).token_losses
     tokens = config.eval_tokens if options.eval_tokens is None else options.eval_tokens
     rows = config.device_batch_size if options.device_batch_size is None else options.device_batch_size
-    evaluation = evaluate_bpb(
-        score, data, split="holdout" if options.holdout else "val", seq_len=config.seq_len, batch_size=rows,
-        max_tokens=tokens or None, packing=config.packing, device=device,
+    evaluation = halving(
+        lambda rows: evaluate_bpb(
+            score, data, split="holdout" if options.holdout else "val", seq_len=config.seq_len, batch_size=rows,
+            max_tokens=tokens or None, packing=config.packing, device=device,
+        ), rows, device,
     )  # fmt: skip
     if options.holdout:  # a look that cannot be counted shows nothing
         uses = count_holdout_use(Path(options.run), evaluation.bpb, evaluation.fingerprint)
@@ -76,10 +78,11 @@ def evaluate(options) -> int:
     if not options.audit:
         return 0
     recorded = None if options.data else recorded_summary(Path(options.run))
-    found = audit(
-        score, model, data, ops, config.seq_len, config.packing,
-        batch_size=rows, rows=AUDITED_ROWS,
-        recorded=recorded and recorded["fingerprint"],
+    found = halving(
+        lambda rows: audit(
+            score, model, data, ops, config.seq_len, config.packing, batch_size=rows, rows=AUDITED_ROWS,
+            recorded=recorded and recorded["fingerprint"],
+        ), rows, device,
     )  # fmt: skip
     if recorded and options.eval_tokens is None and not options.holdout:
         found += check_recorded(evaluation.bpb, recorded["val_bpb"])

@@ -1,88 +1,121 @@
-"""Whether a configuration fits, said before anything large is allocated; and what would fit, where it did not.
+"""Whether a configuration fits, said before anything is allocated; and what would fit, where it did not.
 
-Activations are not estimated by a formula that a change to the model would leave behind: one row and then two go
-through the real forward, and what autograd keeps of them is added up.
+Nothing is estimated by a formula that a change to the model would leave behind. A whole step, the real one, is walked
+through on tensors without memory, and what it would hold at once is added up: parameters, moments, what autograd keeps,
+and the temporaries of forward, backward and update, an attention's [T, T] mask among them.
 """
 
+import dataclasses
 import gc
+import sys
 import traceback
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import psutil
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
+import kernels
 from model import GPT, GPTConfig
-from model.gpt import count_parameters
 from prepare import InputError
 from prepare.limits import control_group_bytes
 
-from .compiled import partitioned
 from .config import TrainConfig
+from .live_bytes import LiveBytes, TooMuchError
+from .optimizer import Optimizer
 from .step import TrainStep
 
-# Times what autograd keeps, beside OVERHEAD. On a CPU most of it is holes: `keep_freed_memory` has every tensor in one
-# heap, and whole runs grew by up to 2.4 times what was kept (bench/LOG.md, 2026-11-29). A CPU is given more: what does
-# not fit may be killed without a word, and fewer rows cost little there. GPU: not yet measured.
-MARGIN = {"cpu": 3.0, "cuda": 1.2}
+T = TypeVar("T")
+
+# Times what a step holds beside its state, and OVERHEAD. On a CPU the rest is holes: `keep_freed_memory` has every
+# tensor in one heap (bench/LOG.md, 2026-11-29). A CPU is given more: what does not fit may be killed without a word,
+# and fewer rows cost little there. GPU: not yet measured.
+MARGIN = {"cpu": 2.5, "cuda": 1.2}
 # Bytes whatever the rows: libraries first used after the check, threads' buffers, the drawing of the curves.
 OVERHEAD = {"cpu": 64 * 2**20, "cuda": 0}
 # Times parameters, gradients and moments, of which nothing is unknown but the slack.
 STATE_MARGIN = 1.2
+# Of a GPU's memory that a default may count on: the rest is the driver's, and a desktop's.
+SHARE_OF_A_GPU = 0.9
+# Counting goes on to so many times what there is: it costs time, and only says how far beyond it is.
+HOPELESS = 4
 
 
-def state_bytes(model: GPTConfig, forward_bytes: int) -> int:
-    """Masters, gradients, moments (two for AdamW, one for Muon); on a GPU the copies that the forward reads, on a CPU
-    the checkpoint's snapshot of masters and moments."""
-    counts = count_parameters(model)
-    muon = counts["blocks"]
-    adamw = counts["total"] - muon
-    copies = forward_bytes * counts["total"] if forward_bytes < 4 else 4 * (3 * adamw + 2 * muon)
-    update = 6 * 4 * model.depth * 4 * model.d_model**2  # temporaries of Muon's largest stack
-    return 4 * (4 * adamw + 3 * muon) + copies + update
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a configuration, as its tensors alone need them."""
+
+    state: int  # masters, gradients, moments, the copies that the forward reads; on a CPU a checkpoint's snapshot
+    step: int  # the most that a step holds beside these
+
+    def on(self, device: str) -> float:
+        """With what is not in the tensors."""
+        return STATE_MARGIN * self.state + MARGIN[device] * self.step + OVERHEAD[device]
 
 
-class _Kept:
-    """Stands in the graph for a tensor that autograd keeps, and counts its storage once for as long as it lives."""
+@contextmanager
+def _launches_left_out() -> Iterator[None]:
+    """Inside, a launch of a Triton kernel does nothing, compiled or interpreted."""
+    from triton.runtime import interpreter, jit
 
-    def __init__(self, tensor: torch.Tensor, users: Counter, peak: list[int]):
-        # Detached: the tensor itself may be the node's own output, and would keep the node that keeps it.
-        self.tensor, self.users = tensor.detach(), users
-        storage = tensor.untyped_storage()
-        self.key = (storage.data_ptr(), storage.nbytes())
-        users[self.key] += 1
-        if users[self.key] == 1:
-            peak[0] = max(peak[0], sum(nbytes for (_, nbytes), count in users.items() if count))
-
-    def __del__(self):
-        self.users[self.key] -= 1
-
-
-def activation_bytes(model: GPT, rows: int, precision: AbstractContextManager) -> int:
-    """The most that autograd keeps at once in the forward of `rows` rows, parameters and their gradients left out.
-    `precision` is the context that the forward runs in."""
-    users: Counter = Counter()
-    peak = [0]
-    # A compiled model is given the gradients' buffers as well, to add to them in its backward.
-    state = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, getattr(p, "main_grad", p))}
-
-    def keep(tensor):
-        return tensor if tensor.untyped_storage().data_ptr() in state else _Kept(tensor, users, peak)
-
-    forward = partitioned(model)
-    tokens = torch.zeros(rows, model.config.seq_len, dtype=torch.int32, device=model.wte.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: getattr(kept, "tensor", kept)), precision:
-        forward(tokens, tokens)
-    return peak[0]
+    launches = {(jit.JITFunction, "run"): None, (interpreter.GridExecutor, "__call__"): None}
+    for owner, name in launches:
+        launches[owner, name] = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for (owner, name), launch in launches.items():
+            setattr(owner, name, launch)
 
 
-def bytes_of_rows(model: GPT, precision: AbstractContextManager) -> tuple[float, float]:
-    """Bytes that each row of a micro-batch needs, and bytes that any number of rows needs once: lm_head's gradient and
-    OVERHEAD."""
-    device = model.wte.device.type
-    one, two = (MARGIN[device] * activation_bytes(model, rows, precision) for rows in (1, 2))
-    return two - one, 2 * one - two + OVERHEAD[device]
+class _AttentionWithoutScores(TorchFunctionMode):
+    """On tensors without memory PyTorch takes the attention that writes all scores, and elsewhere one that does not: on
+    a CPU always, on a GPU where query and key heads are as many."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and not (self.device == "cuda" and kwargs["enable_gqa"]):
+            mask = kwargs["attn_mask"].to(args[0].dtype)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, attn_mask=mask)[0]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _counting(config: TrainConfig, limit: float) -> Iterator[LiveBytes]:
+    """Inside, ops on tensors of device "meta" do what they do on the run's device, and launch nothing. The compiled
+    references are counted as they are, and autocast as fp32: neither keeps more than that."""
+    with ExitStack() as stack:
+        stack.enter_context(kernels.ops_in_force("triton" if config.ops == "triton" else "reference", config.device))
+        stack.enter_context(_launches_left_out() if config.ops == "triton" else _AttentionWithoutScores(config.device))
+        yield stack.enter_context(LiveBytes(limit))
+
+
+def count(config: TrainConfig, shape: GPTConfig, rows: int, limit: float = float("inf")) -> Need:
+    """What a step in micro-steps of `rows` rows needs. Raises TooMuchError beyond `limit` bytes."""
+    with _counting(config, limit) as memory:
+        model = GPT(shape, device="meta", **config.model_options)
+        optimizer = Optimizer(model, config, forward_dtype(config.device))
+        state = memory.now
+        tokens = torch.empty(rows, shape.seq_len, dtype=torch.int32, device="meta")
+        loss = model(tokens, tokens)
+        loss.backward()
+        optimizer.update(loss.detach())
+        snapshot = sum(t.nbytes for t in optimizer.state().values()) if config.device == "cpu" else 0
+        return Need(state + snapshot, memory.peak - state)
+
+
+def forward_dtype(device: str) -> torch.dtype:
+    """Of the parameters as the forward reads them."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def available_bytes(device: str) -> int:
@@ -93,49 +126,86 @@ def available_bytes(device: str) -> int:
     return free if allowed is None else min(free, allowed)
 
 
-def check_state_fits(config: TrainConfig, model: GPTConfig, dtype: torch.dtype) -> None:
-    """Raises InputError where parameters and optimizer alone would not fit: before any of them is allocated."""
-    needed, available = STATE_MARGIN * state_bytes(model, dtype.itemsize), available_bytes(config.device)
-    if needed > available:
-        raise InputError(
-            f"parameters and optimizer need about {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are"
-            f" free on {config.device}: lower --depth, or prepare a smaller --vocab-size"
-        )
+def fits(config: TrainConfig, shape: GPTConfig, rows: int, available: float) -> bool:
+    try:
+        return count(config, shape, rows, available).on(config.device) <= available
+    except TooMuchError:
+        return False
 
 
-def check_batch_fits(config: TrainConfig, model: GPT, precision: AbstractContextManager, available: int) -> None:
-    """Raises InputError, naming the --device-batch-size that fits, where the configured one would not.
-
-    `available` is in bytes, with parameters and optimizer already allocated.
-    """
-    per_row, fixed = bytes_of_rows(model, precision)
-    rows = int((available - fixed) // per_row)
-    if rows >= config.device_batch_size:
-        return
-    needed = fixed + per_row * config.device_batch_size
-    line = (
-        f"{config.device_batch_size} rows of {config.seq_len} tokens need about {needed / 2**30:.1f} GiB and"
-        f" {available / 2**30:.1f} GiB are free on {config.device}"
-    )
-    raise InputError(f"{line}{mend_by_batch(config, rows)}")
-
-
-def largest_batch(config: TrainConfig, rows: int) -> int:
-    """Rows of the largest micro-batch, at most `rows`, that divides the step evenly, so that nothing but the number of
-    micro-steps changes; 0 where there is none."""
+def largest_batch(config: TrainConfig, shape: GPTConfig, available: float, at_most: int) -> int:
+    """Rows of the largest micro-batch, at most `at_most`, that fits and divides the step evenly, so that nothing but
+    the number of micro-steps changes; 0 where there is none."""
     step_rows = config.total_batch_size // config.seq_len
-    return max((n for n in range(1, rows + 1) if step_rows % n == 0), default=0)
+    divisors = [rows for rows in range(min(at_most, step_rows), 0, -1) if step_rows % rows == 0]
+    return next((rows for rows in divisors if fits(config, shape, rows, available)), 0)
 
 
-def mend_by_batch(config: TrainConfig, rows: int) -> str:
+def fit_default(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
+    """On a GPU, with the default micro-batch made as small as the memory of the card demands, at the same total; says
+    so. The card's memory and not what is free of it: bits must not depend on who else is there."""
+    if config.device != "cuda":
+        return config
+    total = _gpu_bytes()
+    rows = largest_batch(config, shape, SHARE_OF_A_GPU * total, config.device_batch_size)
+    if rows in (0, config.device_batch_size):
+        return config
+    print(
+        f"note:   {config.device_batch_size} rows of {config.seq_len} tokens are too many for this GPU's"
+        f" {total / 2**30:.1f} GiB: --device-batch-size {rows}, at the same total",
+        flush=True,
+    )
+    return dataclasses.replace(config, device_batch_size=rows)
+
+
+def check_fits(config: TrainConfig, shape: GPTConfig) -> None:
+    """Raises InputError, naming the --device-batch-size that fits, where the configured one would not."""
+    available = available_bytes(config.device)
+    try:
+        needed = count(config, shape, config.device_batch_size, HOPELESS * available).on(config.device)
+        about = f"about {_readable(needed)}"
+    except TooMuchError:
+        needed, about = float("inf"), f"more than {_readable(HOPELESS * available)}"
+    if needed > available:
+        rows = largest_batch(config, shape, available, config.device_batch_size - 1)
+        needs = "need" if config.device_batch_size > 1 else "needs"
+        line = f"{_rows(config)} {needs} {about} and {_free(config.device, available)}"
+        if needed <= SHARE_OF_A_GPU * (_gpu_bytes() if config.device == "cuda" else 0):
+            line += ", since another process holds the rest (nvidia-smi names it): end it"
+            raise InputError(f"{line}, or use --device-batch-size {rows}" if rows else line)
+        raise InputError(line + mend_by_batch(rows))
+
+
+def _gpu_bytes() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def _free(device: str, available: float) -> str:
+    if device == "cuda":
+        return f"{_readable(available)} of this GPU's {_readable(_gpu_bytes())} are free"
+    return f"{_readable(available)} are free on {device}"
+
+
+def _rows(config: TrainConfig) -> str:
+    return f"{config.device_batch_size} row{'s' * (config.device_batch_size > 1)} of {config.seq_len} tokens"
+
+
+def mend_by_batch(rows: int) -> str:
     """The end of a line that says what to do where `rows` rows fit."""
-    if fits := largest_batch(config, rows):
-        return f": use --device-batch-size {fits}"
-    return ", which is less than one row needs: lower --seq-len or --depth"
+    if rows:
+        return f": use --device-batch-size {rows}"
+    return ", which is less than one row needs: lower --seq-len or --depth, or prepare a smaller --vocab-size"
 
 
-# Parts of the messages of errors that have no class of their own: PyTorch's allocator on a CPU, CUDA, cuBLAS, Triton.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+def _readable(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+# Parts of the messages of errors that have no class of their own: PyTorch's allocator on a CPU, oneDNN, CUDA, cuBLAS.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory", "could not create a primitive", "could not create a memory object",
+    "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -153,12 +223,19 @@ def says_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
+def give_back(device: str) -> None:
+    """What nothing refers to any more, cycles among it, goes back to the device."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterator[None]:
     """Turns running out of memory into an InputError that names the --device-batch-size to take, at the same total.
 
-    The estimate of `check_batch_fits` was wrong then, or another process has taken memory since: it is made anew, and
-    what has failed is not advised again.
+    The estimate of `check_fits` was wrong then, or another process has taken memory since: it is made anew, and what
+    has failed is not advised again.
     """
     try:
         yield
@@ -169,13 +246,23 @@ def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterat
         traceback.clear_frames(error.__traceback__)  # which hold what did fit of the step
     step.release()
     step.optimizer.zero_grad()
-    gc.collect()
-    if config.device == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        per_row, fixed = bytes_of_rows(step.model, step.precision())
-        rows = min(int((available_bytes(config.device) - fixed) // per_row), config.device_batch_size - 1)
-    except Exception as error:  # not for want of memory: what a capture broke off in may be of no more use
-        rows = 0 if says_out_of_memory(error) else config.device_batch_size - 1
-    line = f"out of memory on {config.device} with {config.device_batch_size} rows of {config.seq_len} tokens"
-    raise InputError(f"{line}{mend_by_batch(config, rows)}") from None
+    give_back(config.device)
+    shape, fewer = step.model.config, config.device_batch_size - 1
+    held = STATE_MARGIN * count(config, shape, 1).state  # parameters and moments are there still
+    rows = largest_batch(config, shape, available_bytes(config.device) + held, fewer)
+    raise InputError(f"out of memory on {config.device} with {_rows(config)}{mend_by_batch(rows)}") from None
+
+
+def halving(score: Callable[[int], T], rows: int, device: str) -> T:
+    """`score(rows)`, and where memory runs out with half as many rows at a time, down to one: what is scored is the
+    same. Raises what running out of memory raises where one row is too much."""
+    while True:
+        try:
+            return score(rows)
+        except Exception as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+        rows //= 2
+        give_back(device)
+        print(f"note: out of memory: going on with {rows} row{'s' * (rows > 1)} at a time", file=sys.stderr, flush=True)

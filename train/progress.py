@@ -16,6 +16,7 @@ from prepare import Dataset, default_folder
 from .budget import Budget
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .device import gpu_name
 from .files import DISK_FULL
 from .metrics import log_line, utilisation
 from .runs import RunFolder
@@ -104,7 +105,7 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     tokens = data.split("train").num_tokens
     threads = torch.get_num_threads()
     cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
-    where = torch.cuda.get_device_name() if config.device == "cuda" else cpu
+    where = gpu_name() if config.device == "cuda" else cpu
     length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
     print(f"run:    {folder.path}")
     ops = f"{config.ops} ops"

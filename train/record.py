@@ -35,6 +35,7 @@ class Record:
         self.folder = Path(config.resume or config.run_dir or default_run_dir(config.name))
         self.began = False  # whether the run's folder is there
         self.written = False
+        self.result: tuple[dict[str, str], Evaluation] | None = None
         self.source = source_state()
         self.code_sha256 = evaluating_code_sha256()
         self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -69,8 +70,13 @@ class Record:
             "overshoot": budget.overshoot,
         }
 
-    def finish(self, summary: dict[str, str], evaluation: Evaluation, audit: list[str]) -> dict[str, str]:
-        """Writes the row of a run that came to its end. Returns what the summary has to say besides."""
+    def measured(self, summary: dict[str, str], evaluation: Evaluation) -> None:
+        """The run has its number: whatever comes after it, that one stands in its row."""
+        self.result = summary, evaluation
+
+    def finish(self, audit: list[str]) -> dict[str, str]:
+        """Writes the row of a run that was measured. Returns what the summary has to say besides."""
+        summary, evaluation = self.result
         comparable = {
             "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
             "budget": self._budget(),
@@ -104,6 +110,9 @@ class Record:
         reason = " ".join(str(error).split())
         if not isinstance(error, InputError | TrainingError | Interrupted | HangError):
             reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        if self.result:
+            self.finish([f"not done: {reason}"])
+            return
         self._write(
             {
                 "outcome": "failed" if isinstance(error, Exception) else "interrupted",

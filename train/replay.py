@@ -14,7 +14,7 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 
 from .config import TrainConfig
-from .device import keep_to_the_cores_allowed, pick_device, pick_ops
+from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
 from .failure import find, layers, read_failure
 from .memory import is_out_of_memory
 from .optimizer import Optimizer
@@ -86,7 +86,7 @@ def replay(run: Path, wanted_device: str | None) -> bool:
     saved, shape = read_config(run)
     config = TrainConfig(**saved["config"])
     device = pick_device(wanted_device or config.device)
-    pick_ops(config.ops if device == config.device else None, device)
+    ops_of_run(config, shape, device)
     model = build_model(shape, failure.parameters, device, run)
     optimizer = Optimizer(model, config, torch.bfloat16 if device == "cuda" else torch.float32)
     step = TrainStep(model, optimizer, config.autocast)

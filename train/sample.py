@@ -10,8 +10,8 @@ from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 
-from .config import MAX_SEED
-from .device import keep_to_the_cores_allowed, pick_device
+from .config import MAX_SEED, TrainConfig
+from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
 from .runs import load_run
 
 
@@ -59,7 +59,9 @@ def main(args: list[str] | None = None) -> int:
         if not 0 <= options.seed <= MAX_SEED:
             raise InputError(f"--seed {options.seed} must be from 0 to {MAX_SEED}")
         keep_to_the_cores_allowed()
-        model, tokenizer, _ = load_run(options.run, pick_device(options.device))
+        device = pick_device(options.device)
+        model, tokenizer, saved = load_run(options.run, device)
+        ops_of_run(TrainConfig(**saved["config"]), model.config, device, compiles=False)
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
         prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]
         text = generate(

@@ -24,8 +24,10 @@ class TrainStep:
     def __init__(self, model: GPT, optimizer: Optimizer | None, autocast: bool = False):
         """`optimizer` None: for evaluation alone. `autocast` matters on a CPU alone."""
         # The parts of a split sum are added in fp32 and rounded once, as everywhere else. Here, so that evaluations,
-        # replays and benchmarks of a step multiply as the run does: the setting is the process's.
+        # replays and benchmarks of a step multiply as the run does: the setting is the process's. And what is fp32 is
+        # fp32: some containers ask for TF32 by the environment, which the audit's tolerance does not allow for.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.set_float32_matmul_precision("highest")
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
         self.device = model.wte.device
         self.forward = compiled(model)

@@ -5,6 +5,7 @@ import resource
 import shlex
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from model.gpt import count_parameters
 from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
 from prepare.evaluate import Evaluation
 
-from .audit import audit
+from .audit import Score, audit
 from .budget import Budget
 from .checkpoint import Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .clock import clock_of, seconds_since_start
@@ -25,7 +26,14 @@ from .curves import draw_curves
 from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
 from .failure import explain
 from .loop import TrainingError, train
-from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
+from .memory import (
+    check_fits,
+    fit_default,
+    forward_dtype,
+    halving,
+    is_out_of_memory,
+    out_of_memory_is_input_error,
+)
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
@@ -106,11 +114,11 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             checkpoint = newest_checkpoint(folder.checkpoints)
             check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
         keep_to_the_cores_allowed()
+        default_batch = config.device_batch_size is None
         config = complete(config)
         device = config.device
         if device == "cpu":
             keep_freed_memory()
-        forward_dtype = torch.bfloat16 if device == "cuda" else torch.float32
         data = open_data(config.data, device)
         model_config = config.model_config(data.vocab_size)
         fingerprint = {
@@ -122,18 +130,19 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         if checkpoint:
             mend = "name the folder it was trained on with --data"
             check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
-        check_state_fits(config, model_config, forward_dtype)
+        if default_batch:
+            config = fit_default(config, model_config)
+        check_fits(config, model_config)
         kernels_compile = precompiler(config, data.vocab_size)
 
         torch.manual_seed(config.seed)
         model = GPT(model_config, device=device, **config.model_options)
         model.init_weights(config.seed)
-        optimizer = Optimizer(model, config, forward_dtype)
+        optimizer = Optimizer(model, config, forward_dtype(device))
         step = TrainStep(model, optimizer, config.autocast)
         with record.timed("compile"):
             if kernels_compile and not kernels_compile.wait():
                 print("note: kernels were not compiled ahead: each is when it is first launched", file=sys.stderr)
-        check_batch_fits(config, model, step.precision(), available_bytes(device))
         stack.enter_context(out_of_memory_is_input_error(config, step))
         loader = stack.enter_context(closing(Loader(
             data.split("train"), config.device_batch_size, config.seq_len,
@@ -202,18 +211,19 @@ def conclude(
     the process's start to the first step."""
     score = watchdog.watching(step.token_losses)
     with record.timed("evaluation"):
-        evaluation = evaluate_bpb(
-            score, data, seq_len=config.seq_len, batch_size=config.device_batch_size,
-            max_tokens=config.eval_tokens or None, packing=config.packing, device=config.device,
+        evaluation = halving(
+            lambda rows: evaluate_bpb(
+                score, data, seq_len=config.seq_len, batch_size=rows, max_tokens=config.eval_tokens or None,
+                packing=config.packing, device=config.device,
+            ), config.device_batch_size, config.device,
         )  # fmt: skip
     record.trained(state.budget, ready)
     summary = summarise(config, step.model.config, state, evaluation, ready)
+    record.measured(summary, evaluation)
     with record.timed("audit"):  # after the peak of memory was read
-        findings = audit(
-            score, step.model, data, config.ops, config.seq_len, config.packing, batch_size=config.device_batch_size
-        )
+        findings = audited(config, score, step.model, data)
     summary["total_seconds"] = f"{state.seconds:.1f}"
-    summary |= record.finish(summary, evaluation, findings)
+    summary |= record.finish(findings)
     print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(state.optimizer.masters)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
@@ -221,6 +231,19 @@ def conclude(
     if not config.keep_checkpoints:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return summary
+
+
+def audited(config: TrainConfig, score: Score, model: GPT, data: Dataset) -> list[str]:
+    """What the audit finds. One that cannot be carried through is a finding too: what was measured stays."""
+    try:
+        return halving(
+            lambda rows: audit(score, model, data, config.ops, config.seq_len, config.packing, batch_size=rows),
+            config.device_batch_size, config.device,
+        )  # fmt: skip
+    except Exception as error:
+        if not is_out_of_memory(error):
+            traceback.print_exc()
+        return [f"not done: {type(error).__name__}: {' '.join(str(error).split())}"]
 
 
 def summarise(

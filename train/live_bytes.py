@@ -1,5 +1,6 @@
 """How much memory a step would hold, counted on tensors of device "meta"."""
 
+import math
 import weakref
 
 import torch
@@ -7,16 +8,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+class TooMuchError(Exception):
+    """More is held than the limit of a `LiveBytes`: what comes after it is not worth counting."""
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the memory of every tensor that is made while the mode is on, for as long as it lives.
 
     On tensors of device "meta" it is what an allocator without overhead would hand out, to the byte, with nothing
-    allocated: `now` at any point, `peak` the most so far, both in bytes.
+    allocated: `now` at any point, `peak` the most so far, both in bytes. Beyond `limit` bytes it raises TooMuchError.
     """
 
-    def __init__(self):
+    def __init__(self, limit: float = math.inf):
         super().__init__()
         self.now = self.peak = 0
+        self.limit = limit
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -35,6 +41,8 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, self._release, key, nbytes)
         self.now += nbytes
         self.peak = max(self.peak, self.now)
+        if self.now > self.limit:
+            raise TooMuchError
 
     def _release(self, key: int, nbytes: int) -> None:
         self.storages.remove(key)
