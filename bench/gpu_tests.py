@@ -26,7 +26,7 @@ LIMIT = 130.0  # seconds a file
 # The longest first, by what they have to compile; what tests times comes last, alone.
 LONGEST = ("test_rotary_attention_kernel.py", "test_compile_ops.py", "test_kernels_together.py", "test_adamw_kernel.py")
 ALONE = ("test_bench_suite.py",)
-PYTEST = ("-m", "gpu", "--tb=short", "--durations=3", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
+PYTEST = ("-m", "gpu", "-rs", "--tb=short", "--durations=3", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
 
 
 @dataclass

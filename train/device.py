@@ -46,8 +46,7 @@ def why_no_gpu() -> str:
     """Why PyTorch sees no GPU although there is one, with what mends it; empty where there is none, or where
     CUDA_VISIBLE_DEVICES hides all there are."""
     if torch.version.cuda is None:
-        there = any(Path("/dev").glob("nvidia[0-9]*"))
-        return "it is built without CUDA: install the torch of pyproject.toml built for CUDA" if there else ""
+        return "it is built without CUDA: install the torch of pyproject.toml built for CUDA" if device_nodes() else ""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -58,12 +57,18 @@ def why_no_gpu() -> str:
     return ""
 
 
+def device_nodes() -> list[Path]:
+    """Of the NVIDIA GPUs that this machine, or container, has."""
+    return [*Path("/dev").glob("nvidia[0-9]*")]
+
+
 def gpu_name() -> str:
     """Of the GPU in use; where there are several, which it is and how to take another."""
     name, index, several = torch.cuda.get_device_name(), torch.cuda.current_device(), torch.cuda.device_count()
     if several < 2:
         return name
-    return f"{name} (number {index} of {several}, from 0: CUDA_VISIBLE_DEVICES=1 takes the next)"
+    other = (index + 1) % several
+    return f"{name} (number {index} of {several}, counted from 0; CUDA_VISIBLE_DEVICES={other} takes another)"
 
 
 def pick_ops(wanted: str | None, device: str) -> str:
