@@ -38,7 +38,7 @@ def test_in_prepared_data(small_data, payload, monkeypatch, name, verify, form):
     """With `verify` off nothing is hashed: the readers themselves refuse it."""
     undo = plant(form, payload, small_data / name)
     if not verify:
-        monkeypatch.setattr(dataset, "_check_hashes", lambda *_: None)
+        monkeypatch.setattr(dataset, "_check_hash", lambda *_: None)
     try:
         with pytest.raises(InputError, match=name):
             read_data(small_data)
