@@ -108,7 +108,7 @@ def test_in_a_summary(small_run, payload, form):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt", "a.md"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt", "a.md", "a.txt.gz", "a.jsonl.zst"])
 def test_in_a_source(tmp_path, payload, name, form):
     source = write_corpus(tmp_path / "text", 5)
     form(payload, source / name)

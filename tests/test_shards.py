@@ -102,6 +102,41 @@ def test_the_shuffle_is_uniform(tmp_path, monkeypatch):
     assert abs(places - 100).max() < 40  # 4.6 standard deviations
 
 
+def test_more_text_than_was_estimated_makes_more_shards_and_no_larger_ones(tmp_path, monkeypatch):
+    """As from a file of a few bytes that holds gigabytes: no shard, nor what is shuffled at a time, grows with it."""
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", 1_000)
+    lengths = [1 + i % 7 for i in range(3_000)]
+    documents = [np.full(length, i, dtype=np.uint16) for i, length in enumerate(lengths)]
+    shuffled = []
+    original = shards.SplitWriter._shuffled
+    monkeypatch.setattr(
+        shards.SplitWriter, "_shuffled", lambda *args: shuffled.append(len(args[1])) or original(*args)
+    )
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        writer = shards.SplitWriter(folder, "train", 1, np.random.default_rng(0))
+        writer.add(documents)
+        entry, counts = writer.finish(np.ones(len(documents), dtype=np.int32))
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert counts.tolist() == lengths
+    assert entry["documents"] == len(documents)
+    assert max(shuffled) <= 1_000
+    assert len(entry["files"]) == len(shuffled) > 2 * 12
+    assert not list((tmp_path / "a").glob("*.bucket"))
+    split = dataset.Split(tmp_path / "a", "train", entry)
+    found = [split.document(i) for i in range(split.num_documents)]
+    assert sorted((int(d[0]), len(d)) for d in found) == list(enumerate(lengths))
+
+
+def test_one_document_larger_than_a_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", 100)
+    writer = shards.SplitWriter(tmp_path, "train", 1, np.random.default_rng(0))
+    writer.add([np.zeros(5_000, dtype=np.uint16), np.ones(3, dtype=np.uint16)])
+    entry, counts = writer.finish(np.ones(2, dtype=np.int32))
+    assert counts.tolist() == [5_000, 3]
+    assert dataset.Split(tmp_path, "train", entry).num_documents == 2
+
+
 def test_an_existing_folder_is_replaced(corpus, folder):
     before = files_of(folder)
     prepare(str(corpus), folder, vocab_size=280)
