@@ -57,7 +57,8 @@ def test_a_tokenizer_prepared_elsewhere(tmp_path, prepared, what):
     assert (data.vocab_size, data.manifest["tokenizer"]) == (VOCAB_SIZE, "given")
     split = data.split("train")
     texts = {data.tokenizer.decode(split.document(i)) for i in range(split.num_documents)}
-    assert texts == {text for name, text in folder_source(corpus, Reading(separator="|")).documents() if name == "train"}
+    documents = folder_source(corpus, Reading(separator="|")).documents()
+    assert texts == {text for name, text in documents if name == "train"}
     again = prepare(str(corpus), tmp_path / "again", VOCAB_SIZE, separator="|", tokenizer=given)
     assert Dataset.open(again).manifest["splits"]["val"]["bytes"] == data.manifest["splits"]["val"]["bytes"]
 

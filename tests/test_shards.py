@@ -312,3 +312,5 @@ def test_a_missing_or_later_manifest(folder):
         Dataset.open(folder)
     with pytest.raises(InputError, match="holds no prepared data"):
         Dataset.open(folder / "nowhere")
+    with pytest.raises(InputError, match="an empty path"):  # not the current folder
+        Dataset.open("")
