@@ -50,13 +50,14 @@ def _parser() -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     from .build import prepare, summary
-    from .dataset import Dataset
+    from .files import read_json
+    from .shards import MANIFEST
 
     if args.source != "climbmix" and (args.shards, args.base_url) != (None, None):
         raise InputError("--shards and --base-url are for --source climbmix: leave them out, or name that source")
     # What is not given is left to the defaults of `prepare`.
     folder = prepare(**{name: value for name, value in vars(args).items() if value is not None})
-    print(summary(Dataset.open(folder, verify=False).manifest, folder), flush=True)
+    print(summary(read_json(folder / MANIFEST, "prepare it again"), folder), flush=True)
     return 0
 
 

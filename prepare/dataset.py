@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import hashlib
 import os
+import resource
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +30,8 @@ from .tokenizer import Tokenizer
 
 # Train shards that are hashed at every start, in bytes: half a second. Of more, those whose size or mtime has changed.
 ALWAYS_HASHED = 250_000_000
+
+OTHER_FILES = 512  # that a process may want open besides
 
 _MEND = "run `python -m prepare` again"
 
@@ -158,6 +161,7 @@ class Dataset:
         self.token_bytes = self.tokenizer.token_bytes
         if self.vocab_size != self.manifest["vocab_size"]:
             raise InputError(f"{path} has {self.vocab_size} tokens, {MANIFEST} says otherwise; {_MEND}")
+        _allow_open_files(folder, sum(len(split["files"]) for split in self.manifest["splits"].values()))
         path, record = folder / TOKEN_COUNTS, self.manifest["token_counts"]
         self._counts_file = MappedArray(path, np.int64, record, lambda *_: verify)
         self.token_counts = np.array(self._counts_file.values)
@@ -252,6 +256,19 @@ def _well_formed(manifest: dict) -> bool:
         )
     except (KeyError, TypeError):
         return False
+
+
+def _allow_open_files(folder: Path, shards: int) -> None:
+    """Each map keeps its file open: of a large corpus more than the 1,024 that a shell usually allows."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (float("inf") if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if hard < shards:
+        raise InputError(
+            f"{folder} has {shards:,} files to be held open, and this system allows a process {hard:,}: raise that"
+            " limit (ulimit -Hn), or prepare less text"
+        )
+    if (wanted := min(shards + OTHER_FILES, hard)) > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
 
 
 def _map(file: BinaryIO, path: Path, dtype: type) -> np.memmap:

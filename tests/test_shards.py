@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,25 @@ def test_more_text_than_was_estimated_makes_more_shards_and_no_larger_ones(tmp_p
     split = dataset.Split(tmp_path / "a", "train", entry)
     found = [split.document(i) for i in range(split.num_documents)]
     assert sorted((int(d[0]), len(d)) for d in found) == list(enumerate(lengths))
+
+
+def test_more_shards_than_a_shell_allows_open_files(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", 500)
+    monkeypatch.setattr(dataset, "OTHER_FILES", 200)
+    folder = prepare(str(corpus), tmp_path / "out", vocab_size=VOCAB_SIZE)
+    count = sum(name.name[:3] in ("tra", "val") for name in folder.iterdir())
+    assert count > 100
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = len(os.listdir("/dev/fd")) + 100
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, before[1]))
+        data = Dataset.open(folder)
+        assert len(data.split("train").files) + len(data.split("val").files) == count
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 100))
+    with pytest.raises(InputError, match=r"files to be held open, .* allows a process 100: raise .*ulimit -Hn"):
+        Dataset.open(folder)
 
 
 def test_one_document_larger_than_a_shard(tmp_path, monkeypatch):
