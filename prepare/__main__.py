@@ -25,11 +25,21 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser("prepare", "Turns text into the folder of tokens that train reads.")
     parser.add_argument(
-        "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER",
-        help="the text: this Python's own standard library, the published shards, or a folder with .parquet and .jsonl"
-             " (of `text`), .txt and .md (default: %(default)s)",
+        "--source", default=DEFAULT_SOURCE, metavar="stdlib|climbmix|FOLDER|FILE",
+        help="the text: this Python's own standard library, the published shards, a folder with .parquet, .jsonl, .txt"
+             " and .md, the last three also as .gz or .zst, or one such file (default: %(default)s). Files and folders"
+             " whose names begin with the word val, valid or validation are the validation split, with test the"
+             " holdout",
     )  # fmt: skip
+    parser.add_argument("--text-column", metavar="NAME", help="of .parquet, and the key of .jsonl (default: text)")
+    parser.add_argument("--separator", metavar="TEXT",
+                        help="between the documents of a .txt or .md file, as it is: '<|endoftext|>', or in bash"
+                        " $'\\n\\n' for an empty line (default: each file is one document)")  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", default=None,
+                        help="leave out, and count, what cannot be read, instead of ending there")  # fmt: skip
     parser.add_argument("--vocab-size", type=int, metavar="V", help="tokens, special ones included (default: 8192)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="the tokenizer of another prepared folder, instead of one"
+                        " learned from this text: results on the two are then in the same tokens")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="what to write (default: $TIMEBOX_HOME/<source>, without that"
                         " variable ~/.cache/timebox/<source>)")  # fmt: skip
     parser.add_argument("--shards", type=int, metavar="N", help="climbmix: training shards to fetch (default: 10)")
@@ -40,13 +50,14 @@ def _parser() -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     from .build import prepare, summary
-    from .dataset import Dataset
+    from .files import read_json
+    from .shards import MANIFEST
 
     if args.source != "climbmix" and (args.shards, args.base_url) != (None, None):
         raise InputError("--shards and --base-url are for --source climbmix: leave them out, or name that source")
     # What is not given is left to the defaults of `prepare`.
     folder = prepare(**{name: value for name, value in vars(args).items() if value is not None})
-    print(summary(Dataset.open(folder, verify=False).manifest, folder), flush=True)
+    print(summary(read_json(folder / MANIFEST, "prepare it again"), folder), flush=True)
     return 0
 
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
 from .errors import InputError, bad_path_is_input_error, full_disk_is_input_error
 from .files import read_json, sealed
-from .home import DEFAULT_SOURCE, default_folder, downloads_folder, expanded
+from .home import BUILT_IN_SOURCES, DEFAULT_SOURCE, default_folder, downloads_folder, expanded
+from .readers import Reading, Skipped
 from .shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -27,38 +28,64 @@ from .shards import (
     save_array,
     write_json,
 )
-from .sources import Skipped, Source, climbmix_source, folder_source, stdlib_source
+from .sources import Source, climbmix_source, counted, folder_source, stdlib_source
 from .tokenizer import MAX_TRAIN_CHARS, TRAIN_BYTES, Tokenizer, check_vocab_size
 
 DEFAULT_VOCAB_SIZE = 8192
+SMALL_TRAIN_SHARE = 0.5  # of the text: with less than that, it says so
 BATCH_CHARS = 8_000_000  # text encoded at a time: enough to keep many cores busy, little enough to hold
 
 
 def prepare(
     source: str = DEFAULT_SOURCE,
     out: str | Path | None = None,
-    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    vocab_size: int | None = None,
     seed: int = 0,
     shards: int = DEFAULT_SHARDS,
     base_url: str = CLIMBMIX_URL,
+    tokenizer: str | Path | None = None,
+    text_column: str = Reading.text_column,
+    separator: str | None = None,
+    skip_bad: bool = False,
 ) -> Path:
     """Writes tokenizer, shards and manifest of `source` to `out` and returns it; raises InputError.
 
-    `source` is `stdlib`, `climbmix` or a folder. `shards` and `base_url` matter to climbmix alone. The same text, seed
-    and library versions give the same bytes. A folder already there is replaced at the end, and kept on failure; where
-    `out` is not given, only one that was prepared from the same source.
+    `source` is `stdlib`, `climbmix`, a folder or a file. `shards` and `base_url` matter to climbmix alone; `Reading`
+    describes `text_column`, `separator` and `skip_bad`. The vocabulary is learned from the text, or is that of
+    `tokenizer`: another prepared folder, or its tokenizer.json. The same text, seed and library versions give the same
+    bytes. A folder already there is replaced at the end, and kept on failure; where `out` is not given, only one that
+    was prepared from the same source.
     """
-    check_vocab_size(vocab_size)
+    check_vocab_size(DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
     if seed < 0:
         raise InputError(f"--seed is {seed}: it takes 0 or more")
-    folder = expanded(out).absolute() if out else default_folder(source)
+    for option, path in (("--source", source), ("--out", out), ("--tokenizer", tokenizer)):
+        if path is not None and not str(path):  # else it would be the current folder
+            raise InputError(f"{option} is empty: name a path, or leave it out")
+    folder = default_folder(source) if out is None else expanded(out).absolute()
     with bad_path_is_input_error():
         check_replaceable(folder)
-        text = open_source(source, shards=shards, base_url=base_url)
+        given = None if tokenizer is None else _given_tokenizer(expanded(tokenizer), vocab_size)
+        text = open_source(source, Reading(text_column, separator, skip_bad), shards=shards, base_url=base_url)
         if out is None:
             _check_same_source(folder, text)
-        _build(text, folder, vocab_size, seed)
+        _build(text, folder, given, vocab_size or DEFAULT_VOCAB_SIZE, seed)
     return folder
+
+
+def _given_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
+    """Of a prepared folder, whose manifest vouches for it, or of a file."""
+    mend = "name a prepared folder, or its tokenizer.json, with --tokenizer"
+    tokenizer = Tokenizer.load(path / TOKENIZER if path.is_dir() else path, mend)
+    manifest = read_json(path / MANIFEST, mend) if (path / MANIFEST).is_file() else {}
+    if manifest.get("tokenizer_sha256", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise InputError(f"{path / TOKENIZER} is not the tokenizer its shards were made with: {mend}")
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise InputError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size:,} tokens and --vocab-size is {vocab_size:,}: "
+            "leave --vocab-size out"
+        )
+    return tokenizer
 
 
 def _check_same_source(folder: Path, text: Source) -> None:
@@ -69,12 +96,13 @@ def _check_same_source(folder: Path, text: Source) -> None:
             raise InputError(f"{folder} was prepared from {there}: name another folder for {text.name} with --out")
 
 
-def _build(text: Source, out: Path, vocab_size: int, seed: int) -> None:
+def _build(text: Source, out: Path, tokenizer: Tokenizer | None, vocab_size: int, seed: int) -> None:
     # Tokens are 2 bytes for at least 2 bytes of text, in all but the smallest vocabularies.
     with full_disk_is_input_error(_existing(out), text.estimated_bytes), building(out) as folder:
-        tokenizer = Tokenizer.train(_sample(text, seed), vocab_size)
+        origin = "learned" if tokenizer is None else "given"
+        tokenizer = tokenizer or Tokenizer.train(_sample(text, seed), vocab_size)
         tokenizer.save(folder / TOKENIZER)
-        skipped = Skipped()
+        skipped = Skipped(text.passed_over)
         splits, train_counts = _write_splits(folder, text, tokenizer, seed, skipped)
         save_array(folder / TOKEN_COUNTS, train_counts)
         manifest = {
@@ -82,7 +110,8 @@ def _build(text: Source, out: Path, vocab_size: int, seed: int) -> None:
             "source": text.name,
             "details": text.details,
             "seed": seed,
-            "vocab_size": vocab_size,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": origin,
             "tokenizer_sha256": tokenizer.fingerprint,
             "token_counts": file_record(folder / TOKEN_COUNTS),
             "splits": splits,
@@ -93,14 +122,18 @@ def _build(text: Source, out: Path, vocab_size: int, seed: int) -> None:
         write_json(folder / MANIFEST, sealed(manifest))
 
 
-def open_source(source: str, *, shards: int = DEFAULT_SHARDS, base_url: str = CLIMBMIX_URL) -> Source:
+def open_source(
+    source: str, reading: Reading | None = None, *, shards: int = DEFAULT_SHARDS, base_url: str = CLIMBMIX_URL
+) -> Source:
     """Finds the files of a source; climbmix is downloaded first. Raises InputError."""
+    if source in BUILT_IN_SOURCES and reading not in (None, Reading()):
+        raise InputError("--text-column, --separator and --skip-bad are for a folder or a file: leave them out")
     if source == "stdlib":
         return stdlib_source()
     if source == "climbmix":
         paths = fetch_climbmix(shards, base_url, downloads_folder(source))
         return climbmix_source(paths, {"shards": shards, "base_url": base_url})
-    return folder_source(source)
+    return folder_source(source, reading)
 
 
 def summary(manifest: dict, folder: Path) -> str:
@@ -111,8 +144,19 @@ def summary(manifest: dict, folder: Path) -> str:
             f"{name + ':':<9}{split['documents']:>10,} documents {split['tokens']:>15,} tokens "
             f"{split['bytes'] / split['tokens']:>6.2f} bytes per token"
         )
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest["skipped"].items()))
-    lines.append(f"{'skipped:':<9}{skipped or 'nothing'}")
+    details = manifest["details"]
+    if named := details.get("validation_files", 0) + details.get("holdout_files", 0):
+        lines.append(
+            f"{'names:':<9}{named} of {details['files']} files are for evaluation by their names: "
+            f"{details['validation_files']} val, {details['holdout_files']} holdout (test)"
+        )
+    lines.append(f"{'skipped:':<9}{counted(manifest['skipped']) or 'nothing'}")
+    num_bytes = {name: split["bytes"] for name, split in manifest["splits"].items()}
+    if (share := num_bytes["train"] / sum(num_bytes.values())) < SMALL_TRAIN_SHARE:
+        lines.append(
+            f"{'note:':<9}only {share:.0%} of the text is for training: give more documents, cut them with --separator,"
+            " or hold fewer files out by their names"
+        )
     lines.append(f"{'where:':<9}{folder}")
     lines.append(f"{'next:':<9}python -m train --data {shlex.quote(str(folder))}")
     return "\n".join(lines)

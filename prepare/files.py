@@ -28,13 +28,26 @@ def sealed(content: dict) -> dict:
 
 def read_json(path: Path, mend: str) -> dict:
     """The object in a JSON file. `mend` ends the line of the InputError where there is none."""
+    return parse_json(read_bytes(path, mend), path, mend)
+
+
+def read_bytes(path: Path, mend: str) -> bytes:
+    """Of a file that is to hold JSON. Raises InputError as `read_json`."""
     if not path.is_file():  # nor a pipe, which would be waited for
         raise InputError(f"{path} is missing; {mend}")
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except (ValueError, OSError, RecursionError) as error:
+        return path.read_bytes()
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({_one_line(error)}); {mend}") from error
+
+
+def parse_json(content: bytes, path: Path, mend: str) -> dict:
+    """The object in `content`, which was read from `path`. Raises InputError as `read_json`."""
+    try:
+        content = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({_one_line(error)}); {mend}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object; {mend}")

@@ -26,7 +26,8 @@ TOKENIZER = "tokenizer.json"
 TOKEN_COUNTS = "token_counts.npy"
 VERIFIED = "verified.json"
 SPLITS = ("train", "val", "holdout")
-# Text behind one train shard: 60M tokens at 4.2 bytes each, and never more than 250M (0.5 GB) at one byte each.
+# Text behind one train shard: 60M tokens at 4.2 bytes each, and never more than 250M (0.5 GB) at one byte each, but for
+# a single document that has more.
 SHARD_TEXT_BYTES = 250_000_000
 
 OUR_FILES = re.compile(rf"(({'|'.join(SPLITS)})_\d+(_offsets)?\.npy|{TOKENIZER}|{MANIFEST}|{TOKEN_COUNTS}|{VERIFIED})")
@@ -91,7 +92,7 @@ class SplitWriter:
             raise InputError(f"the {self.name} split has no documents: add text to the source")
         counts = np.zeros(len(token_bytes), dtype=np.int64)
         files = []
-        for bucket, bucket_lengths in zip(self.buckets, self.lengths, strict=True):
+        for bucket, bucket_lengths in self._buckets_that_fit():
             if not bucket_lengths:
                 continue
             tokens = np.fromfile(bucket, dtype=np.uint16)
@@ -110,6 +111,22 @@ class SplitWriter:
             "files": files,
         }
         return entry, counts
+
+    def _buckets_that_fit(self) -> Iterator[tuple[Path, array]]:
+        """The buckets and their documents' lengths. One that got more than a shard may hold, since the text was more
+        than its files' sizes had said, is scattered again."""
+        for bucket, lengths in zip(self.buckets, self.lengths, strict=True):
+            num_tokens = sum(lengths)
+            if num_tokens <= SHARD_TEXT_BYTES or len(lengths) < 2:
+                yield bucket, lengths
+                continue
+            parts = SplitWriter(self.folder, bucket.stem, 2 * num_tokens, self.rng)
+            tokens, ends = np.memmap(bucket, np.uint16, mode="r"), np.cumsum(lengths)
+            step = SHARD_TEXT_BYTES // 16 + 1  # tokens in memory
+            for some in np.split(np.arange(len(ends)), np.searchsorted(ends, range(step, num_tokens, step))):
+                parts.add([tokens[ends[i] - lengths[i] : ends[i]] for i in some])
+            bucket.unlink()
+            yield from zip(parts.buckets, parts.lengths, strict=True)
 
     def _shuffled(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order = self.rng.permutation(len(lengths))

@@ -5,36 +5,45 @@ documents in the same order.
 """
 
 import hashlib
-import json
+import math
 import os
+import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from .errors import InputError
 from .home import expanded
+from .readers import CUT_BY_SEPARATOR, FORMATS, Reading, Skipped, format_of
 
-VAL_SHARE = 0.02  # of all documents, where no file is named val*
-HOLDOUT_SHARE = 0.01  # of the documents that are not validation
+VAL_SHARE = 0.02  # of all documents, where no file is named as validation
+HOLDOUT_SHARE = 0.01  # of the documents that are not validation, where no file is named as test
+# Of the text. No hash takes a larger document out of training: validation and holdout leave it most of any corpus.
+MAX_HELD_OUT = 0.2
 SMALL_CORPUS = 2_000  # documents; above it, the odds that a hash leaves a split empty are below one in 10⁸
-BATCH_ROWS = 1_000  # Parquet rows decoded at a time
 HASH_RANGE = 1 << 64
+NAMED_KINDS = 8  # of the files that are not read: what more there are is counted together
 
-Skipped = Counter  # reason -> documents
+_SPLIT_OF_WORD = {"val": "val", "valid": "val", "validation": "val", "test": "holdout", "train": "train"}
+_LETTER = r"[^\W\d_]"
+_WORD = re.compile(rf"(.*(?<!{_LETTER}))??({'|'.join(_SPLIT_OF_WORD)})(?!{_LETTER})")
 
 
 class SourceFile(NamedTuple):
     path: Path
-    validation: bool
+    split: str | None  # val or holdout, where its name says so
     key: str  # relative path
+
+
+class _Cuts(NamedTuple):
+    val_below: int  # hashes below it are validation
+    holdout_below: int  # those from there on, and below this one, holdout
+    largest: float  # bytes of the largest document that is taken by its hash
 
 
 @dataclass(frozen=True)
@@ -45,23 +54,28 @@ class Source:
     files: tuple[SourceFile, ...]
     details: dict
     split_by_path: bool = False
+    reading: Reading = field(default_factory=Reading)
+    passed_over: Skipped = field(default_factory=Skipped)  # files that are there and are not read, by kind
 
     @cached_property
     def estimated_bytes(self) -> int:
-        """UTF-8 bytes of text, from file sizes and Parquet footers. Opens every Parquet file, so finds broken ones."""
-        return sum(self._estimated_bytes_of(file) for file in self.files)
+        """UTF-8 bytes of text, from file sizes, Parquet footers, and the beginning of what is compressed: so it finds
+        broken ones."""
+        return sum(self._estimated_bytes_of.values())
 
     @cached_property
     def estimated_split_bytes(self) -> dict[str, float]:
-        val = sum(self._estimated_bytes_of(file) for file in self.files if file.validation)
-        rest = self.estimated_bytes - val
-        if not val:
-            val, rest = VAL_SHARE * rest, (1 - VAL_SHARE) * rest
-        return {"train": (1 - HOLDOUT_SHARE) * rest, "val": val, "holdout": HOLDOUT_SHARE * rest}
+        named = Counter()
+        for file in self.files:
+            named[file.split] += self._estimated_bytes_of[file]
+        val = named["val"] or VAL_SHARE * named[None]
+        rest = named[None] - (0 if named["val"] else val)
+        holdout = named["holdout"] or HOLDOUT_SHARE * rest
+        return {"train": rest - (0 if named["holdout"] else holdout), "val": val, "holdout": holdout}
 
-    @staticmethod
-    def _estimated_bytes_of(file: SourceFile) -> int:
-        return _parquet_bytes(file.path) if _suffix(file.path) == ".parquet" else file.path.stat().st_size
+    @cached_property
+    def _estimated_bytes_of(self) -> dict[SourceFile, int]:
+        return {file: self.reading.estimated_bytes(file.path) for file in self.files}
 
     def documents(self, skipped: Skipped | None = None) -> Iterator[tuple[str, str]]:
         """Yields (split, text). Counts into `skipped` what is left out, by reason.
@@ -70,21 +84,21 @@ class Source:
         name decides, a copy of a document of another split is left out, so that nothing trained on is scored.
         """
         skipped = Skipped() if skipped is None else skipped
-        _ = self._thresholds  # too few documents are an error even where no hash is ever asked for
+        _ = self._cuts  # too few documents are an error even where no hash is ever asked for
         split_of: dict[bytes, str] = {}
         for file, text in self._texts(skipped):
             digest = _digest(text)
-            split = "val" if file.validation else self._split(self._hash(file, digest))
+            split = file.split or self._split(self._hash(file, digest), text)
             if split_of.get(digest, split) != split:
                 skipped["copies across splits"] += 1
                 continue
-            if self.split_by_path or file.validation:
+            if self.split_by_path or file.split:
                 split_of[digest] = split
             yield split, text
 
     def _texts(self, skipped: Skipped) -> Iterator[tuple[SourceFile, str]]:
         for file in self.files:
-            for text in _READERS[_suffix(file.path)](file.path, skipped):
+            for text in self.reading.texts(file.path, skipped):
                 if text is None:
                     skipped["null rows"] += 1
                 elif not text or text.isspace():
@@ -96,79 +110,165 @@ class Source:
         digest = _digest(file.key) if self.split_by_path else text_digest
         return int.from_bytes(digest[:8], "big")
 
-    def _split(self, hashed: int) -> str:
-        val_below, holdout_below = self._thresholds
-        return "val" if hashed < val_below else "holdout" if hashed < holdout_below else "train"
+    def _split(self, hashed: int, text: str) -> str:
+        if hashed >= self._cuts.holdout_below or len(text.encode("utf-8")) > self._cuts.largest:
+            return "train"
+        return "val" if hashed < self._cuts.val_below else "holdout"
 
     @cached_property
-    def _thresholds(self) -> tuple[int, int]:
-        """Hashes below the first are validation, below the second holdout.
-
-        They are the shares above, raised where a small corpus has no document below them.
-        """
-        has_val_files = any(file.validation for file in self.files)
-        hashes = set()
-        for file, text in self._texts(Skipped()):
-            if not file.validation:
-                hashes.add(self._hash(file, _digest(text)))
-            if len(hashes) >= SMALL_CORPUS:
+    def _cuts(self) -> _Cuts:
+        """By the shares above, raised where a small corpus has no document below them."""
+        size_of, skipped, known = {}, Skipped(), True  # UTF-8 bytes of each document that a hash may take
+        for file, text in self._texts(skipped):
+            if file.split is None:
+                size_of[self._hash(file, _digest(text))] = len(text.encode("utf-8"))
+            if len(size_of) >= SMALL_CORPUS:
+                known = False
                 break
-        smallest = sorted(hashes)
-        needed = 2 if has_val_files else 3
-        if len(smallest) < needed:
-            beside = " beside the validation files" if has_val_files else ""
-            raise InputError(
-                f"{self.name} has {len(smallest)} different documents{beside}, and at least {needed} are needed "
-                "for the splits: add documents, or cut the text into several files"
-            )
-        val_share = 0.0 if has_val_files else VAL_SHARE
-        val_below = 0 if has_val_files else max(int(val_share * HASH_RANGE), smallest[0] + 1)
-        first_after_val = next((h for h in smallest if h >= val_below), HASH_RANGE)
-        holdout_below = max(val_below + int((1 - val_share) * HOLDOUT_SHARE * HASH_RANGE), first_after_val + 1)
-        if smallest[-1] < holdout_below:  # nothing would be left for training
-            val_below = 0 if has_val_files else smallest[0] + 1
-            holdout_below = smallest[0 if has_val_files else 1] + 1
-        return val_below, holdout_below
+        named = {file.split for file in self.files}
+        by_hash = [split for split in ("val", "holdout") if split not in named]
+        if len(size_of) <= len(by_hash):
+            raise InputError(self._too_few(len(size_of), len(by_hash) + 1, skipped))
+        if not by_hash:
+            return _Cuts(0, 0, 0)
+        largest = math.inf
+        if not self.split_by_path:
+            share = MAX_HELD_OUT * (sum(size_of.values()) if known else self.estimated_bytes)
+            largest = max(share, sorted(size_of.values())[len(by_hash) - 1])  # of so few documents the smallest
+        smallest = sorted(h for h, size in size_of.items() if size <= largest)
+        val_below = max(int(VAL_SHARE * HASH_RANGE), smallest[0] + 1) if "val" in by_hash else 0
+        holdout_below = val_below
+        if "holdout" in by_hash:
+            share = (1 - VAL_SHARE if "val" in by_hash else 1) * HOLDOUT_SHARE
+            first_after_val = next((h for h in smallest if h >= val_below), HASH_RANGE)
+            holdout_below = max(val_below + int(share * HASH_RANGE), first_after_val + 1)
+        if smallest[-1] < holdout_below:  # one document each, and the rest for training
+            val_below = smallest[0] + 1 if "val" in by_hash else 0
+            holdout_below = smallest[len(by_hash) - 1] + 1
+        return _Cuts(val_below, holdout_below, largest)
+
+    def _too_few(self, documents: int, needed: int, skipped: Skipped) -> str:
+        beside = " beside the files named val or test" if any(file.split for file in self.files) else ""
+        left_out = f" (left out: {counted(skipped)})" if skipped else ""
+        return (
+            f"{self.name} has {documents} different documents{beside}{left_out}, and at least {needed} are needed for"
+            " the splits: add documents, or cut .txt and .md with --separator"
+        )
+
+
+def counted(skipped: Skipped) -> str:
+    """In words; nothing where nothing was skipped."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
 
 
 def stdlib_source() -> Source:
     """The running Python's own standard library, its tests included: about 32 MB of text that is always there."""
     root = Path(sysconfig.get_paths()["stdlib"])
     outside = {"site-packages", "dist-packages", "__pycache__"}
-    files = [SourceFile(path, False, path.relative_to(root).as_posix()) for path in _walk(root, {".py"}, outside)]
-    if not files:
+    paths = [path for path in _walk(root, outside, Skipped()) if format_of(path)[0] == ".py"]
+    if not paths:
         raise InputError(f"this Python has no standard library as text in {root}: pass a folder with --source")
     version = ".".join(map(str, sys.version_info[:3]))
-    return Source("stdlib", tuple(files), {"python": version}, split_by_path=True)
+    files = tuple(SourceFile(path, None, path.relative_to(root).as_posix()) for path in paths)
+    return Source("stdlib", files, {"python": version}, split_by_path=True)
 
 
-def folder_source(folder: str | Path) -> Source:
-    """Every `.parquet`, `.jsonl`, `.txt` and `.md` below `folder`; files named `val*` are validation, and first."""
-    root = expanded(folder)
-    if not root.is_dir():
-        what = "is no folder" if root.exists() else "does not exist"
-        raise InputError(f"{root} {what}: --source takes stdlib, climbmix or a folder with text")
-    root = root.resolve()
-    suffixes = set(_READERS) - {".py"}
-    files = [
-        SourceFile(path, path.name.startswith("val"), path.relative_to(root).as_posix())
-        for path in _walk(root, suffixes, set())
-    ]
-    if not files:
-        raise InputError(f"{root} has no text: put {', '.join(sorted(suffixes))} files there")
-    files.sort(key=lambda file: not file.validation)
-    return Source(str(root), tuple(files), {"files": len(files), "validation_files": sum(f.validation for f in files)})
+def folder_source(folder: str | Path, reading: Reading | None = None) -> Source:
+    """Every file of FORMATS below `folder`, those of which a name says that they are validation or test first; or one
+    such file, whatever its name."""
+    reading, root, passed_over = reading or Reading(), expanded(folder), Skipped()
+    if root.is_file():
+        root = root.resolve()
+        files = [SourceFile(root, None, root.name)]
+        if format_of(root)[0] not in FORMATS:
+            raise InputError(f"{root} is none of {_formats()}: name it as what it is, or convert it")
+    elif root.is_dir():
+        root = root.resolve()
+        files = _named([path.relative_to(root) for path in _walk(root, set(), passed_over)], root, passed_over)
+        if not files:
+            there = f", only {counted(passed_over)}" if passed_over else ""
+            raise InputError(f"{root} has no text{there}: put {_formats()} there")
+    else:
+        what = "is neither a folder nor a file" if root.exists() else "does not exist"
+        raise InputError(f"{root} {what}: --source takes stdlib, climbmix, a folder with text or a file")
+    _check_of_use(reading, files)
+    named = Counter(file.split for file in files)
+    details = {"files": len(files), "validation_files": named["val"], "holdout_files": named["holdout"]}
+    return Source(str(root), tuple(files), details | asdict(reading), reading=reading, passed_over=passed_over)
 
 
 def climbmix_source(paths: list[Path], details: dict) -> Source:
     """Downloaded shards, the last of them pinned for validation."""
-    files = [SourceFile(path, i == len(paths) - 1, path.name) for i, path in enumerate(paths)]
+    files = [SourceFile(path, "val" if i == len(paths) - 1 else None, path.name) for i, path in enumerate(paths)]
     return Source("climbmix", (files[-1], *files[:-1]), details)
 
 
-def _walk(root: Path, suffixes: set[str], skip_folders: set[str]) -> list[Path]:
-    """Files below `root` with such a suffix, sorted by relative path; hidden files and folders are left out, and so are
-    pipes, whose end would never come. Raises OSError where a folder cannot be read, rather than train without it."""
+def split_named(path: Path, trains: set[tuple[Path, str]]) -> str | None:
+    """val or holdout, where the path below the source's root says so.
+
+    A name does that begins with val, valid, validation or test as a whole word: no letter follows it. The file's own
+    counts before those of its folders. Also one that has the word later, and begins as a file beside it which has
+    train in its place: those are in `trains`, by folder and beginning.
+    """
+    for name in (path, *path.parents):
+        match = _WORD.match(name.name.lower())
+        split = match and _SPLIT_OF_WORD[match[2]]
+        if split in ("val", "holdout") and (not match[1] or (name is path and (path.parent, match[1]) in trains)):
+            return split
+    return None
+
+
+def _named(paths: list[Path], root: Path, passed_over: Skipped) -> list[SourceFile]:
+    """Those of FORMATS, with their splits; the others are counted."""
+    taken, others = [], Counter()
+    for path in paths:
+        form, _ = format_of(path)
+        if form in FORMATS:
+            taken.append(path)
+        else:
+            others[_kind(path)] += 1
+    common = [kind for kind, _ in others.most_common(NAMED_KINDS)]
+    for kind, count in others.items():
+        passed_over[f"{kind if kind in common else 'other'} files (not read)"] += count
+    matches = [(path.parent, _WORD.match(path.name.lower())) for path in taken]
+    trains = {(parent, match[1]) for parent, match in matches if match and match[2] == "train"}
+    files = [SourceFile(root / path, split_named(path, trains), path.as_posix()) for path in taken]
+    return sorted(files, key=lambda file: ("val", "holdout", None).index(file.split))
+
+
+def _kind(path: Path) -> str:
+    """What a user would call a file: by its ending, with that of what is compressed; other where that is no word."""
+    match = re.search(r"((\.[A-Za-z]\w{0,9})?\.(gz|zst|bz2|xz|zip|lz4)|\.\w{1,10})$", path.name.lower(), re.ASCII)
+    return match[0] if match else "other"
+
+
+def _check_of_use(reading: Reading, files: list[SourceFile]) -> None:
+    formats = {format_of(file.path)[0] for file in files}
+    if reading.separator == "":
+        raise InputError("--separator is empty: it takes the text between two documents, such as '<|endoftext|>'")
+    if not _is_text(reading.separator or "") or not _is_text(reading.text_column):
+        raise InputError("--separator and --text-column take text in UTF-8")
+    if reading.separator is not None and not formats & {*CUT_BY_SEPARATOR}:
+        raise InputError(f"--separator cuts {' and '.join(CUT_BY_SEPARATOR)} and there are none: leave it out")
+    if reading.text_column != Reading.text_column and not formats - {*CUT_BY_SEPARATOR}:
+        raise InputError("--text-column is for .parquet and .jsonl and there are none: leave it out")
+
+
+def _is_text(given: str) -> bool:
+    try:
+        given.encode("utf-8")
+        return True
+    except UnicodeEncodeError:  # bytes of the command line that are none
+        return False
+
+
+def _formats() -> str:
+    return f"{', '.join(FORMATS)} (the last three also as .gz or .zst)"
+
+
+def _walk(root: Path, skip_folders: set[str], passed_over: Skipped) -> list[Path]:
+    """Files below `root`, sorted by relative path; hidden files and folders are left out, and so are linked folders,
+    and pipes, whose end would never come. Raises OSError where a folder cannot be read: none is silently missing."""
 
     def unreadable(error: OSError):
         raise error
@@ -176,104 +276,15 @@ def _walk(root: Path, suffixes: set[str], skip_folders: set[str]) -> list[Path]:
     found = []
     for folder, names, files in os.walk(root, onerror=unreadable):
         names[:] = [name for name in names if name not in skip_folders and not name.startswith(".")]
+        if linked := sum(os.path.islink(os.path.join(folder, name)) for name in names):
+            passed_over["linked folders (not followed)"] += linked
         paths = [Path(folder, name) for name in files if not name.startswith(".")]
-        found += [path for path in paths if _suffix(path) in suffixes and not path.is_fifo()]
+        pipes = [path for path in paths if path.is_fifo()]
+        if pipes:
+            passed_over["pipes (not read)"] += len(pipes)
+        found += [path for path in paths if path not in pipes]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _suffix(path: Path) -> str:
-    return path.suffix.lower()
 
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-
-
-def _read_python(path: Path, skipped: Skipped) -> Iterator[str | None]:
-    """Skips what is no UTF-8: nobody can mend the standard library, and its tests hold such files on purpose."""
-    try:
-        yield path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        skipped["undecodable files"] += 1
-
-
-def _read_text(path: Path, skipped: Skipped) -> Iterator[str | None]:
-    try:
-        yield path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8: bad byte at offset {e.start}; convert it, or take it out") from e
-
-
-def _read_jsonl(path: Path, skipped: Skipped) -> Iterator[str | None]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-                raise InputError(f"{path}, line {number}: not JSON ({e}); mend or remove the line") from e
-            if not isinstance(row, dict) or "text" not in row:
-                raise InputError(f'{path}, line {number}: no "text" key; every line must be an object with one')
-            text = row["text"]
-            if text is not None and not isinstance(text, str):
-                raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, not a string; mend the line')
-            yield _without_lone_surrogates(text, skipped) if text else text
-
-
-def _without_lone_surrogates(text: str, skipped: Skipped) -> str:
-    r"""JSON can spell half a surrogate pair (`\ud800`), which no Unicode encoding can hold: it becomes U+FFFD."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        skipped["lone surrogates replaced, in documents kept"] += 1
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as e:
-        raise InputError(f"{path} is not a whole Parquet file ({_one_line(e)}): fetch or write it again") from e
-    schema = file.schema_arrow
-    if "text" not in schema.names:
-        raise InputError(f"{path} has no column text, only {', '.join(schema.names) or 'none'}: rename the column")
-    kind = schema.field("text").type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise InputError(f"{path}: the column text holds {kind}, not strings; convert it")
-    return file
-
-
-def _parquet_bytes(path: Path) -> int:
-    """Uncompressed size of the column, from the footer."""
-    with _open_parquet(path) as file:
-        metadata = file.metadata
-        column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "text")
-        groups = range(metadata.num_row_groups)
-        return sum(metadata.row_group(i).column(column).total_uncompressed_size for i in groups)
-
-
-def _read_parquet(path: Path, skipped: Skipped) -> Iterator[str | None]:
-    with _open_parquet(path) as file:
-        row = 0
-        try:
-            for batch in file.iter_batches(BATCH_ROWS, columns=["text"]):
-                yield from batch.column(0).to_pylist()
-                row += len(batch)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{path} is broken after row {row} ({_one_line(e)}): fetch or write it again") from e
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-_READERS: dict[str, Callable[[Path, Skipped], Iterator[str | None]]] = {
-    ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".py": _read_python,
-}

@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 
 from .errors import InputError
-from .files import read_json
+from .files import parse_json, read_bytes
 from .limits import num_cores
 
 # How text is cut into pieces before any merge; a merge never crosses a piece. The possessive quantifiers mean the
@@ -86,8 +86,12 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path, mend: str = "run prepare again") -> "Tokenizer":
         """Raises InputError, which advises `mend`, where `path` is missing or no tokenizer of ours."""
-        path = Path(path)
-        content = read_json(path, mend)
+        return cls.parse(read_bytes(Path(path), mend), Path(path), mend)
+
+    @classmethod
+    def parse(cls, file: bytes, path: Path, mend: str) -> "Tokenizer":
+        """Of what was read from `path`. Raises InputError as `load`."""
+        content = parse_json(file, path, mend)
         if content.get("version", FORMAT_VERSION) != FORMAT_VERSION:
             raise InputError(f"{path} has format {content['version']!r}, not {FORMAT_VERSION}: {mend}")
         try:

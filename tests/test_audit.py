@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from prepare_corpus import write_corpus
 
 import kernels
 import train.__main__
+import train.trainer
 from model import GPT
-from prepare import Dataset, Tokenizer
+from prepare import Dataset, Tokenizer, prepare
 from prepare.files import sealed
 from prepare.shards import file_record
 from train import evaluate
@@ -229,6 +231,32 @@ def test_a_validation_file_swapped_while_it_was_scored(model, corpus, tmp_path):
     found = audit(TrainStep(model, None).token_losses, model, data, "reference", T, "lossless", batch_size=8)
     assert len(found) == 1
     assert found[0].startswith("data: ")
+
+
+@pytest.mark.parametrize("becomes", ["prepared anew", "removed"])
+def test_data_that_is_replaced_while_a_run_goes_on(run, tmp_path, monkeypatch, capsys, becomes):
+    """The run ends with the number it would have had, on what was there when it began, and says so."""
+    data = shutil.copytree(run / "data", tmp_path / "data")
+    honest = train.trainer.train
+
+    def training(*args):
+        honest(*args)
+        if becomes == "removed":
+            shutil.rmtree(data)
+        else:
+            prepare(str(write_corpus(tmp_path / "text", 40)), data, vocab_size=300)
+
+    monkeypatch.setattr(train.trainer, "train", training)
+    args = ["--device", "cpu", "--depth", "2", "--d-model", "64", "--head-dim", "16", "--seq-len", str(T),
+            "--device-batch-size", "4", "--total-batch-size", "256", "--steps", "12"]  # fmt: skip
+    assert train.__main__.main([*args, "--data", str(data), "--run-dir", str(tmp_path / "run")]) == 0
+    assert f"note: {data} holds other data by now" in capsys.readouterr().err
+    summaries = [json.loads((folder / "run" / "summary.json").read_text()) for folder in (run, tmp_path)]
+    assert summaries[0]["audit"] == summaries[1]["audit"] == "ok"
+    for key in ("val_bpb", "unigram_bpb", "fingerprint"):
+        assert summaries[0][key] == summaries[1][key]
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (run / "data", run / "run", tmp_path / "run")]
+    assert len(set(tokenizers)) == 1
 
 
 def test_a_run_whose_audit_fails_says_so_and_exits_with_1(run, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Bad input to `python -m prepare`: one line, exit code 2, and nothing half-written."""
 
 import errno
+import gzip
 import json
 import os
 import re
@@ -32,6 +33,10 @@ def no_text(folder):
 
 def no_text_column(folder):
     pq.write_table(pa.table({"content": ["a"], "id": [1]}), folder / "a.parquet")
+
+
+def two_text_columns(folder):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), folder / "a.parquet")
 
 
 def text_of_numbers(folder):
@@ -77,6 +82,18 @@ def txt_not_utf8(folder):
     (folder / "a.txt").write_bytes("é fine ".encode() + b"\xe9 latin")
 
 
+def truncated_gzip(folder):
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "some text"}\n' * 1_000)[:-20])
+
+
+def no_gzip(folder):
+    (folder / "a.txt.gz").write_text("plain text")
+
+
+def truncated_zstd(folder):
+    (folder / "a.txt.zst").write_bytes(pa.compress(b"some text" * 1_000, "zstd", asbytes=True)[:-3])
+
+
 def only_empty(folder):
     (folder / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
 
@@ -91,8 +108,12 @@ def empty_validation(folder):
 
 
 BAD_CORPORA = {
-    nothing: "has no text",
-    no_text: "has no text",
+    nothing: "has no text: put",
+    no_text: r"has no text, only 1 \.csv files \(not read\): put",
+    two_text_columns: r"a\.parquet has 2 columns called text: rename all but one",
+    truncated_gzip: r"a\.jsonl\.gz is not a whole gzip file",
+    no_gzip: r"a\.txt\.gz is not a whole gzip file",
+    truncated_zstd: r"a\.txt\.zst is not a whole zstd file",
     no_text_column: r"a\.parquet has no column text, only content, id",
     text_of_numbers: r"a\.parquet: the column text holds int64",
     truncated_parquet: r"a\.parquet is not a whole Parquet file",
@@ -103,8 +124,8 @@ BAD_CORPORA = {
     jsonl_nested_beyond_reading: r"a\.jsonl, line 1: not JSON",
     jsonl_not_utf8: r"a\.jsonl, line 2: .*0xff",
     txt_not_utf8: r"a\.txt is not UTF-8: bad byte at offset 8",
-    only_empty: "has 0 different documents",
-    only_validation: "has 0 different documents beside the validation files",
+    only_empty: r"has 0 different documents \(left out: 1 empty documents, 1 null rows\)",
+    only_validation: "has 0 different documents beside the files named val or test",
     empty_validation: "the val split has no documents",
 }
 
@@ -129,7 +150,17 @@ def test_bad_corpus(tmp_path, capsys, make):
         (["--source", "~no-such-user/text"], "~no-such-user"),
         (["--out", "~no-such-user/data"], "~no-such-user"),
         (["--source", "nowhere/at/all"], "nowhere/at/all does not exist"),
-        (["--source", __file__], "is no folder"),
+        (["--source", __file__], "is none of .parquet"),
+        (["--source", os.devnull], "is neither a folder nor a file"),
+        (["--source", ""], "--source is empty"),
+        (["--out", ""], "--out is empty"),
+        (["--tokenizer", ""], "--tokenizer is empty"),
+        (["--tokenizer", "nowhere"], "nowhere is missing; name a prepared folder"),
+        (["--tokenizer", str(ROOT)], "tokenizer.json is missing; name a prepared folder"),
+        (["--tokenizer", __file__], "cannot be read"),
+        (["--separator", ""], "--separator is empty"),
+        (["--text-column", "body"], "--text-column is for .parquet and .jsonl"),
+        (["--source", "stdlib", "--skip-bad"], "are for a folder or a file"),
         (["--vocab-size", "259"], "--vocab-size takes 260"),
         (["--vocab-size", "65537"], "to 65,536"),
         (["--vocab-size", "60000"], "--vocab-size "),

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,60 @@ def test_the_shuffle_is_uniform(tmp_path, monkeypatch):
     assert abs(places - 100).max() < 40  # 4.6 standard deviations
 
 
+def test_more_text_than_was_estimated_makes_more_shards_and_no_larger_ones(tmp_path, monkeypatch):
+    """As from a file of a few bytes that holds gigabytes: no shard, nor what is shuffled at a time, grows with it."""
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", 1_000)
+    lengths = [1 + i % 7 for i in range(3_000)]
+    documents = [np.full(length, i, dtype=np.uint16) for i, length in enumerate(lengths)]
+    shuffled = []
+    original = shards.SplitWriter._shuffled
+    monkeypatch.setattr(
+        shards.SplitWriter, "_shuffled", lambda *args: shuffled.append(len(args[1])) or original(*args)
+    )
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        writer = shards.SplitWriter(folder, "train", 1, np.random.default_rng(0))
+        writer.add(documents)
+        entry, counts = writer.finish(np.ones(len(documents), dtype=np.int32))
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert counts.tolist() == lengths
+    assert entry["documents"] == len(documents)
+    assert max(shuffled) <= 1_000
+    assert len(entry["files"]) == len(shuffled) > 2 * 12
+    assert not list((tmp_path / "a").glob("*.bucket"))
+    split = dataset.Split(tmp_path / "a", "train", entry)
+    found = [split.document(i) for i in range(split.num_documents)]
+    assert sorted((int(d[0]), len(d)) for d in found) == list(enumerate(lengths))
+
+
+def test_more_shards_than_a_shell_allows_open_files(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", 500)
+    monkeypatch.setattr(dataset, "OTHER_FILES", 200)
+    folder = prepare(str(corpus), tmp_path / "out", vocab_size=VOCAB_SIZE)
+    count = sum(name.name[:3] in ("tra", "val") for name in folder.iterdir())
+    assert count > 100
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = len(os.listdir("/dev/fd")) + 100
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, before[1]))
+        data = Dataset.open(folder)
+        assert len(data.split("train").files) + len(data.split("val").files) == count
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (50, 100))
+    with pytest.raises(InputError, match=r"files to be held open, .* allows a process 100: raise .*ulimit -Hn"):
+        Dataset.open(folder)
+
+
+def test_one_document_larger_than_a_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_TEXT_BYTES", 100)
+    writer = shards.SplitWriter(tmp_path, "train", 1, np.random.default_rng(0))
+    writer.add([np.zeros(5_000, dtype=np.uint16), np.ones(3, dtype=np.uint16)])
+    entry, counts = writer.finish(np.ones(2, dtype=np.int32))
+    assert counts.tolist() == [5_000, 3]
+    assert dataset.Split(tmp_path, "train", entry).num_documents == 2
+
+
 def test_an_existing_folder_is_replaced(corpus, folder):
     before = files_of(folder)
     prepare(str(corpus), folder, vocab_size=280)
@@ -159,7 +214,8 @@ def test_a_changed_shard_is_found_at_the_start(folder, name):
     flip_a_byte(folder / name)
     with pytest.raises(InputError, match=rf"{name} has changed since it was prepared .*SHA-256"):
         Dataset.open(folder)
-    Dataset.open(folder, verify=False)
+    if "offsets" not in name:  # which are looked at in any case: nothing is ever read beside a shard
+        Dataset.open(folder, verify=False)
     (folder / name).unlink()
     with pytest.raises(InputError, match=rf"{name} is missing"):
         Dataset.open(folder)
@@ -185,9 +241,9 @@ def test_the_holdout_is_read_and_checked_only_when_asked_for(folder):
 
 def test_train_shards_are_hashed_once_after_a_copy(folder, monkeypatch):
     hashed = []
-    original = dataset.sha256_of
+    original = dataset._check_hash
     monkeypatch.setattr(dataset, "ALWAYS_HASHED", 0)  # a corpus of any size is a large one
-    monkeypatch.setattr(dataset, "sha256_of", lambda path: hashed.append(path.name) or original(path))
+    monkeypatch.setattr(dataset, "_check_hash", lambda *args: hashed.append(args[1].name) or original(*args))
 
     def opened():
         hashed.clear()
@@ -203,6 +259,52 @@ def test_train_shards_are_hashed_once_after_a_copy(folder, monkeypatch):
     os.utime(folder / "train_00000.npy", ns=(1, 1))
     monkeypatch.setattr(dataset, "write_json", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
     assert opened() == opened() == ["train_00000.npy"]
+
+
+def taken(data) -> tuple:
+    """All that a run takes from an opened folder."""
+    texts = [texts_of(data, name) for name in ("train", "val")]
+    hashes = [data.split(name).sha256 for name in ("train", "val")]
+    return texts, hashes, data.token_counts.tolist(), data.tokenizer_file, data.tokenizer.encode("the rows")
+
+
+@pytest.mark.parametrize("becomes", ["prepared anew", "removed", "moved"])
+def test_what_was_opened_stays_whatever_becomes_of_the_folder(corpus, folder, tmp_path, becomes):
+    expected = taken(Dataset.open(folder))
+    data = Dataset.open(folder)
+    assert not data.was_replaced()
+    if becomes == "prepared anew":
+        prepare(str(corpus), folder, vocab_size=280, seed=1)
+        assert taken(Dataset.open(folder)) != expected
+    elif becomes == "removed":
+        shutil.rmtree(folder)
+    else:
+        folder.rename(tmp_path / "elsewhere")
+    assert taken(data) == expected
+    assert data.was_replaced()
+    data.check_unchanged()
+
+
+@pytest.mark.parametrize("name", ["train_00000.npy", "val_00000.npy", "val_00000_offsets.npy", "token_counts.npy"])
+@pytest.mark.parametrize("damage", [flip_a_byte, lambda path: os.truncate(path, 130)], ids=["a bit", "cut"])
+def test_a_file_that_is_written_to_while_it_is_open(folder, name, damage):
+    data = Dataset.open(folder)
+    data.check_unchanged()
+    damage(folder / name)
+    with pytest.raises(InputError, match=rf"{name} has changed since it was prepared"):
+        data.check_unchanged()
+
+
+def test_a_large_train_shard_that_is_written_to_while_it_is_open(folder, monkeypatch):
+    monkeypatch.setattr(dataset, "ALWAYS_HASHED", 0)
+    data = Dataset.open(folder)
+    stat = (folder / "train_00000.npy").stat()
+    flip_a_byte(folder / "train_00000.npy")
+    os.utime(folder / "train_00000.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    data.check_unchanged()  # by size and mtime, and so it is written in the README
+    os.utime(folder / "train_00000.npy", ns=(1, 1))
+    with pytest.raises(InputError, match=r"train_00000.npy has changed"):
+        data.check_unchanged()
 
 
 def test_a_tokenizer_the_shards_were_not_made_with(folder, tmp_path):
@@ -230,3 +332,5 @@ def test_a_missing_or_later_manifest(folder):
         Dataset.open(folder)
     with pytest.raises(InputError, match="holds no prepared data"):
         Dataset.open(folder / "nowhere")
+    with pytest.raises(InputError, match="an empty path"):  # not the current folder
+        Dataset.open("")

@@ -1,4 +1,5 @@
 import errno
+import gzip
 import json
 import os
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 from prepare_corpus import write_corpus
 
 from prepare import InputError, default_folder, sources
+from prepare.readers import Reading
 from prepare.sources import folder_source, stdlib_source
 
 
@@ -70,6 +72,83 @@ def test_files_named_val_are_the_validation(tmp_path):
     assert splits["holdout"]
 
 
+VAL, HOLDOUT = "val", "holdout"
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("val.txt", VAL), ("VAL.md", VAL), ("val_00.jsonl", VAL), ("val-1.txt", VAL), ("val2.txt", VAL),
+        ("valid.txt", VAL), ("validation-00000-of-00001.parquet", VAL), ("validation.jsonl.gz", VAL),
+        ("values.md", None), ("valley.txt", None), ("validated.txt", None), ("valé.txt", None), ("interval.txt", None),
+        ("test.txt", HOLDOUT), ("test-00000-of-00002.parquet", HOLDOUT), ("test_a.jsonl", HOLDOUT),
+        ("testing.md", None), ("tests.md", None), ("testament.txt", None), ("how-to-test.md", None),
+        ("cross_validation.md", None), ("train-00.parquet", None),
+        ("validation/0.txt", VAL), ("data/test/0.parquet", HOLDOUT), ("tests/0.txt", None), ("train/0.txt", None),
+        ("test/val.txt", VAL), ("values/test.txt", HOLDOUT),
+        ("Stories-valid.txt", VAL), ("Stories-test.txt", HOLDOUT), ("c4-validation.00000-of-00008.jsonl", VAL),
+        ("sub/Stories-valid.txt", None),
+    ],
+)  # fmt: skip
+def test_the_split_that_a_name_says(tmp_path, name, split):
+    for path in (tmp_path / name, tmp_path / "Stories-train.txt", tmp_path / "c4-train.00000-of-01024.jsonl"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    files = folder_source(tmp_path).files
+    assert {file.key: file.split for file in files}[name] == split
+    assert [file.split for file in files] == sorted((f.split for f in files), key=["val", "holdout", None].index)
+
+
+@pytest.mark.parametrize("with_val", [False, True])
+def test_files_named_test_are_held_out(tmp_path, with_val):
+    write_corpus(tmp_path, 30)
+    (tmp_path / "test-0.txt").write_text("t0")
+    (tmp_path / "test-1.txt").write_bytes((tmp_path / "003.txt").read_bytes())
+    if with_val:
+        (tmp_path / "val.txt").write_text("v")
+    source, skipped = folder_source(tmp_path), Counter()
+    splits = Counter(split for split, _ in source.documents(skipped))
+    assert splits["holdout"] == 2
+    assert splits["val"] == 1
+    assert splits["train"] == 29 - (not with_val)
+    assert skipped == {"copies across splits": 1}
+    assert source.details["holdout_files"] == 2
+    assert sum(source.estimated_split_bytes.values()) == pytest.approx(source.estimated_bytes)
+
+
+def test_only_named_files_beside_one_document(tmp_path):
+    for name in ("val", "test", "a"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert by_split(folder_source(tmp_path)) == {"train": ["a"], "val": ["val"], "holdout": ["test"]}
+
+
+@pytest.mark.parametrize("trial", range(12))
+@pytest.mark.parametrize("others", [2, 60])
+def test_no_hash_takes_a_large_document_out_of_training(tmp_path, trial, others):
+    """And its copies stay with it."""
+    huge = f"{trial} " * 50_000
+    for i in range(others):
+        (tmp_path / f"{i}.txt").write_text(f"text {trial} {i} " * 20)
+    (tmp_path / "a.txt").write_text(huge)
+    (tmp_path / "z.jsonl").write_text(json.dumps({"text": huge}))
+    splits = by_split(folder_source(tmp_path))
+    assert splits["train"].count(huge) == 2
+    assert splits["val"]
+    assert splits["holdout"]
+
+
+def test_no_hash_takes_a_large_document_out_of_a_large_corpus(tmp_path, monkeypatch):
+    """Where not all documents are looked at first: by its share of the estimated text, though it has the least hash."""
+    monkeypatch.setattr(sources, "SMALL_CORPUS", 20)
+    digest = sources._digest
+    monkeypatch.setattr(sources, "_digest", lambda text: bytes(16) if text[0] == "x" else digest(text))
+    huge = "x" * 50_000
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*map(str, range(200)), huge]))
+    splits = by_split(folder_source(tmp_path))
+    assert huge in splits["train"]
+    assert splits["val"]
+
+
 def test_nothing_validated_is_trained_on(tmp_path):
     write_corpus(tmp_path, 30)
     (tmp_path / "val.txt").write_bytes((tmp_path / "003.txt").read_bytes())
@@ -128,7 +207,64 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
 def test_a_pipe_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     os.mkfifo(tmp_path / "b.txt")
-    assert [file.path.name for file in folder_source(tmp_path).files] == ["a.txt"]
+    source = folder_source(tmp_path)
+    assert [file.path.name for file in source.files] == ["a.txt"]
+    assert source.passed_over == {"pipes (not read)": 1}
+
+
+def test_what_is_not_read_is_counted_by_its_kind(tmp_path):
+    names = ["a.jsonl", "b.jsonl.gz", "b.json", "c.JSON", "d.csv", "e.jsonl.bz2", "f.parquet.zst", "g.tar.gz", "README",
+             "h.a\x1b[31m", ".hidden.csv"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "linked").symlink_to(tmp_path.parent, target_is_directory=True)
+    source = folder_source(tmp_path)
+    assert [file.key for file in source.files] == ["a.jsonl", "b.jsonl.gz"]
+    assert source.passed_over == {
+        ".json files (not read)": 2, ".csv files (not read)": 1, ".jsonl.bz2 files (not read)": 1,
+        ".parquet.zst files (not read)": 1, ".tar.gz files (not read)": 1, "other files (not read)": 2,
+        "linked folders (not followed)": 1,
+    }  # fmt: skip
+
+
+def test_of_many_kinds_the_most_frequent_are_named(tmp_path):
+    for i in range(20):
+        (tmp_path / f"a.x{i}").touch()
+    for name in ("a.txt", "a.csv", "b.csv", "no-suffix"):
+        (tmp_path / name).touch()
+    passed_over = folder_source(tmp_path).passed_over
+    assert passed_over[".csv files (not read)"] == 2
+    assert len(passed_over) == sources.NAMED_KINDS + 1
+    assert passed_over.total() == 23
+
+
+@pytest.mark.parametrize("name", ["stories.txt", "val.jsonl.gz", "test.md"])
+def test_one_file_is_a_corpus(tmp_path, name):
+    """Whatever its name says: there is nothing else to train on."""
+    texts = [f"document {i}" for i in range(20)]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    content = lines.encode() if "jsonl" in name else "|".join(texts).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    source = folder_source(tmp_path / name, Reading(separator=None if "jsonl" in name else "|"))
+    assert sorted(text for _, text in source.documents()) == sorted(texts)
+    assert all(by_split(source).values())
+    assert source.name == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reading", "line"),
+    [
+        ("a.txt", Reading(separator=""), "--separator is empty"),
+        ("a.txt", Reading(separator="\udcff"), "--separator and --text-column take text in UTF-8"),
+        ("a.jsonl", Reading(separator="|"), r"--separator cuts \.txt and \.md and there are none"),
+        ("a.txt", Reading(text_column="body"), r"--text-column is for \.parquet and \.jsonl and there are none"),
+        ("a.csv", Reading(), r"a\.csv is none of \.parquet, \.jsonl, \.txt, \.md"),
+    ],
+)
+def test_what_would_be_of_no_use_is_refused(tmp_path, name, reading, line):
+    (tmp_path / name).write_text("text")
+    with pytest.raises(InputError, match=line):
+        folder_source(tmp_path / name, reading)
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -157,6 +293,10 @@ def test_default_folder(monkeypatch, tmp_path):
     assert default_folder("stdlib") == default_folder() == tmp_path / "stdlib"
     assert default_folder(f"{tmp_path}/my books/") == tmp_path / "my books"
     assert default_folder("./stdlib") == tmp_path / "stdlib-folder"
+    for name in ("a.stories.txt", "b.jsonl.gz"):
+        (tmp_path / name).touch()
+    assert default_folder(tmp_path / "a.stories.txt") == tmp_path / "a.stories"
+    assert default_folder(tmp_path / "b.jsonl.gz") == tmp_path / "b"
     monkeypatch.delenv("TIMEBOX_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert default_folder("climbmix") == tmp_path / "me/.cache/timebox/climbmix"

@@ -15,7 +15,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -99,20 +98,20 @@ def in_fp32(model: GPT, ops: str) -> Iterator[tuple[GPT, Score]]:
 
 
 def check_data(data: Dataset, recorded: dict | None) -> list[str]:
-    """Whether the files are those that were prepared, and the split the one that the run was scored on."""
-    now = Dataset.open(data.folder)  # hashes them; raises InputError
-    found = {"split_sha256": now.split("val").sha256, "tokenizer_sha256": now.tokenizer.fingerprint}
-    scored = recorded or {"split_sha256": data.split("val").sha256, "tokenizer_sha256": data.tokenizer.fingerprint}
+    """Whether the files that were read are still what was prepared, and the split the one that the run was scored on.
+    Where the folder holds other files by now, those that were read are still open."""
+    data.check_unchanged()  # raises InputError
+    found = {"split_sha256": data.split("val").sha256, "tokenizer_sha256": data.tokenizer.fingerprint}
     return [
-        f"data: {key} is {value[:16]} and was {str(scored[key])[:16]} when the run was scored"
+        f"data: {key} is {value[:16]} and was {str(recorded[key])[:16]} when the run was scored"
         for key, value in found.items()
-        if scored[key] != value
+        if recorded and recorded[key] != value
     ]
 
 
 def check_bytes(data: Dataset) -> list[str]:
     """Whether the bytes that tokens count for are the bytes of the text they stand for."""
-    lengths = raw_lengths(data.folder / "tokenizer.json")
+    lengths = raw_lengths(data.tokenizer_file)
     wrong = np.flatnonzero(lengths != data.token_bytes)
     if len(wrong):
         first = int(wrong[0])
@@ -139,9 +138,9 @@ def check_bytes(data: Dataset) -> list[str]:
     return found
 
 
-def raw_lengths(path: Path) -> np.ndarray:
+def raw_lengths(tokenizer_file: bytes) -> np.ndarray:
     """int64 [V]: the bytes of each token, from the tokenizer's file alone; special tokens have none."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(tokenizer_file)
     merged = [len(base64.b64decode(token)) for token in content["merges"]]
     return np.array([1] * 256 + merged + [0] * len(content["special_tokens"]))
 

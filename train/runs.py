@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -94,12 +93,12 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "summary.json").exists()
 
-    def write_config(self, config: dict, model: dict, data: dict, tokenizer_file: Path) -> None:
+    def write_config(self, config: dict, model: dict, data: dict, tokenizer_file: bytes) -> None:
         write_json(
             self.path / "config.json",
             {"config": config, "model": model, "data": data, **environment()},
         )
-        shutil.copyfile(tokenizer_file, self.path / "tokenizer.json")
+        replace_file(self.path / "tokenizer.json", tokenizer_file)
 
     def write_metrics(self, row: dict) -> None:
         """Appends one step, with one call of the system: what was printed is in the file. A full disk may tear a line;

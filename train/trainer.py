@@ -153,7 +153,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             stack.enter_context(saying_how_to_go_on(folder))
             folder.write_config(
                 dataclasses.asdict(config), dataclasses.asdict(model_config),
-                {"folder": str(Path(data.folder).resolve()), **fingerprint}, data.folder / "tokenizer.json",
+                {"folder": str(Path(data.folder).resolve()), **fingerprint}, data.tokenizer_file,
             )  # fmt: skip
         record.begin(config, dataclasses.asdict(model_config), fingerprint)
         if config.tensorboard:
@@ -222,6 +222,9 @@ def conclude(
     record.measured(summary, evaluation)
     with record.timed("audit"):  # after the peak of memory was read
         findings = audited(config, score, step.model, data)
+    if data.was_replaced():
+        note = "holds other data by now: this run was trained and scored on what was there when it began"
+        print(f"note: {data.folder} {note}", file=sys.stderr)
     summary["total_seconds"] = f"{state.seconds:.1f}"
     summary |= record.finish(findings)
     print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
