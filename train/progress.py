@@ -46,6 +46,8 @@ class Reporter:
             step=values.step, progress=progress, loss=smooth, lr_multiplier=values.lr_multiplier, dt=dt,
             tokens_per_second=pace, mfu=mfu, epoch=epoch, remaining=budget.remaining,
         )  # fmt: skip
+            # A line that wraps could not be redrawn.
+            columns=shutil.get_terminal_size().columns - 1 if self.redraw else None,
         row = {
             "step": values.step, "progress": progress, "loss": loss, "smooth_loss": smooth,
             "lr_multiplier": values.lr_multiplier, "momentum": values.momentum,
@@ -66,9 +68,8 @@ class Reporter:
 
     def say(self, line: str) -> None:
         if self.redraw:
-            # A line that wraps could not be redrawn. \r goes to its start, \x1b[K clears what a longer one left behind.
-            columns = shutil.get_terminal_size().columns
-            self.out.write(f"\r{line[: columns - 1]}\x1b[K")
+            # \r goes to the line's start, \x1b[K clears what a longer one left behind.
+            self.out.write(f"\r{line}\x1b[K")
         else:
             self.out.write(line + "\n")
         self.out.flush()
