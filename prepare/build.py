@@ -1,7 +1,6 @@
 """`prepare`: a source becomes one folder that training reads."""
 
 import random
-import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from .shards import (
 )
 from .sources import Skipped, Source, climbmix_source, folder_source, stdlib_source
 from .tokenizer import MAX_TRAIN_CHARS, TRAIN_BYTES, Tokenizer, check_vocab_size
+from .words import command_line, printable
 
 DEFAULT_VOCAB_SIZE = 8192
 BATCH_CHARS = 8_000_000  # text encoded at a time: enough to keep many cores busy, little enough to hold
@@ -113,8 +113,8 @@ def summary(manifest: dict, folder: Path) -> str:
         )
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest["skipped"].items()))
     lines.append(f"{'skipped:':<9}{skipped or 'nothing'}")
-    lines.append(f"{'where:':<9}{folder}")
-    lines.append(f"{'next:':<9}python -m train --data {shlex.quote(str(folder))}")
+    lines.append(f"{'where:':<9}{printable(folder)}")
+    lines.append(f"{'next:':<9}{command_line('train', '--data', folder)}")
     return "\n".join(lines)
 
 

@@ -24,11 +24,12 @@ from .shards import (
     write_json,
 )
 from .tokenizer import Tokenizer
+from .words import command_line
 
 # Train shards that are hashed at every start, in bytes: half a second. Of more, those whose size or mtime has changed.
 ALWAYS_HASHED = 250_000_000
 
-_MEND = "run `python -m prepare` again"
+_MEND = f"run `{command_line('prepare')}` again"
 
 
 class Split:
@@ -144,7 +145,7 @@ class Dataset:
 def _read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.exists():
-        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): run `python -m prepare`")
+        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): run `{command_line('prepare')}`")
     manifest = read_json(path, _MEND)
     if manifest.get("format", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(f"{path} has format {manifest['format']!r}, this program reads {FORMAT_VERSION}; {_MEND}")

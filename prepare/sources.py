@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import InputError
+from .files import library_path
 from .home import expanded
 
 VAL_SHARE = 0.02  # of all documents, where no file is named val*
@@ -233,7 +234,8 @@ def _without_lone_surrogates(text: str, skipped: Skipped) -> str:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        with library_path(path) as name:
+            file = pq.ParquetFile(name)
     except (pa.ArrowException, OSError) as e:
         raise InputError(f"{path} is not a whole Parquet file ({_one_line(e)}): fetch or write it again") from e
     schema = file.schema_arrow

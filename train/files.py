@@ -53,7 +53,12 @@ def rename_synced(part: Path, path: Path) -> None:
 
 def replace_file(path: Path, *pieces: bytes | memoryview) -> None:
     """A reader, and whoever comes after a crash, sees the old file or the new one, whole. Where it cannot be written
-    nothing is left of it: the room goes back, and an export can be tried again."""
+    nothing is left of it: the room goes back, and an export can be tried again. A link stays one, and what is no plain
+    file is written to as it is: /dev/null, a pipe."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(b"".join(pieces))
+        return
     part = path.with_name(path.name + ".part")
     try:
         write_synced(part, *pieces)
