@@ -4,7 +4,6 @@ Both stand beside the run folders. Lines are only ever appended, each by one wri
 once, and a writer that is killed costs its own line and no other. Programs read `results.jsonl` alone.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prepare.words import printable
+
+from .files import hold_lock
 
 TSV, JSONL, LOCK = "results.tsv", "results.jsonl", "results.lock"
 # The first five are those of the published system, whose scripts cut them by position.
@@ -44,7 +45,7 @@ class Ledger:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            hold_lock(file.fileno(), self.folder)
             yield  # closing the file gives the lock back
 
     def append(self, entry: dict) -> None:

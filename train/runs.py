@@ -1,6 +1,5 @@
 """The run's folder: config.json, metrics.jsonl, tokenizer.json, checkpoints/, model.safetensors, summary.json."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from prepare import InputError, Tokenizer
 from prepare.files import read_sealed, sealed
 
 from .config import TrainConfig
-from .files import replace_file, sync
+from .files import hold_lock, replace_file, sync
 from .provenance import short_commit, source_state
 from .tensorboard import EventWriter
 from .tensors import load_tensors, save_tensors
@@ -144,12 +143,10 @@ def lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock until it is closed, and until the process ends however it ends; None
     where another holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if hold_lock(descriptor, folder, wait=False):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
