@@ -5,6 +5,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -47,23 +49,51 @@ def environment() -> dict:
     }
 
 
+def make_folder(path: Path, named_by_user: bool) -> Path:
+    """A new folder, or an empty one where the user named it. A name of ours that another run has taken, which began in
+    the same second, gets a number: the folder that is returned. Raises InputError."""
+    mend = "choose another --run-dir" if named_by_user else "choose another --name, or a --run-dir"
+    if named_by_user and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "not empty" if path.is_dir() else "a file"
+        raise InputError(f"the run folder {path} is {what}: {mend}")
+    wanted, number = path, 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir(exist_ok=named_by_user)
+                break
+            except FileExistsError:
+                if named_by_user:
+                    raise
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+        sync(path.parent)
+        return path
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {path}: {error.strerror}; {mend}") from None
+
+
+@contextmanager
+def reserved_run_dir(name: str) -> Iterator[Path]:
+    """A path for a group of runs: while it lasts, an empty folder keeps every other run and group from its name."""
+    path = make_folder(default_run_dir(name), named_by_user=False)
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # no longer empty, or no longer there: not ours to mind
+            path.rmdir()
+
+
 class RunFolder:
-    """A new folder for a run, or with `reopen` one that goes on. Locked: no other process writes to it.
+    """A new folder for a run (see `make_folder`), or with `reopen` one that goes on. Locked: no other process writes to
+    it.
 
     Raises InputError where a folder is in the way.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "not empty" if self.path.is_dir() else "a file"
-            raise InputError(f"the run folder {self.path} is {what}: choose another --run-dir")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            sync(self.path.parent)
-        except OSError as error:
-            reason = f"{error.strerror}; choose another --run-dir"
-            raise InputError(f"cannot make the run folder {self.path}: {reason}") from None
+    def __init__(self, path: Path, named_by_user: bool = True):
+        self.path = make_folder(path, named_by_user)
         self._open()
 
     @classmethod

@@ -139,7 +139,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
         )))  # fmt: skip
         if folder is None:
-            folder = stack.enter_context(closing(RunFolder(record.folder)))
+            folder = stack.enter_context(closing(RunFolder(record.folder, bool(config.run_dir))))
+            record.folder = folder.path
             stack.enter_context(saying_how_to_go_on(folder))
             folder.write_config(
                 dataclasses.asdict(config), dataclasses.asdict(model_config),
