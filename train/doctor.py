@@ -25,7 +25,7 @@ from prepare.words import command_line, install_line, printable
 from .config import TrainConfig, cpu_has_bf16, resolve
 from .device import OLDEST_GPU
 from .memory import STATE_MARGIN, available_bytes, bytes_of_rows, largest_batch, state_bytes
-from .provenance import ROOT, cpu_name, source_state
+from .provenance import ROOT, cpu_name, no_identity, source_state, why_no_commit
 from .runs import default_run_dir
 from .step import TrainStep
 from .trainer import VOCAB_SIZE, embedded_folder
@@ -120,9 +120,14 @@ def packages() -> Iterator[Finding]:
 def code() -> Finding:
     state = source_state()
     if state["commit"] is None:
-        return Finding("code", NOTE, f"{ROOT} is no git repository: the ledger cannot name a commit", "git init")
+        reason, mend = why_no_commit()
+        return Finding("code", NOTE, f"{reason}: the ledger cannot name a commit", mend)
     dirty = "with changes that are not committed" if state["dirty"] else "clean"
-    return Finding("code", OK, f"commit {state['commit'][:7]}, {dirty}")
+    found = f"commit {state['commit'][:7]}, {dirty}"
+    if no_identity():
+        mend = "git config --global user.name NAME && git config --global user.email ADDRESS"
+        return Finding("code", NOTE, f"{found}; git does not know who you are, and refuses to commit", mend)
+    return Finding("code", OK, found)
 
 
 def gpu() -> Finding:

@@ -10,11 +10,13 @@ from pathlib import Path
 from subprocess import Popen
 
 from prepare import InputError
+from prepare.words import printable
 
 from .config import TrainConfig, to_args
 from .curves import draw_curves
 from .judge import KEEP, experiments, numbers
 from .ledger import Ledger, name_of
+from .provenance import why_no_commit
 from .record import Record
 from .runs import reserved_run_dir
 from .signals import Signals
@@ -31,6 +33,9 @@ def experiment(config: TrainConfig, signals: Signals) -> int:
     if (config.repeat > 1 or config.confirm) and not config.resume:
         return several(config)
     record = Record(config)
+    if record.source["commit"] is None:
+        reason, mend = why_no_commit()
+        print(printable(f"note: {reason}: the ledger cannot name a commit; {mend}"), file=sys.stderr)
     try:
         summary = run(config, signals, record)
     except BaseException as error:
