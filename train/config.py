@@ -65,7 +65,8 @@ class TrainConfig:
     data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)", free=True)
     name: str = option("run", "name of the run, part of its folder's name", kind=printable)
     description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>); the ledger is beside it")
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken);"
+                                 " the ledger is beside it")  # fmt: skip
     repeat: int = option(1, "runs on so many seeds, --seed and those after it: without, noise is unknown", free=True)
     confirm: bool = option(False, "run a new best again on fresh seeds, three or as many as --repeat", free=True)
     group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
