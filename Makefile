@@ -29,14 +29,24 @@ lint: $(VENV)/.dev
 clean:
 	rm -rf $(VENV)
 
+# A .venv that `uv venv` made has no pip: it gets the one that Python brings along, or else uv installs into it.
+define install
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || command -v uv >/dev/null \
+		|| { echo "$(VENV) has no pip, and its Python brings none: make clean, then make PYTHON=python3.11"; exit 2; }
+	@if $(PY) -m pip --version >/dev/null 2>&1; \
+		then set -x; $(PY) -m pip install --quiet --disable-pip-version-check -e '$(1)'; \
+		else set -x; uv pip install --quiet --python $(PY) -e '$(1)'; fi
+endef
+
 # The stamps say that an install finished: an interrupted one is taken up again.
 $(VENV)/.runtime: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in [(3, 11), (3, 12)])' \
-		|| { echo "timebox needs Python 3.11 or 3.12: make PYTHON=python3.11"; exit 2; }
+	@$$(test -x $(PY) && echo $(PY) || echo $(PYTHON)) \
+		-c 'import sys; v = sys.version_info[:2]; sys.exit(v not in [(3, 11), (3, 12)])' \
+		|| { echo "timebox needs Python 3.11 or 3.12: make clean if there is a $(VENV), then make PYTHON=python3.11"; exit 2; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e .
+	$(call install,.)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(call install,.[dev])
 	@touch $@

@@ -17,7 +17,9 @@ import torch
 from bench.timing import time_call
 from model.flops import device_peak
 from prepare.arguments import Parser, command
+from prepare.words import printable
 from train.device import keep_to_the_cores_allowed
+from train.files import replace_file
 
 # Bytes/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DATASHEET_BANDWIDTHS = {
@@ -94,9 +96,10 @@ def main(args: list[str] | None = None) -> int:
     report(device_name(device), measured)
     if options.json:
         try:
-            options.json.write_text(json.dumps({"device": device_name(device), **asdict(measured)}, indent=2) + "\n")
+            content = json.dumps({"device": device_name(device), **asdict(measured)}, indent=2) + "\n"
+            replace_file(options.json, content.encode())
         except OSError as error:
-            print(f"error: --json {options.json}: {error.strerror}: name another file", file=sys.stderr)
+            print(f"error: --json {printable(options.json)}: {error.strerror}: name another file", file=sys.stderr)
             return 2
     return 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.results import OURS
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.words import printable
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 5.0  # percent
@@ -91,7 +92,7 @@ def main(args: list[str] | None = None) -> int:
             raise InputError(f"{options.new} holds no time of {OURS}: measure on a CUDA device")
         path = options.old or latest(options.results, options.new, new)
         if path is None:
-            print(f"nothing to compare with: no results of {new['device']} in {options.results}")
+            print(f"nothing to compare with: no results of {new['device']} in {printable(options.results)}")
             return 0
         old = read(path)
         if old["device"] != new["device"]:
@@ -100,9 +101,9 @@ def main(args: list[str] | None = None) -> int:
         if not rows:
             raise InputError(f"{path} and {options.new} have no case in common")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
-    print(f"against {path}")
+    print(f"against {printable(path)}")
     regressions = report(rows, options.limit, sys.stdout.isatty())
     print(f"{regressions} of {len(rows)} slower by more than {options.limit:g} %")
     return 1 if regressions else 0

@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-${TIMEBOX_DATA:-}}
 if [ -z "$data" ] || [ ! -f "$data/manifest.json" ]; then
-  echo "error: no prepared folder${data:+ at $data}: python -m prepare --source FOLDER --out DATA makes one" >&2
+  echo "error: no prepared folder${data:+ at $data}: ${PY:-.venv/bin/python} -m prepare --source FOLDER --out DATA makes one" >&2
   exit 2
 fi
 source bench/parts.sh

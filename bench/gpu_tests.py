@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from prepare.arguments import Parser, command
+from prepare.words import install_line
 
 ROOT = Path(__file__).parents[1]
 WORKERS = 4  # their largest tests, 36 GB and three below 20, may meet on a GPU of 80 GB
@@ -91,7 +92,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for each file (default: {LIMIT:g})")
     options = parser.parse_args(args)
     if find_spec("pytest") is None:
-        parser.error("pytest is missing: `make test` installs it, or pip install -e '.[dev]'")
+        parser.error(f"pytest is missing: `make test` installs it, or {install_line('-e', '.[dev]')}")
     if not options.files and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here: `make test` runs what runs without one")
     if missing := [path for path in options.files if not os.path.isfile(path)]:

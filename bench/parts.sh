@@ -1,10 +1,11 @@
 # To be sourced: runs the parts of a long measurement one after the other inside one limit, whatever fails, and says at
 # the end how each went. $OUT takes a log for each part, $DEADLINE (seconds from now) ends them all.
-OUT=${OUT:-bench/results/$(date +%Y%m%d-%H%M%S)} # a folder of its own: what was measured before stays to be compared with
 PY=${PY:-.venv/bin/python}
 DEADLINE=${DEADLINE:-470}
 DEVICE=${DEVICE:-cuda}
-mkdir -p "$OUT"
+# A folder of its own, whoever else begins in this second: what was measured before stays to be compared with.
+mkdir -p "${OUT:-bench/results}"
+OUT=${OUT:-$(mktemp -d "bench/results/$(date +%Y%m%d-%H%M%S)-XXX")}
 SECONDS=0
 rows=()
 failures=0

@@ -21,6 +21,7 @@ from bench.roofline import Op
 from kernels.common import EPS
 from kernels.linear_cross_entropy import IGNORED, SOFTCAP
 from kernels.rotary_attention import rotary_attention_ref
+from prepare.words import install_line
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ def flash_attention(module: str) -> dict[str, Function]:
 
 # Name, module whose presence tells, its ops, and how to get it.
 PEERS = (
-    ("liger", "liger_kernel", liger, ".venv/bin/pip install --no-deps liger-kernel"),
-    ("quack", "quack", quack, ".venv/bin/pip install quack-kernels"),
+    ("liger", "liger_kernel", liger, install_line("--no-deps", "liger-kernel")),
+    ("quack", "quack", quack, install_line("quack-kernels")),
     ("flash-attn-2", "flash_attn", partial(flash_attention, "flash_attn"),
-     ".venv/bin/pip install --no-build-isolation flash-attn"),
+     install_line("--no-build-isolation", "flash-attn")),
     ("flash-attn-3", "flash_attn_interface", partial(flash_attention, "flash_attn_interface"),
      "build hopper/ of github.com/Dao-AILab/flash-attention"),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from statistics import median
 
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.words import printable
 
 COLUMNS = {
     "tokens_per_second": "tok/s",
@@ -58,9 +59,9 @@ def read_runs(folders: list[Path], at_least: int) -> dict[str, tuple[dict, list[
             summary, losses = read_run(folder)
             if at_least > 1 and not losses:
                 raise InputError(f"{folder} has no step")
-            runs[folder.name] = summary, losses
+            runs[printable(folder.name)] = summary, losses
         except InputError as error:
-            print(f"left out: {error}")
+            print(f"left out: {printable(error)}")
     if len(runs) < at_least:
         raise InputError("no run to show" if at_least == 1 else "--agree needs two runs or more, each with a step")
     return runs
@@ -91,7 +92,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         runs = read_runs(options.runs, 1 if options.agree is None else 2)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     print("\n".join(summary_table({name: summary for name, (summary, _) in runs.items()})))
     if options.agree is None:

@@ -31,6 +31,8 @@ from bench.timing import time_call
 from bench.tuned import HEADER, NO_TIME, Trial, Tuned, as_json, line_of, one_line, report_gains, report_offline
 from prepare import InputError
 from prepare.arguments import Parser, command
+from prepare.words import printable
+from train.files import replace_file
 from train.provenance import versions
 from train.runs import source_commit
 
@@ -158,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
     def save(done: list[Tuned]) -> None:
         if options.json:
             try:
-                options.json.write_text(as_json(done, about), encoding="utf-8")
+                replace_file(options.json, as_json(done, about).encode())
             except OSError as error:
                 raise InputError(f"--json {options.json}: {error.strerror}: name another file") from None
 
@@ -203,7 +205,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         run(options)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     finally:
         kernels.set_ops(None)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from .errors import lost_output
+from .words import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +21,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {printable(message)}\n")
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -37,7 +38,8 @@ def begin() -> None:
 
     Until `hear_interrupts`, Ctrl-C ends the command as it ends any program: the import of PyTorch leaves no traceback.
     What was closed before the start (`>&-`) is /dev/null: nothing fails for want of it, and no file that is opened
-    later gets its number, to be written to by whatever prints.
+    later gets its number, to be written to by whatever prints. What a terminal's encoding lacks is spelled out (`\\xb1`
+    for ± in ASCII): no word ends a run.
     """
     if sys.argv[:1] != ["-m"]:  # as long as Python looks for the module; imported otherwise, this is no command
         return
@@ -46,6 +48,9 @@ def begin() -> None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 -- the lowest number that is free
             os.set_inheritable(stream.fileno(), True)  # to the processes that a command starts
             setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        if stream.errors in ("strict", "surrogateescape"):  # and not what PYTHONIOENCODING asks for
+            stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

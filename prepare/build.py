@@ -1,7 +1,6 @@
 """`prepare`: a source becomes one folder that training reads."""
 
 import random
-import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,6 +29,7 @@ from .shards import (
 )
 from .sources import Source, climbmix_source, counted, folder_source, stdlib_source
 from .tokenizer import MAX_TRAIN_CHARS, TRAIN_BYTES, Tokenizer, check_vocab_size
+from .words import command_line, printable
 
 DEFAULT_VOCAB_SIZE = 8192
 SMALL_TRAIN_SHARE = 0.5  # of the text: with less than that, it says so
@@ -157,8 +157,8 @@ def summary(manifest: dict, folder: Path) -> str:
             f"{'note:':<9}only {share:.0%} of the text is for training: give more documents, cut them with --separator,"
             " or hold fewer files out by their names"
         )
-    lines.append(f"{'where:':<9}{folder}")
-    lines.append(f"{'next:':<9}python -m train --data {shlex.quote(str(folder))}")
+    lines.append(f"{'where:':<9}{printable(folder)}")
+    lines.append(f"{'next:':<9}{command_line('train', '--data', folder)}")
     return "\n".join(lines)
 
 

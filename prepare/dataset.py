@@ -27,13 +27,14 @@ from .shards import (
     write_json,
 )
 from .tokenizer import Tokenizer
+from .words import command_line
 
 # Train shards that are hashed at every start, in bytes: half a second. Of more, those whose size or mtime has changed.
 ALWAYS_HASHED = 250_000_000
 
 OTHER_FILES = 512  # that a process may want open besides
 
-_MEND = "run `python -m prepare` again"
+_MEND = f"run `{command_line('prepare')}` again"
 
 # Whether a file is to be hashed that has this stat, and this record in the manifest.
 MustHash = Callable[[os.stat_result, dict], bool]
@@ -228,7 +229,7 @@ class Dataset:
 def _read_manifest(folder: Path) -> tuple[bytes, dict]:
     path = folder / MANIFEST
     if not path.exists():
-        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): run `python -m prepare`")
+        raise InputError(f"{folder} holds no prepared data ({MANIFEST} is missing): run `{command_line('prepare')}`")
     content = read_bytes(path, _MEND)
     manifest = parse_json(content, path, _MEND)
     if manifest.get("format", FORMAT_VERSION) != FORMAT_VERSION:

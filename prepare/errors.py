@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .words import printable
+
 STDOUT, STDERR = 1, 2
 
 
@@ -18,9 +20,9 @@ def one_line(error: Exception, mend: str) -> str:
     """What a command says before it ends with 2. An InputError says all of it; an OSError has the path and what is
     wrong there, to which `mend` adds the options that name another. One that is about no path has no such mend."""
     if not isinstance(error, OSError):
-        return str(error)
+        return printable(error)
     if error.filename:
-        return f"{error.filename}: {error.strerror}; {mend}"
+        return printable(f"{error.filename}: {error.strerror}; {mend}")
     what = error.strerror or " ".join(str(error).split())
     if lost := lost_output(error):
         return lost

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+from .words import is_utf8
 
 MAX_JSON_BYTES = 1 << 26  # the largest of ours, the manifest of 6,543 shards, has some 3 MB
 SEAL = "sha256"
@@ -13,6 +16,16 @@ SEAL = "sha256"
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def library_path(path: Path) -> Iterator[str]:
+    """What safetensors and Arrow, which know no path but UTF-8, can open while it is entered."""
+    if is_utf8(path):
+        yield str(path)
+    else:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
 
 
 def seal_of(content: dict) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import InputError
+from .files import library_path
 
 FORMATS = (".parquet", ".jsonl", ".txt", ".md")
 CUT_BY_SEPARATOR = (".txt", ".md")
@@ -157,7 +158,8 @@ class Reading:
     def _open_parquet(self, path: Path, skipped: Skipped) -> pq.ParquetFile | None:
         """None where it is bad and that is skipped."""
         try:
-            file = pq.ParquetFile(path)
+            with library_path(path) as name:
+                file = pq.ParquetFile(name)
             schema = file.schema_arrow
         except (pa.ArrowException, OSError) as e:
             line = f"{path} is not a whole Parquet file ({_one_line(e)}): fetch or write it again"

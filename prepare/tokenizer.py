@@ -18,6 +18,7 @@ import tiktoken
 from .errors import InputError
 from .files import parse_json, read_bytes
 from .limits import num_cores
+from .words import command_line
 
 # How text is cut into pieces before any merge; a merge never crosses a piece. The possessive quantifiers mean the
 # same to `tokenizers` (training) and to `tiktoken` (encoding); tests/test_tokenizer.py compares the two.
@@ -84,7 +85,7 @@ class Tokenizer:
         return cls(merges)
 
     @classmethod
-    def load(cls, path: str | Path, mend: str = "run prepare again") -> "Tokenizer":
+    def load(cls, path: str | Path, mend: str = f"run `{command_line('prepare')}` again") -> "Tokenizer":
         """Raises InputError, which advises `mend`, where `path` is missing or no tokenizer of ours."""
         return cls.parse(read_bytes(Path(path), mend), Path(path), mend)
 

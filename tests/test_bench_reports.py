@@ -318,7 +318,7 @@ def test_first_runs_wants_a_prepared_folder(tmp_path):
         done = shell(f"bench/first_runs.sh {argument}", TIMEBOX_DATA="")
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
-    assert "python -m prepare" in done.stderr
+    assert " -m prepare --source " in done.stderr
 
 
 def test_a_trace_without_kernels_or_operators():

@@ -195,6 +195,52 @@ def test_make_says_that_a_venv_keeps_its_python(tmp_path):
         assert done.stdout.count("note: .venv is there and keeps its Python") == count
 
 
+# In place of a virtual environment's Python: has a pip once it is given one, and says what it was asked for.
+PRETENDED_PYTHON = """#!/bin/sh
+echo "python $*" >> asked
+case "$*" in
+    -c*) exit $VERSION_IS_WRONG ;;
+    "-m pip --version") test -e pip ;;
+    "-m ensurepip") test -e ensurepip && touch pip ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("there", "asked"), [
+    ("pip", ["python -m pip install -e ."]),
+    ("ensurepip", ["python -m ensurepip", "python -m pip install -e ."]),
+    ("uv", ["python -m ensurepip", "uv pip install --python .venv/bin/python -e ."]),
+    ("nothing", ["python -m ensurepip"]),
+    ("another version", []),
+])  # fmt: skip
+def test_make_installs_into_whatever_venv_there_is(tmp_path, there, asked):
+    """As `uv venv` leaves it, without a pip, too; and it is that environment's Python whose version counts."""
+    for folder, name, content in (
+        (".venv/bin", "python", PRETENDED_PYTHON), ("bin", "python3", "#!/bin/sh\nexit 1"),
+        ("bin", "uv", '#!/bin/sh\necho "uv $*" >> asked'),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        if name != "uv" or there == "uv":
+            (tmp_path / folder / name).write_text(content)
+            (tmp_path / folder / name).chmod(0o755)
+    (tmp_path / "bin" / "touch").symlink_to(shutil.which("touch"))
+    (tmp_path / there).touch()
+    (tmp_path / "pyproject.toml").touch()
+    environment = {"PATH": str(tmp_path / "bin"), "VERSION_IS_WRONG": str(int(there == "another version"))}
+    make = [shutil.which("make"), "-f", str(ROOT / "Makefile"), ".venv/.runtime"]
+    done = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (there in ("pip", "ensurepip", "uv"))
+    assert (tmp_path / ".venv" / ".runtime").exists() == (done.returncode == 0)
+    lines = (tmp_path / "asked").read_text().replace(" --quiet", "").replace(" --disable-pip-version-check", "")
+    lines = [line for line in lines.splitlines() if line != "python -m pip --version"]
+    assert lines[0].startswith("python -c import sys")
+    assert lines[1:] == asked
+    if there == "nothing":
+        assert ".venv has no pip, and its Python brings none: " in done.stdout
+    if there == "another version":
+        assert "timebox needs Python 3.11 or 3.12: " in done.stdout
+
+
 def test_a_damaged_tokenizer_of_a_run_is_mended_from_its_data(small_run, tmp_path, capsys):
     copy = shutil.copytree(small_run, tmp_path / "run")
     (copy / "tokenizer.json").write_text("{")

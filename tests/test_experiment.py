@@ -1,11 +1,14 @@
 """Every run leaves a row: finished, failed, broken, interrupted, repeated, confirmed."""
 
 import csv
+import errno
 import itertools
 import json
 import math
+import os
 import re
 import signal
+import stat
 import subprocess
 
 import pytest
@@ -15,9 +18,14 @@ import torch
 import train.__main__
 import train.experiment
 from model import GPT
+from prepare import InputError
+from prepare.words import SAID
+from train import doctor
 from train.config import TrainConfig, parse_given, to_args
 from train.ledger import Ledger
 from train.provenance import evaluating_code_sha256, short_commit, source_state
+from train.resume import is_free
+from train.runs import RunFolder, default_run_dir, reserved_run_dir
 
 
 def run_main(corpus, folder, *args: str) -> int:
@@ -197,3 +205,142 @@ def test_the_state_of_the_source(monkeypatch, tmp_path):
     (tmp_path / "new.py").write_text("x = 1\n")
     (tmp_path / ".#model.py").symlink_to("someone@elsewhere")  # as an editor does
     assert len({clean["diff_sha256"], edited["diff_sha256"], source_state()["diff_sha256"]}) == 3
+
+
+class NotLikeThat:
+    """What a file system says that has no locks, or that does not sync, of a folder or of anything."""
+
+    def __init__(self, number: int, of_folders: bool = False):
+        self.number, self.of_folders = number, of_folders
+
+    def __call__(self, descriptor: int, *_) -> None:
+        if not self.of_folders or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF])
+def test_a_file_system_without_locks(corpus, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.chdir(tmp_path)
+    SAID.clear()
+    monkeypatch.setattr("train.files.fcntl.flock", NotLikeThat(number))
+    assert run_main(corpus, "runs/a") == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "locks" in line]
+    assert note.startswith(f"note: the file system of runs/a has no locks ({os.strerror(number)}): ")
+    assert [row["run"] for row in rows(tmp_path / "runs")] == ["a"]
+    assert is_free(tmp_path / "runs" / "a")
+
+
+@pytest.mark.parametrize("of_folders", [False, True])
+def test_a_file_system_that_does_not_sync(corpus, tmp_path, monkeypatch, capsys, of_folders):
+    SAID.clear()
+    monkeypatch.setattr("train.files.os.fsync", NotLikeThat(errno.EINVAL, of_folders))
+    assert run_main(corpus, tmp_path / "a", "--checkpoint-every", "0", "--keep-checkpoints") == 0
+    said = "does not sync it (Invalid argument): a power cut may cost what is newest"
+    assert capsys.readouterr().err.count(said) == 1
+    assert [*(tmp_path / "a" / "checkpoints").iterdir()]
+
+
+@pytest.mark.parametrize("call", ["fcntl.flock", "os.fsync"])
+def test_a_broken_disk_is_no_file_system_that_does_without(corpus, tmp_path, monkeypatch, capsys, call):
+    monkeypatch.setattr(f"train.files.{call}", NotLikeThat(errno.EIO))
+    assert run_main(corpus, tmp_path / "a") == 2
+    assert "Input/output error" in capsys.readouterr().err
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.runs.time.strftime", lambda form: "20261129-120000")
+    monkeypatch.setattr(train.experiment, "Popen", InProcess)
+    arguments = [*tiny_run.TINY, "--data", str(corpus), "--steps", "3"]
+    for more in ([], [], ["--seed", "50"], ["--repeat", "1", "--name", "other"]):
+        assert train.__main__.main([*arguments, *more]) == 0
+    names = ["20261129-120000-run", "20261129-120000-run-2", "20261129-120000-run-3", "20261129-120000-other"]
+    assert [row["run"] for row in rows(tmp_path / "runs")] == names
+    for name, seed in zip(names, (42, 42, 50, 42), strict=True):
+        assert json.loads((tmp_path / "runs" / name / "summary.json").read_text())["seed"] == str(seed)
+
+
+def test_groups_that_begin_in_one_second_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.runs.time.strftime", lambda form: "20261129-120000")
+    with reserved_run_dir("a") as first, reserved_run_dir("a") as second:
+        alone = RunFolder(default_run_dir("a"), named_by_user=False)
+        alone.close()
+        names = [path.name for path in (first, second, alone.path)]
+        assert names == ["20261129-120000-a", "20261129-120000-a-2", "20261129-120000-a-3"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == names[2:]
+
+
+def test_repeats_keep_their_name_to_themselves_and_leave_no_folder(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.runs.time.strftime", lambda form: "20261129-120000")
+    seen = []
+
+    class Another(InProcess):
+        """In the same second another group begins, on other seeds."""
+
+        def wait(self) -> int:
+            with reserved_run_dir("run") as path:
+                seen.append(path.name)
+            return super().wait()
+
+    monkeypatch.setattr(train.experiment, "Popen", Another)
+    arguments = [*tiny_run.TINY, "--data", str(corpus), "--steps", "3", "--repeat", "2"]
+    assert train.__main__.main(arguments) == 0
+    assert seen == ["20261129-120000-run-2"] * 2
+    assert {row["group"] for row in rows(tmp_path / "runs")} == {"20261129-120000-run"}
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert folders == ["20261129-120000-run-seed42", "20261129-120000-run-seed43"]
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "nowhere").symlink_to("gone")
+    for folder, mend in ((tmp_path / "nowhere", "--run-dir"), (tmp_path / "nowhere" / "run", "--run-dir")):
+        with pytest.raises(InputError, match=f"cannot make the run folder .*{mend}"):
+            RunFolder(folder)
+    with pytest.raises(InputError, match="File name too long; choose another --name"):
+        RunFolder(tmp_path / ("a" * 300), named_by_user=False)
+
+
+@pytest.mark.parametrize(("said", "reason", "mend"), [
+    ("fatal: detected dubious ownership in repository at '/a b'\nTo add an exception for this directory, call:\n\n"
+     "\tgit config --global --add safe.directory '/a b'\n", "belongs to another user",
+     "git config --global --add safe.directory '/a b'"),
+    ("fatal: not a git repository (or any of the parent directories): .git\n", "is no git repository", "git init && "),
+    ("fatal: ambiguous argument 'HEAD': unknown revision\n", "git knows no commit of", "git add . && git commit"),
+    (FileNotFoundError("git"), "git is not installed", "install git"),
+])  # fmt: skip
+def test_where_git_names_no_commit_it_is_said_why(corpus, tmp_path, monkeypatch, capsys, said, reason, mend):
+    def refuses(*args):
+        raise said if isinstance(said, OSError) else subprocess.CalledProcessError(128, "git", b"", said.encode())
+
+    monkeypatch.setattr("train.provenance._git", refuses)
+    found = doctor.code()
+    assert found.state == doctor.NOTE
+    assert reason in found.found
+    assert found.remedy.startswith(mend)
+    assert run_main(corpus, tmp_path / "a") == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "the ledger cannot name a commit" in line]
+    assert reason in note
+    assert mend in note
+    assert rows(tmp_path)[0]["commit"] == "none"
+
+
+def test_a_git_that_does_not_know_who_commits(tmp_path, monkeypatch):
+    """It would refuse the agent's commit, and the run would be of a commit with changes."""
+    for name in [name for name in os.environ if name.startswith(("GIT_", "EMAIL"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setattr("train.provenance.ROOT", tmp_path)
+    who = ["-c", "user.name=A", "-c", "user.email=a@b"]
+    for args in (["init"], [*who, "commit", "--allow-empty", "-m", "start"], ["config", "user.useConfigOnly", "true"]):
+        subprocess.run(["git", "-C", str(tmp_path), *args], check=True, capture_output=True)
+    found = doctor.code()
+    assert found.state == doctor.NOTE
+    assert "git does not know who you are" in found.found
+    assert found.remedy.startswith("git config --global user.name")
+    for key in ("user.name", "user.email"):
+        subprocess.run(["git", "-C", str(tmp_path), "config", key, "a@b"], check=True)
+    assert doctor.code().state == doctor.OK

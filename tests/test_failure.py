@@ -12,6 +12,7 @@ from test_loop import CONFIG, endless_batches, make_step
 from tiny_run import run_main
 
 from prepare import Batch
+from prepare.words import command_line
 from train import failure, replay
 from train.failure import find, read_failure
 from train.schedule import step_values
@@ -43,7 +44,7 @@ def test_a_run_that_fails_is_shown_again(corpus, tmp_path, capsys, kind):
     out = capsys.readouterr().out
     line = out.splitlines()[-1]
     assert line.startswith(f"FAIL: step 00001: {said}")
-    assert "in batch 2 (micro-batch 1 of 2); kept for python -m train.replay '" in line
+    assert "in batch 2 (micro-batch 1 of 2); kept for " + command_line("train.replay", folder) in line
     assert out.count("\nstep ") == 1  # the bad step is not reported
     assert not (folder / "failure.part").exists()
     assert replay.main([str(folder)]) == 1

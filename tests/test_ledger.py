@@ -48,7 +48,7 @@ def test_rows_as_the_published_system_has_them(tmp_path):
     assert lines[1].split("\t")[:6] == ["1234567", "0.997900", "44.0", "keep", "the base line", "baseline"]
     assert lines[2].split("\t")[:7] == ["1234567", "0.000000", "0.0", "crash", "√ wide", "failed", "loss is nan"]
     assert [run["val_bpb"] for run in ledger.runs()] == [0.9979, None]
-    assert ledger.runs()[0]["description"] == "the\tbase\nline"
+    assert ledger.runs()[0]["description"] == "the base line"
 
 
 def test_a_killed_writer_costs_its_own_line_alone(tmp_path):

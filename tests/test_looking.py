@@ -14,6 +14,7 @@ from ledger_entries import a_night, add, entry
 from tiny_run import rows, run_main
 
 from prepare import InputError
+from prepare.words import command_line, install_line
 from train import doctor, memory
 from train.config import TrainConfig, resolve
 from train.curves import draw_curves
@@ -156,7 +157,7 @@ def test_event_files(corpus, tmp_path):
 def test_event_files_without_the_package(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.tensorboard.find_spec", lambda name: None)
     assert run_main(corpus, tmp_path / "run", "--tensorboard") == 2
-    assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
+    assert install_line("-e", ".[tensorboard]") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -220,7 +221,7 @@ def test_a_requirement_that_is_not_pinned_is_looked_for_all_the_same(tmp_path, m
 def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path, monkeypatch, capsys):
     found, _ = doctor.dataset(str(tmp_path), "cpu")
     assert wrong(found)
-    assert "python -m prepare" in found.remedy
+    assert command_line("prepare") in found.remedy
     monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_driver", lambda: "535.1")
     assert wrong(doctor.gpu())

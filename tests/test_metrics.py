@@ -62,6 +62,27 @@ def test_utilisation(monkeypatch):
     assert utilisation(config, torch.device("cpu"), 1e5).mfu is None
 
 
+@pytest.mark.parametrize("mfu", [None, 42.08])
+@pytest.mark.parametrize("pace", [331.9, 1_835_421.4])
+def test_what_matters_is_on_a_line_of_any_width(mfu, pace):
+    given = {"step": 14231, "progress": 0.47312, "loss": 2.4819034, "lr_multiplier": 1.0, "dt": 0.62661, "epoch": 1,
+             "tokens_per_second": pace, "mfu": mfu, "remaining": 158.1}  # fmt: skip
+    whole, share = log_line(**given), "n/a" if mfu is None else "42.1%"
+    assert log_line(**given, columns=len(whole)) == whole
+    for columns in range(len(whole)):
+        line = log_line(**given, columns=columns)
+        assert len(line) <= columns
+        if columns >= 79:
+            for part in ("step 14231", "loss: 2.481903", f"tok/sec: {pace:,.0f}", f"mfu: {share}", "remaining: 158s"):
+                assert part in line
+        elif columns >= 59:
+            assert line.startswith("step 14231")
+            assert "2.4819" in line
+            assert share in line
+            assert line.endswith("158s")
+            assert "331" in line or "332" in line if pace < 1e4 else "1,835,421" in line or "1835k" in line
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -83,7 +104,8 @@ def test_lines_are_whole_where_redirected_and_redrawn_on_a_terminal(tmp_path, mo
     if terminal:
         assert text.count("\r") == 2
         assert text.endswith("\x1b[K\n")
-        assert all(len(line) == 59 for line in text.replace("\x1b[K", "").rstrip("\n").split("\r")[1:])
+        lines = text.replace("\x1b[K", "").rstrip("\n").split("\r")[1:]
+        assert lines == [f"step {i} loss 3.1000 tok/s 2000 mfu n/a left 10s" for i in range(2)]
     else:
         lines = text.splitlines()
         assert len(lines) == 2

@@ -4,9 +4,10 @@ import errno
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import train.__main__
 import train.checkpoint
 import train.trainer
 from prepare import prepare
+from prepare.words import command_line
 from train.checkpoint import checkpoint_folders, read_checkpoint
 from train.config import TrainConfig
 from train.ledger import Ledger
@@ -75,14 +77,16 @@ def stopped(stopped_once, tmp_path):
 
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 def test_stopped_by_a_signal_and_continued(corpus, tmp_path, whole, capfd, number, word):
-    folder = interrupt(corpus, tmp_path / "a run", number=number)
+    folder = interrupt(corpus, tmp_path / "a \udcff$run$ \x1b[1m'", number=number)
     captured = capfd.readouterr()
     assert captured.err.splitlines()[-1] == word
     assert "Traceback" not in captured.err
     assert losses(folder) == losses(whole)[:7]  # the step was finished, and no other begun
-    command = shlex.split(captured.out.splitlines()[-1].partition(": ")[2])
-    assert command[:3] == ["python", "-m", "train"]
-    assert train.__main__.main(command[3:]) == 0
+    command = captured.out.splitlines()[-1].partition(": ")[2]
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    python, *args = map(os.fsdecode, said.split(b"\0")[:-1])
+    assert (os.path.abspath(python), *args[:2]) == (sys.executable, "-m", "train")
+    assert train.__main__.main(args[2:]) == 0
     assert_same(folder, whole)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["resumes"] == "1"
@@ -167,7 +171,7 @@ def test_interrupted_while_it_evaluates(stopped, whole, monkeypatch, capfd):
         assert main("--resume", str(stopped)) == 130
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err
-    assert f"to go on from step 16: python -m train --resume {stopped}" in captured.out
+    assert f"to go on from step 16: {command_line('train', '--resume', stopped)}" in captured.out
     assert not (stopped / "summary.json").exists()
     steps = []
     with monkeypatch.context() as patch:
@@ -373,7 +377,7 @@ def test_weights_that_find_no_room_are_told_with_the_way_on(stopped, whole, monk
         assert main("--resume", str(stopped)) == 2
     captured = capsys.readouterr()
     assert "error: model.safetensors.part: No space left on device; make room there" in captured.err
-    assert f"to go on from step 16: python -m train --resume {stopped}" in captured.out
+    assert f"to go on from step 16: {command_line('train', '--resume', stopped)}" in captured.out
     (row,) = (run for run in Ledger.beside(stopped).runs() if run["run"] == stopped.name)
     assert f"val_bpb:               {row['val_bpb']:.6f}\n" in captured.out  # the number is not lost with the files
     assert main("--resume", str(stopped)) == 0

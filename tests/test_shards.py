@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from prepare_corpus import VOCAB_SIZE, write_corpus
 
 from prepare import Dataset, InputError, dataset, prepare, shards
 from prepare.sources import folder_source
+from prepare.words import command_line
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +320,7 @@ def test_a_tokenizer_the_shards_were_not_made_with(folder, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\x00\xff", "[" * 100_000, '{"a": 1, "a": 1}', "9" * 5000])
 def test_a_manifest_that_is_none(folder, content):
     (folder / "manifest.json").write_text(content)
-    with pytest.raises(InputError, match=r"manifest\.json .*python -m prepare"):
+    with pytest.raises(InputError, match=rf"manifest\.json .*{re.escape(command_line('prepare'))}"):
         Dataset.open(folder)
 
 

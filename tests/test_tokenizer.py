@@ -177,7 +177,7 @@ def test_a_broken_tokenizer_file(tokenizer, tmp_path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"tokenizer\.json .*run prepare again"):
+    with pytest.raises(InputError, match=r"tokenizer\.json .*-m prepare` again"):
         Tokenizer.load(path)
 
 
@@ -185,7 +185,7 @@ def test_a_broken_tokenizer_file(tokenizer, tmp_path, change):
 def test_a_tokenizer_file_that_is_none(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="run prepare again"):
+    with pytest.raises(InputError, match="-m prepare` again"):
         Tokenizer.load(path)
     path.unlink()
     with pytest.raises(InputError, match="is missing"):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import train.watchdog
+from prepare.words import command_line
 from train.watchdog import ALARM, FLOOR, Watchdog
 
 TINY = [
@@ -29,7 +30,9 @@ HANGS = {
 PROGRAM = """
 import ctypes, pathlib, sys, threading
 import train.watchdog
+from prepare.words import command_line
 from prepare import Loader
+from prepare.words import command_line
 from train.__main__ import main
 from train.step import TrainStep
 
@@ -65,9 +68,9 @@ def test_a_run_that_hangs_is_ended(small_data, tmp_path, where):
     else:
         last = out.splitlines()[-1]
         # Two seconds, or ten of this machine's steps where those take longer: beside other work they may.
-        said = re.fullmatch(r"FAIL: no step for (\d+) s; to go on from step \d+: python -m train --resume (.*)", last)
+        again = re.escape(command_line("train", "--resume", tmp_path / "run"))
+        said = re.fullmatch(rf"FAIL: no step for (\d+) s; to go on from step \d+: {again}", last)
         assert int(said[1]) >= 2
-        assert said[2] == str(tmp_path / "run")
         row = json.loads((tmp_path / "results.jsonl").read_text())
         assert (row["status"], row["verdict"]) == ("crash", "failed")
         assert row["note"].startswith(f"no step for {said[1]} s, after ")

@@ -4,6 +4,7 @@ import sys
 
 from prepare import InputError
 from prepare.errors import STDERR, lost_output, one_line, silence
+from prepare.words import printable
 
 from .signals import UNREAD, Interrupted, Signals
 
@@ -42,7 +43,7 @@ def _train(args: list[str] | None, signals: Signals) -> int:
     try:
         return experiment(parse(args), signals)
     except TrainingError as error:
-        print(f"\nFAIL: {error}", flush=True)
+        print(f"\nFAIL: {printable(error)}", flush=True)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prepare import InputError
-from prepare.files import sha256_of
+from prepare.files import library_path, sha256_of
+from prepare.words import printable
 
 from .files import rename_synced, sync, write_synced
 from .state import RunState
@@ -54,7 +55,8 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         """On the CPU. Raises InputError."""
         try:
-            return load_file(self.path / TENSORS)
+            with library_path(self.path / TENSORS) as name:
+                return load_file(name)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{self.path / TENSORS} cannot be read ({error})") from None
 
@@ -133,7 +135,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
             return read_checkpoint(path)
         except DamagedError as error:
             damaged.append(f"{path}: {error}")
-            print(f"note: a checkpoint is damaged and left out, {damaged[-1]}", file=sys.stderr)
+            print(f"note: a checkpoint is damaged and left out, {printable(damaged[-1])}", file=sys.stderr)
     what = f"no whole checkpoint ({damaged[0]})" if damaged else "no checkpoint"
     raise InputError(f"{folder.parent} has {what}: start the run anew, without --resume")
 
@@ -206,5 +208,5 @@ class Checkpointer:
             remove_parts(self.folder)
             print(
                 f"\nnote: no checkpoint of step {values['step']}, the run goes on:"
-                f" {error.filename}: {error.strerror}", file=sys.stderr, flush=True,
+                f" {printable(error.filename)}: {error.strerror}", file=sys.stderr, flush=True,
             )  # fmt: skip

@@ -6,9 +6,10 @@ from pathlib import Path
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
+from prepare.words import printable
 
 from .judge import Experiment, differences, experiments, numbers
-from .ledger import Ledger
+from .ledger import Ledger, name_of
 from .statistics import SIGNIFICANCE, spread, verdict, welch_p
 
 
@@ -30,7 +31,7 @@ def find(name: str, folder: str) -> Experiment:
     """The group called `name`, or the one run. Raises InputError where the ledger has neither."""
     path = Path(name)
     ledger = Ledger.beside(path) if path.is_dir() else Ledger(folder)
-    name = path.resolve().name if path.is_dir() else name
+    name = name_of(path) if path.is_dir() else printable(name)
     runs = ledger.runs()
     groups = experiments(runs)
     if name in groups:

@@ -17,6 +17,7 @@ import torch
 from model import GPTConfig
 from prepare import InputError
 from prepare.arguments import Parser
+from prepare.words import printable
 
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
 MAX_DEPTH = 100_000  # a shape has an entry a layer: without a limit, one of 20 digits never ends
@@ -51,8 +52,9 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def option(default, text: str, **metadata):
-    """A field of TrainConfig. Its metadata: `help`, `choices`, and `free` where a resumed run may have another value:
-    no result depends on it, or what it stands for is compared by itself, as the data's hashes are."""
+    """A field of TrainConfig. Its metadata: `help`, `choices`, `kind` where a given word is not taken as it is, and
+    `free` where a resumed run may have another value: no result depends on it, or what it stands for is compared by
+    itself, as the data's hashes are."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -61,13 +63,15 @@ class TrainConfig:
     """Everything that a run depends on. `resolve` fills in what depends on the device, and checks the rest."""
 
     data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)", free=True)
-    name: str = option("run", "name of the run, part of its folder's name")
-    description: str = option("", "what this run tries, for the ledger", free=True)
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>); the ledger is beside it")
+    name: str = option("run", "name of the run, part of its folder's name", kind=printable)
+    description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken);"
+                                 " the ledger is beside it")  # fmt: skip
     repeat: int = option(1, "runs on so many seeds, --seed and those after it: without, noise is unknown", free=True)
     confirm: bool = option(False, "run a new best again on fresh seeds, three or as many as --repeat", free=True)
-    group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True)
-    confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True)
+    group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
+                               kind=printable)  # fmt: skip
+    confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True, kind=printable)
     tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"))
     ops: str | None = option(None, "triton kernels, PyTorch reference, or the reference under torch.compile"
@@ -245,6 +249,6 @@ def parse_given(args: list[str] | None = None) -> dict[str, Any]:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             choices = f.metadata.get("choices")
-            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=choices, help=text,
-                                metavar=None if choices else kind.__name__.upper())  # fmt: skip
+            parser.add_argument(flag, type=f.metadata.get("kind", kind), default=argparse.SUPPRESS, choices=choices,
+                                help=text, metavar=None if choices else kind.__name__.upper())  # fmt: skip
     return vars(parser.parse_args(args))

@@ -7,8 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from prepare.arguments import Parser, command
+from prepare.words import printable
 
-from .plot import BLUE, GREY, INK, ORANGE, new_figure, tidy
+from .plot import BLUE, GREY, INK, ORANGE, new_figure, save, tidy
 
 NAME = "curves.png"
 
@@ -40,7 +41,7 @@ def draw_curves(folder: Path) -> Path | None:
     try:
         return _draw(folder, steps)
     except Exception as error:  # whatever matplotlib or the disk has
-        print(f"note: no {NAME}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"note: no {NAME}: {type(error).__name__}: {printable(error)}", file=sys.stderr)
         return None
 
 
@@ -50,7 +51,7 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
 
     figure = new_figure(10, 6.4)
     panels = figure.subplots(2, 2, sharex=True).ravel()
-    figure.suptitle(folder.resolve().name, fontsize=12, color=INK)
+    figure.suptitle(printable(folder.resolve().name), fontsize=12, color=INK)
 
     def series(key: str) -> list[float]:
         return [math.nan if step[key] is None else step[key] for step in steps]
@@ -81,9 +82,7 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
             panel.axvspan(0, seconds[first_timed - 1], color=GREY, alpha=0.15, linewidth=0)
     for panel in panels[2:]:
         panel.set_xlabel("seconds of steps" + (" (grey: untimed)" if first_timed else ""), fontsize=10, color=INK)
-    part = folder / f"{NAME}.part"
-    figure.savefig(part, format="png")
-    part.replace(folder / NAME)
+    save(figure, folder / NAME)
     return folder / NAME
 
 
@@ -102,8 +101,8 @@ def main(args: list[str] | None = None) -> int:
     failed = False
     for folder in parser.parse_args(args).run:
         drawn = draw_curves(folder)
-        print(drawn or f"error: {folder} has no readable metrics.jsonl: name the folder of a run", flush=True,
-              file=sys.stdout if drawn else sys.stderr)  # fmt: skip
+        said = drawn or f"error: {folder} has no readable metrics.jsonl: name the folder of a run"
+        print(printable(said), flush=True, file=sys.stdout if drawn else sys.stderr)
         failed |= drawn is None
     return 2 if failed else 0
 

@@ -19,11 +19,12 @@ from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
 from prepare.home import home
 from prepare.limits import control_group_bytes, num_cores
+from prepare.words import command_line, install_line, printable
 
 from .config import TrainConfig, cpu_has_bf16, resolve
 from .device import OLDEST_GPU
 from .memory import available_bytes, count, largest_batch
-from .provenance import ROOT, cpu_name, source_state
+from .provenance import ROOT, cpu_name, no_identity, source_state, why_no_commit
 from .runs import default_run_dir
 from .trainer import VOCAB_SIZE, embedded_folder
 
@@ -55,8 +56,8 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        line = f"{self.state:<6}{self.what:<9} {self.found}"
-        return f"{line}\n{'':16}-> {self.remedy}" if self.remedy else line
+        line = f"{self.state:<6}{self.what:<9} {printable(self.found)}"
+        return f"{line}\n{'':16}-> {printable(self.remedy)}" if self.remedy else line
 
 
 def main(args: list[str] | None = None) -> int:
@@ -106,20 +107,25 @@ def packages() -> Iterator[Finding]:
         except PackageNotFoundError:
             installed = "missing"
         if installed == "missing":
-            yield Finding("packages", WRONG, f"{name} is missing", "pip install -e .")
+            yield Finding("packages", WRONG, f"{name} is missing", install_line("-e", "."))
         elif wanted and installed.partition("+")[0] != wanted:
             off.append(f"{name} {installed} (tested with {wanted})")
     triton = f"triton {version('triton')}" if find_spec("triton") else "no triton, so no kernels"
     found = f"torch {torch.__version__}, {triton}, CUDA {torch.version.cuda or 'none'}"
-    yield Finding("packages", NOTE if off else OK, "; ".join([found, *off]), "pip install -e ." if off else "")
+    yield Finding("packages", NOTE if off else OK, "; ".join([found, *off]), install_line("-e", ".") if off else "")
 
 
 def code() -> Finding:
     state = source_state()
     if state["commit"] is None:
-        return Finding("code", NOTE, f"{ROOT} is no git repository: the ledger cannot name a commit", "git init")
+        reason, mend = why_no_commit()
+        return Finding("code", NOTE, f"{reason}: the ledger cannot name a commit", mend)
     dirty = "with changes that are not committed" if state["dirty"] else "clean"
-    return Finding("code", OK, f"commit {state['commit'][:7]}, {dirty}")
+    found = f"commit {state['commit'][:7]}, {dirty}"
+    if no_identity():
+        mend = "git config --global user.name NAME && git config --global user.email ADDRESS"
+        return Finding("code", NOTE, f"{found}; git does not know who you are, and refuses to commit", mend)
+    return Finding("code", OK, found)
 
 
 def gpu() -> Finding:
@@ -212,7 +218,8 @@ def dataset(folder: str | None, device: str) -> tuple[Finding, int]:
         what = f"{path}: {error.strerror}"
         return Finding("data", WRONG, what, "name another folder with --data"), VOCAB_SIZE[device]
     except InputError as error:
-        remedy = f"python -m prepare --out {path} --vocab-size {VOCAB_SIZE[device]}, with the --source it had"
+        again = command_line("prepare", "--out", path, "--vocab-size", VOCAB_SIZE[device])
+        remedy = f"{again}, with the --source it had"
         return Finding("data", WRONG, str(error), remedy), VOCAB_SIZE[device]
     tokens = data.split("train").num_tokens
     found = f"{path}: {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}, every hash agrees"

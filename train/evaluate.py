@@ -8,11 +8,12 @@ from pathlib import Path
 from prepare import Dataset, InputError, evaluate_bpb
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
+from prepare.words import printable
 
 from .audit import ROUNDED_MEAN, audit
 from .config import TrainConfig
 from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
-from .ledger import HOLDOUT, Ledger
+from .ledger import HOLDOUT, Ledger, name_of
 from .memory import halving, is_out_of_memory
 from .runs import load_run
 from .step import TrainStep
@@ -55,7 +56,7 @@ def evaluate(options) -> int:
     except InputError as error:
         if not options.audit:
             raise
-        print(f"audit: FAIL\n  data: {error}")
+        print(f"audit: FAIL\n  data: {printable(error)}")
         return 1
     if data.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"{data.folder} has another tokenizer than the run: name the run's own folder with --data")
@@ -99,7 +100,7 @@ def count_holdout_use(run: Path, bpb: float, fingerprint: dict) -> int:
             {
                 "kind": HOLDOUT,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "run": run.resolve().name,
+                "run": name_of(run),
                 "holdout_bpb": bpb,
                 "fingerprint": fingerprint,
             }

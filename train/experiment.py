@@ -10,13 +10,15 @@ from pathlib import Path
 from subprocess import Popen
 
 from prepare import InputError
+from prepare.words import printable
 
 from .config import TrainConfig, to_args
 from .curves import draw_curves
 from .judge import KEEP, experiments, numbers
-from .ledger import Ledger
+from .ledger import Ledger, name_of
+from .provenance import why_no_commit
 from .record import Record
-from .runs import default_run_dir
+from .runs import reserved_run_dir
 from .signals import Signals
 from .statistics import spread
 from .trainer import run
@@ -31,6 +33,9 @@ def experiment(config: TrainConfig, signals: Signals) -> int:
     if (config.repeat > 1 or config.confirm) and not config.resume:
         return several(config)
     record = Record(config)
+    if record.source["commit"] is None:
+        reason, mend = why_no_commit()
+        print(printable(f"note: {reason}: the ledger cannot name a commit; {mend}"), file=sys.stderr)
     try:
         summary = run(config, signals, record)
     except BaseException as error:
@@ -46,8 +51,15 @@ def experiment(config: TrainConfig, signals: Signals) -> int:
 
 def several(config: TrainConfig) -> int:
     """The runs of one group. The first that does not end well ends them all."""
-    base = Path(config.run_dir or default_run_dir(config.name))
-    group = config.group or base.resolve().name
+    if config.run_dir:
+        return group_of(config, Path(config.run_dir))
+    with reserved_run_dir(config.name) as base:
+        return group_of(config, base)
+
+
+def group_of(config: TrainConfig, base: Path) -> int:
+    """The runs in the folders `base`-seed42 and so on."""
+    group = config.group or name_of(base)
     seeds = range(config.seed, config.seed + config.repeat)
     for seed in seeds:
         if code := one_of(config, base, f"repeat of {group}", seed=seed, group=group):

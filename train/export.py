@@ -19,7 +19,9 @@ from prepare import InputError, Tokenizer
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.tokenizer import byte_of_char
+from prepare.words import is_utf8, printable
 
+from .files import replace_file
 from .runs import load_run, write_json
 from .tensors import save_tensors
 
@@ -37,7 +39,7 @@ def main(args: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {one_line(error, 'make room, or name another RUN or --to')}", file=sys.stderr)
         return 2
-    print(f"exported: {options.to}, its logits differ from the run's by at most {difference:.1g}")
+    print(f"exported: {printable(options.to)}, its logits differ from the run's by at most {difference:.1g}")
     return 0
 
 
@@ -49,6 +51,8 @@ def export(run: str | Path, to: Path) -> float:
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to} is {'not empty' if to.is_dir() else 'a file'}: choose another folder for --to")
+    if not is_utf8(to.absolute()):
+        raise InputError(f"{to} is no UTF-8, and safetensors reads no other paths: choose another folder for --to")
     model, tokenizer, _ = load_run(run)
     to.mkdir(parents=True, exist_ok=True)
     try:
@@ -63,7 +67,7 @@ def write_and_compare(model: GPT, tokenizer: Tokenizer, to: Path) -> float:
     """Fills the empty folder `to`; what is returned and raised is `export`'s."""
     save_tensors(to / "model.safetensors", dict(model.named_parameters()))
     write_json(to / "config.json", exported_config(model, tokenizer))
-    (to / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False), encoding="utf-8")
+    replace_file(to / "tokenizer.json", json.dumps(tokenizer_json(tokenizer), ensure_ascii=False).encode())
     shutil.copyfile(MODELING, to / "modeling.py")
     try:
         difference = compare_logits(model, to)

@@ -7,7 +7,6 @@ RUN/failure/   failure.json             the step, its batches, what was said of 
 Written beside and renamed: a folder of this name is whole.
 """
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from prepare import Batch, InputError
 from prepare.files import read_sealed
+from prepare.words import command_line, printable
 
 from .files import rename_synced
 from .loop import Sent
@@ -89,8 +89,8 @@ def explain(step: TrainStep, sent: Sent, said: str, run: Path) -> str:
     try:
         keep(step.optimizer.masters, sent, line, generators, run / FOLDER)
     except OSError as error:
-        return f"{line}; it could not be kept ({error})"
-    return f"{line}; kept for python -m train.replay {shlex.quote(str(run))}"
+        return f"{line}; it could not be kept ({printable(error)})"
+    return f"{line}; kept for {command_line('train.replay', run)}"
 
 
 def generator_states() -> dict[str, Tensor]:

@@ -1,13 +1,21 @@
-"""Files that a crash leaves whole: written beside, on the disk before they are renamed, and so is the renaming."""
+"""Files that a crash leaves whole: written beside, on the disk before they are renamed, and so is the renaming; and
+locks. A file system that can do neither is said to be one, and is taken as it is."""
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prepare.words import say_once
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What NFS, Lustre, CIFS and FUSE answer where they cannot sync a folder, or have no locks. EBADF: NFS has them for what
+# is open for writing, as no folder is.
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+NO_LOCKS = (*NO_SYNC, errno.ENOLCK, errno.EBADF)
 CHUNK = 2**23  # bytes hashed and written at a time: hashed while they are in the cache
 
 
@@ -31,7 +39,7 @@ def write_synced(path: Path, *pieces: bytes | memoryview) -> str:
                 digest.update(chunk)
                 file.write(chunk)
         file.flush()
-        os.fsync(file.fileno())
+        _fsync(file.fileno(), path.parent)
     return digest.hexdigest()
 
 
@@ -40,9 +48,34 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
-            os.fsync(descriptor)
+            _fsync(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def _fsync(descriptor: int, where: Path) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        reason = f"the file system of {where} does not sync it ({error.strerror})"
+        say_once("sync", f"{reason}: a power cut may cost what is newest there")
+
+
+def hold_lock(descriptor: int, folder: Path, wait: bool = True) -> bool:
+    """Locks an open file or folder, in or at `folder`, until it is closed. Whether it could: not where another process
+    holds it and this one does not wait; where the file system has no locks nothing can be held off."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        reason = f"the file system of {folder} has no locks ({error.strerror})"
+        say_once("locks", f"{reason}: nothing keeps two processes from one run, so let there be one alone")
+    return True
 
 
 def rename_synced(part: Path, path: Path) -> None:
@@ -53,7 +86,12 @@ def rename_synced(part: Path, path: Path) -> None:
 
 def replace_file(path: Path, *pieces: bytes | memoryview) -> None:
     """A reader, and whoever comes after a crash, sees the old file or the new one, whole. Where it cannot be written
-    nothing is left of it: the room goes back, and an export can be tried again."""
+    nothing is left of it: the room goes back, and an export can be tried again. A link stays one, and what is no plain
+    file is written to as it is: /dev/null, a pipe."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(b"".join(pieces))
+        return
     part = path.with_name(path.name + ".part")
     try:
         write_synced(part, *pieces)

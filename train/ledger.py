@@ -4,7 +4,6 @@ Both stand beside the run folders. Lines are only ever appended, each by one wri
 once, and a writer that is killed costs its own line and no other. Programs read `results.jsonl` alone.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -13,6 +12,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from prepare.words import printable
+
+from .files import hold_lock
 
 TSV, JSONL, LOCK = "results.tsv", "results.jsonl", "results.lock"
 # The first five are those of the published system, whose scripts cut them by position.
@@ -42,7 +45,7 @@ class Ledger:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            hold_lock(file.fileno(), self.folder)
             yield  # closing the file gives the lock back
 
     def append(self, entry: dict) -> None:
@@ -94,7 +97,12 @@ def tsv_line(entry: dict) -> str:
         "total_seconds": f"{entry['seconds']['total']:.1f}",
     }
     cells = [shown[column] if column in shown else entry[column] for column in COLUMNS]
-    return "\t".join(" ".join(str(cell).split()) or "-" for cell in cells) + "\n"
+    return "\t".join(" ".join(printable(cell).split()) or "-" for cell in cells) + "\n"
+
+
+def name_of(run: str | Path) -> str:
+    """What the ledger calls the run in a folder."""
+    return printable(Path(run).resolve().name)
 
 
 def _append_line(path: Path, line: str, header: str = "") -> None:
@@ -132,6 +140,15 @@ def _checksum(entry: dict) -> int:
     return zlib.crc32(json.dumps(entry).encode())
 
 
+def _clean(value):
+    """What any output takes, of whoever wrote the line: the names and words in `value`, and in all that it holds."""
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def _parse(line: bytes) -> dict | None:
     try:
         entry, _ = json.JSONDecoder().raw_decode(line.decode("utf-8", errors="replace"))
@@ -148,4 +165,4 @@ def _parse(line: bytes) -> dict | None:
             return None
         if (bpb is None) != (entry["outcome"] != "finished"):
             return None
-    return entry
+    return _clean(entry)

@@ -47,11 +47,31 @@ def percent(value: float | None, digits: int) -> str:
 
 def log_line(
     *, step: int, progress: float, loss: float, lr_multiplier: float, dt: float, tokens_per_second: float,
-    mfu: float | None, epoch: int, remaining: float,
+    mfu: float | None, epoch: int, remaining: float, columns: int | None = None,
 ) -> str:  # fmt: skip
-    """One step in one line. `dt` and `remaining` in seconds, `progress` from 0 to 1, `mfu` in percent or None."""
+    """One step in one line. `dt` and `remaining` in seconds, `progress` from 0 to 1, `mfu` in percent or None.
+
+    With `columns`, at most so many characters: what matters least is left out first, then all is said more shortly.
+    """
     share = "n/a" if mfu is None else f"{mfu:.1f}%"
-    return (
-        f"step {step:05d} ({100 * progress:.1f}%) | loss: {loss:.6f} | lrm: {lr_multiplier:.2f} | dt: {1000 * dt:.0f}ms"
-        f" | tok/sec: {tokens_per_second:,.0f} | mfu: {share} | epoch: {epoch} | remaining: {remaining:.0f}s"
-    )
+    parts = {
+        "step": f"step {step:05d} ({100 * progress:.1f}%)",
+        "loss": f"loss: {loss:.6f}",
+        "lrm": f"lrm: {lr_multiplier:.2f}",
+        "dt": f"dt: {1000 * dt:.0f}ms",
+        "pace": f"tok/sec: {tokens_per_second:,.0f}",
+        "mfu": f"mfu: {share}",
+        "epoch": f"epoch: {epoch}",
+        "remaining": f"remaining: {remaining:.0f}s",
+    }
+    lines = [" | ".join(parts.values())]
+    if columns is None:
+        return lines[0]
+    for least in ("lrm", "epoch", "dt"):
+        del parts[least]
+        lines.append(" | ".join(parts.values()))
+    parts["step"] = f"step {step:05d}"
+    lines.append(" | ".join(parts.values()))
+    pace = f"{tokens_per_second / 1000:.0f}k" if tokens_per_second >= 10_000 else f"{tokens_per_second:.0f}"
+    lines.append(f"step {step} loss {loss:.4f} tok/s {pace} mfu {share} left {remaining:.0f}s")
+    return next((line for line in lines if len(line) <= columns), lines[-1][:columns])

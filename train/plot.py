@@ -3,7 +3,12 @@
 Colours are Okabe and Ito's, told apart by the colour-blind too; what matters differs in shape as well.
 """
 
+import io
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,13 +20,24 @@ DPI = 100
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Inches at 100 dots each. Drawn without a display, and without pyplot's global state."""
+    """Inches at 100 dots each. Drawn without a display, and without pyplot's global state. Text is text: what people
+    call a run is no formula, whatever stands between two dollar signs."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font lacks there are boxes
+    matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """As PNG; the file that was there stays until this one is whole."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    replace_file(path, content.getbuffer())
 
 
 def tidy(axes: "Axes") -> None:

@@ -12,6 +12,7 @@ from model import GPTConfig, flops_per_token
 from model.flops import device_peak
 from model.gpt import count_parameters
 from prepare import Dataset, default_folder
+from prepare.words import command_line, printable
 
 from .budget import Budget
 from .checkpoint import Checkpoint
@@ -46,6 +47,8 @@ class Reporter:
         line = log_line(
             step=values.step, progress=progress, loss=smooth, lr_multiplier=values.lr_multiplier, dt=dt,
             tokens_per_second=pace, mfu=mfu, epoch=epoch, remaining=budget.remaining,
+            # A line that wraps could not be redrawn.
+            columns=shutil.get_terminal_size().columns - 1 if self.redraw else None,
         )  # fmt: skip
         row = {
             "step": values.step, "progress": progress, "loss": loss, "smooth_loss": smooth,
@@ -67,9 +70,8 @@ class Reporter:
 
     def say(self, line: str) -> None:
         if self.redraw:
-            # A line that wraps could not be redrawn. \r goes to its start, \x1b[K clears what a longer one left behind.
-            columns = shutil.get_terminal_size().columns
-            self.out.write(f"\r{line[: columns - 1]}\x1b[K")
+            # \r goes to the line's start, \x1b[K clears what a longer one left behind.
+            self.out.write(f"\r{line}\x1b[K")
         else:
             self.out.write(line + "\n")
         self.out.flush()
@@ -107,12 +109,12 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
     where = gpu_name() if config.device == "cuda" else cpu
     length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
-    print(f"run:    {folder.path}")
+    print(f"run:    {printable(folder.path)}")
     ops = f"{config.ops} ops"
     if config.ops == "compile":
         ops += f" ({kernels.compiled_attention(torch.device(config.device))})"
     print(f"device: {where}, {ops}{', bf16 autocast' if config.autocast else ''}")
-    print(f"data:   {data.source}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
+    print(f"data:   {printable(data.source)}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
     print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
     micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"
     print(f"train:  {length}; a step is {config.total_batch_size:,} tokens in {micro}")
@@ -120,7 +122,8 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     if epochs > EPOCHS_WORTH_A_WARNING:
         print(
             f"note:   this run will pass over the corpus about {epochs:.0f} times; for a real one:"
-            f" python -m prepare --source climbmix, then python -m train --data {default_folder('climbmix')}",
+            f" {command_line('prepare', '--source', 'climbmix')},"
+            f" then {command_line('train', '--data', default_folder('climbmix'))}",
         )
     sys.stdout.flush()
 

@@ -8,6 +8,7 @@ import inspect
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from prepare.words import quoted
 
 from .step import TrainStep
 
@@ -43,13 +46,48 @@ def source_state() -> dict:
     }
 
 
+def why_no_commit() -> tuple[str, str]:
+    """Why `source_state` knows no commit, and what mends that."""
+    try:
+        _git("rev-parse", "HEAD")
+    except OSError:
+        return "git is not installed", "install git"
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace")
+        if "dubious ownership" in said:  # as of a folder that a container was given from outside
+            mend = f"git config --global --add safe.directory {quoted(_worktree(said))}"
+            return f"the repository {ROOT} belongs to another user, so git does not read it", mend
+        if "not a git repository" in said:
+            return f"{ROOT} is no git repository", "git init && git add . && git commit -m start"
+    return f"git knows no commit of {ROOT}", "git add . && git commit -m start"
+
+
+def _worktree(said: str) -> str:
+    """The folder that git names in its advice, which may lie above ours."""
+    found = re.search(r"safe\.directory (.+)", said)
+    return shlex.split(found[1])[0] if found else str(ROOT)
+
+
+def no_identity() -> bool:
+    """Whether git has no name or address for its commits, and so would refuse to make one."""
+    try:
+        _git("var", "GIT_AUTHOR_IDENT")
+        _git("var", "GIT_COMMITTER_IDENT")
+    except OSError:
+        return False
+    except subprocess.CalledProcessError:
+        return True
+    return False
+
+
 def short_commit(state: dict) -> str | None:
     """Of a `source_state`, with a + where something differed from it; None outside a repository."""
     return state["commit"] and state["commit"][:7] + "+" * state["dirty"]
 
 
 def _git(*args: str) -> bytes:
-    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, check=True).stdout
+    command, english = ["git", "-C", str(ROOT), *args], os.environ | {"LC_ALL": "C"}
+    return subprocess.run(command, capture_output=True, check=True, env=english).stdout
 
 
 def evaluating_code_sha256() -> str:

@@ -14,12 +14,13 @@ import torch
 from prepare import InputError
 from prepare.errors import one_line
 from prepare.evaluate import Evaluation
+from prepare.words import printable
 
 from .budget import Budget
 from .clock import seconds_since_start
 from .config import TrainConfig
 from .judge import Judgement, judge
-from .ledger import RUN, Ledger
+from .ledger import RUN, Ledger, name_of
 from .loop import TrainingError
 from .provenance import evaluating_code_sha256, machine, short_commit, source_state, versions
 from .runs import default_run_dir
@@ -144,8 +145,8 @@ class Record:
         entry = {
             "kind": RUN,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "run": self.folder.resolve().name,
-            "group": config.confirms or config.group or self.folder.resolve().name,
+            "run": name_of(self.folder),
+            "group": config.confirms or config.group or name_of(self.folder),
             "confirms": config.confirms,
             "description": config.description,
             "seed": config.seed,
@@ -170,6 +171,6 @@ class Record:
                 ledger.append(entry)
         except OSError as error:  # a full disk, or a folder that cannot be written to: the run itself is whole
             reason = one_line(error, "make room there, or choose another --run-dir for the next run")
-            print(f"note: no row in the ledger {ledger.folder}: {reason}", file=sys.stderr)
+            print(f"note: no row in the ledger {printable(ledger.folder)}: {reason}", file=sys.stderr)
             judgement = Judgement("unknown", "unknown", "the ledger could not be written")
         return judgement

@@ -1,6 +1,7 @@
 """`python -m train.report [RUNS…]`: a night of experiments as one picture and one table."""
 
 import math
+import re
 import statistics
 import sys
 import textwrap
@@ -11,10 +12,12 @@ from pathlib import Path
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
+from prepare.words import printable
 
+from .files import replace_file
 from .judge import CRASH, DISCARD, KEEP, Experiment, believable, differences, experiments, numbers
-from .ledger import Ledger
-from .plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, tidy
+from .ledger import Ledger, name_of
+from .plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, save, tidy
 from .statistics import spread
 
 LABEL_CHARS = 34
@@ -32,13 +35,13 @@ def main(args: list[str] | None = None) -> int:
         out = options.out or ledgers[0].folder
         out.mkdir(parents=True, exist_ok=True)
         text = table(runs, ledgers)
-        (out / "report.md").write_text(text, encoding="utf-8")
+        replace_file(out / "report.md", text.encode())
         draw(runs, out / "report.png")
     except (InputError, OSError) as error:
         print(f"error: {one_line(error, 'name other RUNS, or another folder with --out')}", file=sys.stderr)
         return 2
     print(text.partition("\n\n| ")[0])
-    print(f"\n{out / 'report.md'}\n{out / 'report.png'}")
+    print(f"\n{printable(out / 'report.md')}\n{printable(out / 'report.png')}")
     return 0
 
 
@@ -50,7 +53,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[dict], list[Ledger]]:
         if (path / "results.jsonl").is_file():
             ledger, wanted = Ledger(path), None
         else:
-            ledger, wanted = Ledger.beside(path), path.resolve().name
+            ledger, wanted = Ledger.beside(path), name_of(path)
         ledgers.setdefault(ledger.folder.resolve(), ledger)
         runs = [run for run in ledger.runs() if wanted in (None, run["run"], run["group"])]
         if not runs:
@@ -99,7 +102,7 @@ def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
             f"{memory:.1f}", status_of(group), _verdict((group.confirmations or group.runs)[-1]),
             tried[0]["description"],
         )  # fmt: skip
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+        lines.append("| " + " | ".join(map(_text, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -112,15 +115,15 @@ def findings(runs: Sequence[dict], groups: dict[str, Experiment]) -> list[str]:
         best = min((run for run in members if not run.get("confirms")), key=lambda run: run["val_bpb"], default=None)
         if best is None:
             continue
-        lines.append(f"- {where['budget']} on {where['machine']}, {len(members)} runs: first {first:.6f},"
-                     f" best {best['val_bpb']:.6f} ({best['group']}: {_cell(best['description'])})")  # fmt: skip
+        lines.append(f"- {where['budget']} on {_text(where['machine'])}, {len(members)} runs: first {first:.6f}, best"
+                     f" {best['val_bpb']:.6f} ({_text(best['group'])}: {_text(best['description'])})")  # fmt: skip
         if fresh := groups[best["group"]].confirmations:
-            lines.append(f"  - on fresh seeds: {spread(numbers(fresh))}; {_verdict(fresh[-1])}")
+            lines.append(f"  - on fresh seeds: {spread(numbers(fresh))}; {_text(_verdict(fresh[-1]))}")
         else:
             lines.append("  - not confirmed: the best of many tries is flattered by luck (`--confirm`)")
     for members in sets[1:]:
-        reasons = "; ".join(differences(members[0], sets[0][0]))
-        lines.append(f"- {len(members)} runs, from {members[0]['run']} on, are not compared with the others: {reasons}")
+        first, reasons = _text(members[0]["run"]), _text("; ".join(differences(members[0], sets[0][0])))
+        lines.append(f"- {len(members)} runs, from {first} on, are not compared with the others: {reasons}")
     return lines
 
 
@@ -128,8 +131,13 @@ def _verdict(run: dict) -> str:
     return run["verdict"] + (f" ({run['note']})" if run["note"] else "")
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|") or "-"
+# What Markdown would take for markup, in a table too; an underscore inside a word is none.
+_MARKUP = re.compile(r"[\\`*\[\]<|~&$]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def _text(words: str) -> str:
+    """One line of Markdown that shows `words` as they are."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(words.split())) or "-"
 
 
 def draw(runs: Sequence[dict], path: Path) -> None:
@@ -199,7 +207,7 @@ def draw(runs: Sequence[dict], path: Path) -> None:
     axes.set_title(title, fontsize=11, loc="left", color=INK)
     figure.draw_without_rendering()  # only now is it known where a point lies
     label(axes, keeps)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def limits(shown: Sequence[dict]) -> tuple[float, float]:

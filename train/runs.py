@@ -1,10 +1,11 @@
 """The run's folder: config.json, metrics.jsonl, tokenizer.json, checkpoints/, model.safetensors, summary.json."""
 
-import fcntl
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from prepare import InputError, Tokenizer
 from prepare.files import read_sealed, sealed
 
 from .config import TrainConfig
-from .files import replace_file, sync
+from .files import hold_lock, replace_file, sync
 from .provenance import short_commit, source_state
 from .tensorboard import EventWriter
 from .tensors import load_tensors, save_tensors
@@ -47,23 +48,51 @@ def environment() -> dict:
     }
 
 
+def make_folder(path: Path, named_by_user: bool) -> Path:
+    """A new folder, or an empty one where the user named it. A name of ours that another run has taken, which began in
+    the same second, gets a number: the folder that is returned. Raises InputError."""
+    mend = "choose another --run-dir" if named_by_user else "choose another --name, or a --run-dir"
+    if named_by_user and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "not empty" if path.is_dir() else "a file"
+        raise InputError(f"the run folder {path} is {what}: {mend}")
+    wanted, number = path, 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir(exist_ok=named_by_user)
+                break
+            except FileExistsError:
+                if named_by_user:
+                    raise
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+        sync(path.parent)
+        return path
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {path}: {error.strerror}; {mend}") from None
+
+
+@contextmanager
+def reserved_run_dir(name: str) -> Iterator[Path]:
+    """A path for a group of runs: while it lasts, an empty folder keeps every other run and group from its name."""
+    path = make_folder(default_run_dir(name), named_by_user=False)
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # no longer empty, or no longer there: not ours to mind
+            path.rmdir()
+
+
 class RunFolder:
-    """A new folder for a run, or with `reopen` one that goes on. Locked: no other process writes to it.
+    """A new folder for a run (see `make_folder`), or with `reopen` one that goes on. Locked: no other process writes to
+    it.
 
     Raises InputError where a folder is in the way.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "not empty" if self.path.is_dir() else "a file"
-            raise InputError(f"the run folder {self.path} is {what}: choose another --run-dir")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            sync(self.path.parent)
-        except OSError as error:
-            reason = f"{error.strerror}; choose another --run-dir"
-            raise InputError(f"cannot make the run folder {self.path}: {reason}") from None
+    def __init__(self, path: Path, named_by_user: bool = True):
+        self.path = make_folder(path, named_by_user)
         self._open()
 
     @classmethod
@@ -143,12 +172,10 @@ def lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock until it is closed, and until the process ends however it ends; None
     where another holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if hold_lock(descriptor, folder, wait=False):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:

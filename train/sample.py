@@ -9,6 +9,7 @@ from model import GPT
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
+from prepare.words import printable
 
 from .config import MAX_SEED, TrainConfig
 from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
@@ -63,7 +64,8 @@ def main(args: list[str] | None = None) -> int:
         model, tokenizer, saved = load_run(options.run, device)
         ops_of_run(TrainConfig(**saved["config"]), model.config, device, compiles=False)
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
-        prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]
+        given = options.prompt.encode(errors="surrogateescape").decode(errors="replace")  # what is no UTF-8 is U+FFFD
+        prompt = [tokenizer.bos, *tokenizer.encode(given)]
         text = generate(
             model, prompt, options.tokens,
             banned=special, temperature=options.temperature, top_k=options.top_k, seed=options.seed,
@@ -71,7 +73,10 @@ def main(args: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {one_line(error, 'name another RUN')}", file=sys.stderr)
         return 2
-    print(options.prompt + tokenizer.decode(text))
+    said = given + tokenizer.decode(text)
+    if sys.stdout.isatty():  # what a model makes up is no command to a terminal
+        said = "\n".join(printable(line.expandtabs()) for line in said.split("\n"))
+    print(said)
     return 0
 
 

@@ -4,16 +4,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from prepare import InputError
+from prepare.words import install_line, is_utf8
 
 SHOWN = ("loss", "smooth_loss", "lr_multiplier", "tokens_per_second", "mfu")
 
 
-def check_tensorboard() -> None:
-    """Raises InputError where the package is missing."""
+def check_tensorboard(folder: Path) -> None:
+    """Raises InputError where the package is missing, or cannot write below a path as that of `folder`."""
     if find_spec("tensorboard") is None:
         raise InputError(
-            "--tensorboard: the package is not installed: pip install -e '.[tensorboard]', or leave the flag out"
+            f"--tensorboard: the package is not installed: {install_line('-e', '.[tensorboard]')},"
+            " or leave the flag out"
         )
+    if not is_utf8(folder):
+        what = f"the package takes no path that is not UTF-8, as {folder}"
+        raise InputError(f"--tensorboard: {what}: choose another --run-dir, or leave the flag out")
 
 
 class EventWriter:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prepare import InputError
-from prepare.files import SEAL
+from prepare.files import SEAL, library_path
 
 from .files import replace_file
 
@@ -55,7 +55,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def load_tensors(path: Path, mend: str) -> dict[str, torch.Tensor]:
     """To the CPU. `mend` ends the line of the InputError where the file is not as it was written."""
     try:
-        with safe_open(path, "pt") as file:
+        with library_path(path) as name, safe_open(name, "pt") as file:
             expected = (file.metadata() or {}).get(SEAL)
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}

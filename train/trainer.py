@@ -2,7 +2,6 @@
 
 import dataclasses
 import resource
-import shlex
 import shutil
 import sys
 import traceback
@@ -16,6 +15,7 @@ from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
 from prepare.evaluate import Evaluation
+from prepare.words import command_line, printable
 
 from .audit import Score, audit
 from .budget import Budget
@@ -74,7 +74,7 @@ def open_data(folder: str | None, device: str) -> Dataset:
     default = embedded_folder(device)
     if not (default / "manifest.json").exists():
         size = f"vocabulary {VOCAB_SIZE[device]:,}"
-        print(f"no --data: preparing the embedded corpus, {size}, once, in {default}", flush=True)
+        print(f"no --data: preparing the embedded corpus, {size}, once, in {printable(default)}", flush=True)
         prepare("stdlib", out=default, vocab_size=VOCAB_SIZE[device])
     return Dataset.open(default)
 
@@ -84,8 +84,7 @@ def how_to_go_on(folder: RunFolder) -> str:
     checkpoints = checkpoint_folders(folder.checkpoints)
     if not checkpoints or folder.finished:
         return ""
-    command = f"python -m train --resume {shlex.quote(str(folder.path))}"
-    return f"to go on from step {step_of(checkpoints[0])}: {command}"
+    return f"to go on from step {step_of(checkpoints[0])}: {command_line('train', '--resume', folder.path)}"
 
 
 @contextmanager
@@ -106,7 +105,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
     """
     folder = checkpoint = None
     if config.tensorboard:
-        check_tensorboard()
+        check_tensorboard(record.folder)
     with ExitStack() as stack:
         if config.resume:
             folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
@@ -149,7 +148,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
         )))  # fmt: skip
         if folder is None:
-            folder = stack.enter_context(closing(RunFolder(record.folder)))
+            folder = stack.enter_context(closing(RunFolder(record.folder, bool(config.run_dir))))
+            record.folder = folder.path
             stack.enter_context(saying_how_to_go_on(folder))
             folder.write_config(
                 dataclasses.asdict(config), dataclasses.asdict(model_config),
@@ -224,10 +224,10 @@ def conclude(
         findings = audited(config, score, step.model, data)
     if data.was_replaced():
         note = "holds other data by now: this run was trained and scored on what was there when it began"
-        print(f"note: {data.folder} {note}", file=sys.stderr)
+        print(f"note: {printable(data.folder)} {note}", file=sys.stderr)
     summary["total_seconds"] = f"{state.seconds:.1f}"
     summary |= record.finish(findings)
-    print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
+    print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(state.optimizer.masters)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
     draw_curves(folder.path)
