@@ -178,9 +178,11 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         with signals.deferred():
             try:
                 train(config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None)
+                watchdog.phase()
                 checkpoints.save()
                 checkpoints.wait()
             except TrainingError as error:
+                watchdog.phase()
                 raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
             finally:
                 report.end()
@@ -200,6 +202,7 @@ def conclude(
 ) -> dict[str, str]:  # fmt: skip
     """What comes after the last step: evaluation, audit, the row, the summary, the run's files. `ready`: seconds from
     the process's start to the first step."""
+    watchdog.phase()
     score = watchdog.watching(step.token_losses)
     with record.timed("evaluation"):
         evaluation = evaluate_bpb(
@@ -208,10 +211,12 @@ def conclude(
         )  # fmt: skip
     record.trained(state.budget, ready)
     summary = summarise(config, step.model.config, state, evaluation, ready)
+    watchdog.phase()
     with record.timed("audit"):  # after the peak of memory was read
         findings = audit(
             score, step.model, data, config.ops, config.seq_len, config.packing, batch_size=config.device_batch_size
         )
+    watchdog.phase()
     summary["total_seconds"] = f"{state.seconds:.1f}"
     summary |= record.finish(summary, evaluation, findings)
     print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
