@@ -1,5 +1,6 @@
 """The loop that runs ahead, and the step that nothing in it waits for."""
 
+import gc
 import math
 from collections import Counter
 
@@ -9,12 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+import train.loop
 from model import GPT
 from prepare import Batch
 from train.budget import Budget
 from train.clock import DeviceClock, HostClock
 from train.config import TrainConfig, resolve
-from train.loop import TrainingError, train
+from train.loop import TrainingError
 from train.optimizer import Optimizer
 from train.schedule import StepValues, step_values
 from train.state import RunState
@@ -35,6 +37,19 @@ def make_step(device="cpu", forward_dtype=torch.float32, config=CONFIG, vocab_si
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.to(device)
     return TrainStep(model, Optimizer(model, config, forward_dtype))
+
+
+class Batches:
+    """In the place of a loader."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def start(self) -> None:
+        pass
+
+    def __iter__(self):
+        return self.batches
 
 
 def endless_batches(device="cpu"):
@@ -85,9 +100,9 @@ class Pauses:
 
 def run(lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, **budget) -> tuple[Recorder, Budget]:
     seen, clock = Recorder(), LaggingClock(lag)
-    state = RunState(step.optimizer, endless_batches(), Budget(untimed_steps=0, **budget))
+    state = RunState(step.optimizer, Batches(endless_batches()), Budget(untimed_steps=0, **budget))
     seen.pauses = Pauses(state, clock, pause_after)
-    train(CONFIG, step, state, clock, seen, seen.pauses, stop)
+    train.loop.train(CONFIG, step, state, clock, seen, seen.pauses, stop)
     return seen, state.budget
 
 
@@ -107,6 +122,37 @@ def test_a_step_on_its_way_when_time_is_up_is_counted(lag, num_steps):
     assert seen.steps == [*range(num_steps)]
     assert budget.timed_seconds == num_steps
     assert budget.overshoot == num_steps - 3
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("untimed", [0, 1, 2, 3, 10])
+def test_what_comes_once_is_no_timed_steps(monkeypatch, lag, untimed):
+    """Garbage is collected, and the first batch packed, before the clock's first mark. It is collected again after the
+    first step where the next to be sent is untimed, and then at every sixth; by itself never."""
+    events = []
+
+    class Watched(LaggingClock):
+        def mark(self):
+            events.append("mark")
+            return super().mark()
+
+    def step(*_):
+        assert not gc.isenabled()
+        events.append("step")
+        return torch.zeros(()), torch.ones((), dtype=torch.bool)
+
+    monkeypatch.setattr(Batches, "start", lambda self: events.append("first batch"))
+    monkeypatch.setattr(train.loop.gc, "collect", lambda: events.append("collected"))
+    monkeypatch.setattr(train.loop, "COLLECT_EVERY", 6)
+    state = RunState(None, Batches(endless_batches()), Budget(1.0, steps=8, untimed_steps=untimed))
+    pauses = Pauses(state, clock := Watched(lag), math.inf)
+    train.loop.train(CONFIG, step, state, clock, Recorder(), pauses, lambda: False)
+    assert events[:3] == ["collected", "first batch", "mark"]
+    counts = [events[: i + 1].count("step") for i, event in enumerate(events) if event == "collected"]
+    again = [1 + lag] if untimed > 1 + lag else []
+    assert counts == [0, *again, 6 + lag]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -281,10 +327,10 @@ def test_the_loop_waits_for_nothing_but_its_clock(gpu, graphs):
     else:
         step.rehearse(SHAPE, 2, values)
     batches = [next(generator) for generator in [endless_batches("cuda")] for _ in range(12)]
-    state, clock, seen = RunState(step.optimizer, iter(batches), Budget(1.0, steps=6)), DeviceClock(), Recorder()
+    state, clock, seen = RunState(step.optimizer, Batches(batches), Budget(1.0, steps=6)), DeviceClock(), Recorder()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train(CONFIG, step, state, clock, seen, Pauses(state, clock, math.inf), lambda: False)
+        train.loop.train(CONFIG, step, state, clock, seen, Pauses(state, clock, math.inf), lambda: False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen.steps == [*range(6)]

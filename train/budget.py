@@ -47,6 +47,11 @@ class Budget:
         return step < self.steps if self.steps is not None else self.timed_seconds < self.seconds
 
     @property
+    def next_step_counts(self) -> bool:
+        """Whether there is one, and its seconds are the budget's."""
+        return self.wants(self.step) and self.step >= self.untimed_steps
+
+    @property
     def remaining(self) -> float:
         """Seconds left; by steps, at the mean pace so far."""
         if self.steps is None:

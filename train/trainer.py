@@ -149,7 +149,9 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         record.begin(config, dataclasses.asdict(model_config), fingerprint)
         if config.tensorboard:
             folder.watchers.append(EventWriter(folder.path))
-        state = RunState(optimizer, loader, Budget(config.time_budget, config.steps, config.untimed_steps))
+        counted = checkpoint.values["budget"] if checkpoint else {}
+        budget = Budget(config.time_budget, config.steps, config.untimed_steps, **counted)
+        state = RunState(optimizer, loader, budget)
         origin = {"config": config.fixed(), "data": fingerprint, "environment": environment()}
         announce(config, model_config, data, folder)
         if checkpoint:
@@ -164,7 +166,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         with record.timed("compile"):
             if config.graphs:
                 step.capture(*plan)
-            elif first_step_would_compile(config, resumed=checkpoint is not None):
+            elif budget.next_step_counts:  # kernels compile, memory is touched for the first time
                 step.rehearse(*plan)
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
@@ -189,11 +191,6 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
 
         step.release()
         return conclude(config, step, state, data, folder, record, watchdog, ready)
-
-
-def first_step_would_compile(config: TrainConfig, resumed: bool) -> bool:
-    """Whether kernels would be compiled in a step that counts against the budget: then steps are rehearsed first."""
-    return config.untimed_steps == 0 or (resumed and (config.device == "cuda" or config.ops == "compile"))
 
 
 def conclude(
