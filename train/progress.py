@@ -17,7 +17,7 @@ from .budget import Budget
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .files import DISK_FULL
-from .metrics import log_line, utilisation
+from .metrics import Value, log_line, shown, utilisation
 from .runs import RunFolder
 from .schedule import StepValues
 
@@ -79,10 +79,10 @@ class Reporter:
             self.out.write("\n")
 
 
-def print_summary(summary: dict[str, str], out: TextIO | None = None) -> None:
+def print_summary(summary: dict[str, Value], out: TextIO | None = None) -> None:
     """`---`, then a `key: value` line each."""
     width = max(map(len, summary)) + 1
-    lines = ["---", *(f"{key + ':':<{width}} {value}" for key, value in summary.items())]
+    lines = ["---", *(f"{key + ':':<{width}} {shown(key, value)}" for key, value in summary.items())]
     print("\n".join(lines), file=out or sys.stdout, flush=True)
 
 

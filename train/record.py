@@ -21,6 +21,7 @@ from .config import TrainConfig
 from .judge import Judgement, judge
 from .ledger import RUN, Ledger
 from .loop import TrainingError
+from .metrics import Value, jsonable
 from .provenance import evaluating_code_sha256, machine, short_commit, source_state, versions
 from .runs import default_run_dir
 from .signals import UNREAD, Interrupted
@@ -69,7 +70,7 @@ class Record:
             "overshoot": budget.overshoot,
         }
 
-    def finish(self, summary: dict[str, str], evaluation: Evaluation, audit: list[str]) -> dict[str, str]:
+    def finish(self, summary: dict[str, Value], evaluation: Evaluation, audit: list[str]) -> dict[str, str]:
         """Writes the row of a run that came to its end. Returns what the summary has to say besides."""
         comparable = {
             "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
@@ -83,10 +84,10 @@ class Record:
                 "outcome": "finished" if bpb is not None else "failed",
                 "error": "" if bpb is not None else f"val_bpb is {evaluation.bpb}",
                 "val_bpb": bpb,
-                "memory_gb": float(memory) / 1024,
+                "memory_gb": memory / 1024,
                 "audit": "; ".join(audit) or "ok",
                 "comparable": comparable,
-                "summary": summary,
+                "summary": jsonable(summary),
             }
         )
         return {
@@ -131,7 +132,7 @@ class Record:
 
     def _write(self, facts: dict) -> Judgement:
         config = self.config
-        total = float(facts["summary"]["total_seconds"]) if facts["summary"] else seconds_since_start()
+        total = facts["summary"]["total_seconds"] if facts["summary"] else seconds_since_start()
         entry = {
             "kind": RUN,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

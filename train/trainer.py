@@ -26,7 +26,7 @@ from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
 from .failure import explain
 from .loop import TrainingError, train
 from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
-from .metrics import percent, utilisation
+from .metrics import Value, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
 from .progress import Reporter, announce, announce_resume, print_summary
@@ -91,7 +91,7 @@ def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]:
+def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Value]:
     """Trains, evaluates, writes the run's folder and its row, and prints the summary.
 
     Raises InputError, TrainingError and, after a signal, Interrupted.
@@ -196,7 +196,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
 def conclude(
     config: TrainConfig, step: TrainStep, state: RunState, data: Dataset, folder: RunFolder, record: Record,
     watchdog: Watchdog, ready: float,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, Value]:  # fmt: skip
     """What comes after the last step: evaluation, audit, the row, the summary, the run's files. `ready`: seconds from
     the process's start to the first step."""
     watchdog.phase()
@@ -214,7 +214,7 @@ def conclude(
             score, step.model, data, config.ops, config.seq_len, config.packing, batch_size=config.device_batch_size
         )
     watchdog.phase()
-    summary["total_seconds"] = f"{state.seconds:.1f}"
+    summary["total_seconds"] = state.seconds
     summary |= record.finish(summary, evaluation, findings)
     print_summary({**summary, "run": str(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(state.optimizer.masters)
@@ -227,9 +227,9 @@ def conclude(
 
 def summarise(
     config: TrainConfig, model: GPTConfig, state: RunState, evaluation: Evaluation, ready: float
-) -> dict[str, str]:
-    """The summary block. The first nine keys keep their names and their order; more may follow. Of a resumed run, what
-    the result rests on: every process up to the checkpoint that the next went on from."""
+) -> dict[str, Value]:
+    """What the summary says; the first nine keys keep their names and their order, and more may follow. Of a resumed
+    run, what the result rests on: every process up to the checkpoint that the next went on from."""
     budget = state.budget
     device = torch.device(config.device)
     timed_tokens = budget.timed_steps * config.total_batch_size
@@ -238,34 +238,34 @@ def summarise(
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {
-        "val_bpb": f"{evaluation.bpb:.6f}",
-        "training_seconds": f"{budget.timed_seconds:.1f}",
-        "total_seconds": f"{state.seconds:.1f}",
-        "peak_vram_mb": f"{peak:.1f}",
-        "mfu_percent": percent(used.mfu, 2),
-        "total_tokens_M": f"{budget.step * config.total_batch_size / 1e6:.1f}",
-        "num_steps": f"{budget.step}",
-        "num_params_M": f"{count_parameters(model)['total'] / 1e6:.1f}",
-        "depth": f"{config.depth}",
-        "unigram_bpb": f"{evaluation.unigram_bpb:.6f}",
-        "mfu_causal_percent": percent(used.mfu_causal, 2),
-        "mfu_device_percent": percent(used.mfu_device, 2),
-        "tokens_per_second": f"{pace:.0f}",
-        "untimed_seconds": f"{budget.untimed_seconds:.1f}",
-        "untimed_steps": f"{budget.step - budget.timed_steps}",
-        "overshoot_seconds": f"{budget.overshoot:.3f}",
-        "checkpoint_seconds": f"{state.blocked_seconds:.3f}",
-        "resumes": f"{state.resumes}",
-        "seconds_to_first_step": f"{ready:.1f}",
-        "peak_rss_mb": f"{rss:.1f}",
-        "val_rows": f"{evaluation.rows}",
-        "val_bytes": f"{evaluation.bytes_scored}",
-        "val_cropped_percent": f"{100 * evaluation.cropped_share:.1f}",
+        "val_bpb": evaluation.bpb,
+        "training_seconds": budget.timed_seconds,
+        "total_seconds": state.seconds,
+        "peak_vram_mb": peak,
+        "mfu_percent": used.mfu,
+        "total_tokens_M": budget.step * config.total_batch_size / 1e6,
+        "num_steps": budget.step,
+        "num_params_M": count_parameters(model)["total"] / 1e6,
+        "depth": config.depth,
+        "unigram_bpb": evaluation.unigram_bpb,
+        "mfu_causal_percent": used.mfu_causal,
+        "mfu_device_percent": used.mfu_device,
+        "tokens_per_second": pace,
+        "untimed_seconds": budget.untimed_seconds,
+        "untimed_steps": budget.step - budget.timed_steps,
+        "overshoot_seconds": budget.overshoot,
+        "checkpoint_seconds": state.blocked_seconds,
+        "resumes": state.resumes,
+        "seconds_to_first_step": ready,
+        "peak_rss_mb": rss,
+        "val_rows": evaluation.rows,
+        "val_bytes": evaluation.bytes_scored,
+        "val_cropped_percent": 100 * evaluation.cropped_share,
         "packing": config.packing,
-        "train_cropped_percent": f"{100 * state.loader.cropped_share:.1f}",
+        "train_cropped_percent": 100 * state.loader.cropped_share,
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],
         "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
-        "seed": f"{config.seed}",
+        "seed": config.seed,
         # What `judge.differences` asks; on a CPU, whose defaults are small, with no published number in any case.
         "comparable": "no (CPU defaults)" if config.device == "cpu" else "with equal fingerprint, budget and machine",
     }
