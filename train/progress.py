@@ -124,11 +124,13 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     sys.stdout.flush()
 
 
-def announce_resume(checkpoint: Checkpoint, environment: dict) -> None:
-    """From where the run goes on, and what may keep it from being the one it would have been."""
+def announce_resume(checkpoint: Checkpoint, environment: dict, doubts: list[str]) -> None:
+    """From where the run goes on, and what may keep it from being the one it would have been, or from counting."""
     timed, then = checkpoint.values["budget"]["timed_seconds"], checkpoint.values["environment"]
     print(f"resume: {checkpoint.step} steps are done, {timed:.1f} s of them timed")
     changed = [f"{key} {then[key]}, now {value}" for key, value in environment.items() if then[key] != value]
     if changed:
         print(f"note:   started with {'; '.join(changed)}: the bits of its numbers may depend on it")
+    for doubt in doubts:
+        print(f"note:   {doubt}: its number will be compared with no other")
     sys.stdout.flush()

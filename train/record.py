@@ -18,11 +18,11 @@ from prepare.evaluate import Evaluation
 from .budget import Budget
 from .clock import seconds_since_start
 from .config import TrainConfig
-from .judge import Judgement, judge
+from .judge import Judgement, described, judge, other_code
 from .ledger import RUN, Ledger
 from .loop import TrainingError
 from .metrics import Value, jsonable
-from .provenance import evaluating_code_sha256, machine, short_commit, source_state, versions
+from .provenance import evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
 from .runs import default_run_dir
 from .signals import UNREAD, Interrupted
 from .watchdog import HangError
@@ -37,6 +37,7 @@ class Record:
         self.began = False  # whether the run's folder is there
         self.written = False
         self.source = source_state()
+        self.sources = [self.source]  # of every process that trained it, where one differs from the one before
         self.code_sha256 = evaluating_code_sha256()
         self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model: dict = {}
@@ -46,6 +47,19 @@ class Record:
     def begin(self, config: TrainConfig, model: dict, data: dict) -> None:
         """The run's folder is there, and the configuration is resolved."""
         self.config, self.model, self.data, self.began = config, model, data, True
+
+    def goes_on_from(self, values: dict) -> None:
+        """From a checkpoint with these values."""
+        # Checkpoints of before have but the name of the last. Their code was another: it wrote no `sources`.
+        earlier = values.get("sources") or [named_state(values["environment"]["commit"])]
+        self.sources = earlier if earlier[-1] == self.source else [*earlier, self.source]
+
+    def doubts(self) -> list[str]:
+        """Why its number is compared with no other, although it is one."""
+        if len(self.sources) == 1:
+            return []
+        names = [described(source | {"commit": short_commit(source) or "none"}) for source in self.sources]
+        return [f"resumed with other code: {' > '.join(names)}"]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -144,7 +158,9 @@ class Record:
             "budget": self._budget(),
             **facts,
             **self.source,
-            "commit": short_commit(self.source) or "none",
+            "commit": ">".join(short_commit(source) or "none" for source in self.sources),
+            "sources": self.sources,
+            "doubts": self.doubts(),
             "commit_sha": self.source["commit"],
             "config": dataclasses.asdict(config),
             "model": self.model,
@@ -157,7 +173,9 @@ class Record:
         self.written = True
         try:
             with ledger.locked():
-                judgement = judge(entry, ledger.runs(entry))
+                earlier = ledger.runs(entry)
+                entry["doubts"] += other_code(entry, earlier)
+                judgement = judge(entry, earlier)
                 entry |= dataclasses.asdict(judgement)
                 ledger.append(entry)
         except OSError as error:  # a full disk, or a folder that cannot be written to: the run itself is whole

@@ -105,6 +105,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Valu
             stack.enter_context(saying_how_to_go_on(folder))
             checkpoint = newest_checkpoint(folder.checkpoints)
             check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
+            record.goes_on_from(checkpoint.values)
         keep_to_the_cores_allowed()
         config = complete(config)
         device = config.device
@@ -152,10 +153,12 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Valu
         counted = checkpoint.values["budget"] if checkpoint else {}
         budget = Budget(config.time_budget, config.steps, config.untimed_steps, **counted)
         state = RunState(optimizer, loader, budget)
-        origin = {"config": config.fixed(), "data": fingerprint, "environment": environment()}
+        origin = {
+            "config": config.fixed(), "data": fingerprint, "environment": environment(), "sources": record.sources
+        }  # fmt: skip
         announce(config, model_config, data, folder)
         if checkpoint:
-            announce_resume(checkpoint, origin["environment"])
+            announce_resume(checkpoint, origin["environment"], record.doubts())
 
         def hangs(reason: HangError) -> str:
             record.fail(reason)
