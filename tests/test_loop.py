@@ -3,6 +3,7 @@
 import gc
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import train.loop
 from model import GPT
 from prepare import Batch
 from train.budget import Budget
-from train.clock import DeviceClock, HostClock
+from train.clock import DeviceClock, HostClock, Stops
 from train.config import TrainConfig, resolve
 from train.loop import TrainingError
 from train.optimizer import Optimizer
@@ -98,11 +99,13 @@ class Pauses:
         self.clock.now += 1000.0
 
 
-def run(lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, **budget) -> tuple[Recorder, Budget]:
+def run(
+    lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, stops=None, **budget
+) -> tuple[Recorder, Budget]:
     seen, clock = Recorder(), LaggingClock(lag)
     state = RunState(step.optimizer, Batches(endless_batches()), Budget(untimed_steps=0, **budget))
     seen.pauses = Pauses(state, clock, pause_after)
-    train.loop.train(CONFIG, step, state, clock, seen, seen.pauses, stop)
+    train.loop.train(CONFIG, step, state, clock, seen, seen.pauses, stop, stops or Stops())
     return seen, state.budget
 
 
@@ -146,7 +149,7 @@ def test_what_comes_once_is_no_timed_steps(monkeypatch, lag, untimed):
     monkeypatch.setattr(train.loop, "COLLECT_EVERY", 6)
     state = RunState(None, Batches(endless_batches()), Budget(1.0, steps=8, untimed_steps=untimed))
     pauses = Pauses(state, clock := Watched(lag), math.inf)
-    train.loop.train(CONFIG, step, state, clock, Recorder(), pauses, lambda: False)
+    train.loop.train(CONFIG, step, state, clock, Recorder(), pauses, lambda: False, Stops())
     assert events[:3] == ["collected", "first batch", "mark"]
     counts = [events[: i + 1].count("step") for i, event in enumerate(events) if event == "collected"]
     again = [1 + lag] if untimed > 1 + lag else []
@@ -164,6 +167,17 @@ def test_a_checkpoint_is_taken_at_rest_and_costs_no_step(lag):
     assert budget.timed_seconds == 6
     plain, _ = run(lag, make_step(), seconds=1.0, steps=6)
     assert seen.losses == plain.losses
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_process_that_stood_still_inside_a_step_says_so(lag):
+    """Not what it did before the first, nor while a checkpoint was written."""
+    asked = iter([1000.0, *[0.0] * (1 + lag), 100.0, 10.0, 1.0])
+    stops = SimpleNamespace(since=lambda: next(asked, 0.0))
+    # Before the first step; after steps 0 (and 1); after the next; after the checkpoint; after the step that follows.
+    seen, budget = run(lag, make_step(), stops=stops, pause_after=2, seconds=1.0, steps=6)
+    assert seen.pauses.taken == [2 + lag]
+    assert budget.stopped_seconds == 101.0
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -330,7 +344,7 @@ def test_the_loop_waits_for_nothing_but_its_clock(gpu, graphs):
     state, clock, seen = RunState(step.optimizer, Batches(batches), Budget(1.0, steps=6)), DeviceClock(), Recorder()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.loop.train(CONFIG, step, state, clock, seen, Pauses(state, clock, math.inf), lambda: False)
+        train.loop.train(CONFIG, step, state, clock, seen, Pauses(state, clock, math.inf), lambda: False, Stops())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen.steps == [*range(6)]

@@ -132,6 +132,33 @@ def test_the_budget_clock_goes_on(corpus, tmp_path, monkeypatch):
     assert [row["timed_seconds"] for row in rows(folder)] == [0.0, 0.0, *(0.25 * i for i in range(1, 9))]
 
 
+@pytest.mark.parametrize(("length", "counts"), [(["--time-budget", "2"], True), (["--steps", "10"], False)])
+def test_a_stop_inside_the_budget_is_in_the_row(corpus, tmp_path, monkeypatch, capsys, length, counts):
+    """By a clock on which every step takes 0.25 s; stopped before the run is interrupted, and gone on with later."""
+    clock = SimpleNamespace(lag=0, now=0.0, mark=lambda: clock.now, seconds=lambda start, end: end - start)
+    call = TrainStep.__call__
+
+    def step(*args, apply=True):
+        clock.now += 0.25 * apply
+        return call(*args, apply=apply)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(train.trainer, "clock_of", lambda device: clock)
+    seen = iter([0.0] * 4 + [31.25])
+    monkeypatch.setattr(train.trainer.Stops, "since", lambda self: next(seen, 0.0))
+    folder = interrupt(corpus, tmp_path / "run", *length, "--untimed-steps", "2", step=5)
+    assert main("--resume", str(folder)) == 0
+    out = capsys.readouterr().out
+    (row,) = Ledger(tmp_path).runs()
+    doubt = "stopped for 31.2 s inside its budget"
+    assert row["doubts"] == [doubt] * counts
+    assert row["seconds"]["stopped"] == 31.25
+    assert (row["status"], row["verdict"]) == (("discard", "not compared") if counts else ("keep", "baseline"))
+    assert json.loads((folder / "summary.json").read_text())["stopped_seconds"] == 31.25
+    assert "stopped_seconds:       31.2\n" in out
+    assert (f"verdict:               not compared ({doubt})" in out) == counts
+
+
 @pytest.mark.parametrize(
     ("untimed", "step", "counts"), [(10, 0, False), (10, 9, False), (10, 10, True), (0, 0, True), (10, 16, False)]
 )

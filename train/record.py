@@ -56,10 +56,13 @@ class Record:
 
     def doubts(self) -> list[str]:
         """Why its number is compared with no other, although it is one."""
-        if len(self.sources) == 1:
-            return []
-        names = [described(source | {"commit": short_commit(source) or "none"}) for source in self.sources]
-        return [f"resumed with other code: {' > '.join(names)}"]
+        found = []
+        if len(self.sources) > 1:
+            names = [described(source | {"commit": short_commit(source) or "none"}) for source in self.sources]
+            found.append(f"resumed with other code: {' > '.join(names)}")
+        if self.seconds.get("stopped") and self.config.steps is None:
+            found.append(f"stopped for {self.seconds['stopped']:.1f} s inside its budget")
+        return found
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -82,6 +85,7 @@ class Record:
             "training": budget.timed_seconds,
             "untimed": budget.untimed_seconds,
             "overshoot": budget.overshoot,
+            "stopped": budget.stopped_seconds,
         }
 
     def finish(self, summary: dict[str, Value], evaluation: Evaluation, audit: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from prepare.evaluate import Evaluation
 from .audit import audit
 from .budget import Budget
 from .checkpoint import Checkpointer, checkpoint_folders, newest_checkpoint, step_of
-from .clock import clock_of, seconds_since_start
+from .clock import Stops, clock_of, seconds_since_start
 from .config import TrainConfig
 from .curves import draw_curves
 from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
@@ -179,10 +179,14 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Valu
         report = Reporter(
             folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread
         )
+        stops = stack.enter_context(Stops())
         ready = seconds_since_start()
         with signals.deferred():
             try:
-                train(config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None)
+                train(
+                    config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None,
+                    stops,
+                )  # fmt: skip
                 watchdog.phase()
                 checkpoints.save()
                 checkpoints.wait()
@@ -258,6 +262,7 @@ def summarise(
         "untimed_steps": budget.step - budget.timed_steps,
         "overshoot_seconds": budget.overshoot,
         "checkpoint_seconds": state.blocked_seconds,
+        **({"stopped_seconds": budget.stopped_seconds} if budget.stopped_seconds else {}),
         "resumes": state.resumes,
         "seconds_to_first_step": ready,
         "peak_rss_mb": rss,
