@@ -246,6 +246,42 @@ def test_a_seed_that_no_generator_takes(finished, capsys):
         assert capsys.readouterr().err.startswith("error: --seed")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e300, 1.7e308, 1e38, 1.0, 1e-40, 1e-300, 5e-324])
+def test_no_temperature_is_too_large_or_too_small(dtype, temperature):
+    """A large one draws evenly from all that are not banned, a small one takes the likeliest."""
+    logits = torch.arange(8.0).to(dtype)
+    logits[7] = -math.inf
+    generator = torch.Generator().manual_seed(0)
+    drawn = {sample.next_token(logits, temperature, 10**30, generator) for _ in range(200)}
+    assert drawn <= {*range(7)}
+    if temperature > 1e30:
+        assert drawn == {*range(7)}  # one of seven is left out once in 10¹² times
+    if temperature < 1e-30:
+        assert drawn == {6}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_bad_input(bad):
+    for temperature in (0, 1.0):
+        with pytest.raises(InputError, match="not finite"):
+            sample.next_token(torch.tensor([0.0, bad]), temperature, 0, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "-1"), ("--tokens", "-1"), ("--top-k", "-1"),
+     ("--prompt", "a\udcff")],
+)  # fmt: skip
+def test_what_cannot_be_sampled_is_named_in_one_line(finished, capsys, option, value):
+    assert sample.main([str(finished), "--device", "cpu", f"{option}={value}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert option in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
 def test_special_tokens_are_never_drawn(finished, monkeypatch):
     model, tokenizer, _ = load_run(finished)
     special = list(range(tokenizer.bos, tokenizer.vocab_size))
