@@ -14,6 +14,7 @@ from statistics import median
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.words import printable
+from train.metrics import shown
 
 COLUMNS = {
     "tokens_per_second": "tok/s",
@@ -45,9 +46,9 @@ def unfinished(rows: list[dict]) -> dict:
     """Steps and their median pace, in the words of a summary: the first steps compile, and do not move it."""
     if not rows:
         return {}
-    found = {"num_steps": len(rows), "tokens_per_second": f"{median(row['tokens_per_second'] for row in rows):.0f}"}
+    found = {"num_steps": len(rows), "tokens_per_second": median(row["tokens_per_second"] for row in rows)}
     if rows[-1]["mfu"] is not None:
-        found["mfu_percent"] = f"{median(row['mfu'] for row in rows):.2f}"
+        found["mfu_percent"] = median(row["mfu"] for row in rows)
     return found
 
 
@@ -70,7 +71,7 @@ def read_runs(folders: list[Path], at_least: int) -> dict[str, tuple[dict, list[
 def summary_table(runs: dict[str, dict]) -> list[str]:
     """Aligned lines, a header first."""
     cells = [["run", *COLUMNS.values()]]
-    cells += [[name, *(str(summary.get(key, "-")) for key in COLUMNS)] for name, summary in runs.items()]
+    cells += [[name, *(shown(key, summary.get(key, "-")) for key in COLUMNS)] for name, summary in runs.items()]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
     return ["  ".join(row) for row in aligned]

@@ -67,6 +67,7 @@ class Loader:
         self._index = 0  # of the next batch to pack
         self._state = self._pack_state()
         self._ready: queue.Queue = queue.Queue(prefetch)
+        self._next = None  # taken from there, and not handed out yet
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -74,13 +75,19 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Batch:
+    def start(self) -> None:
+        """Begins to pack, and waits for the first batch: `next` has it at once. An error is raised there."""
         if self._closed:
             raise RuntimeError("the loader is closed")
         if self._thread is None:
             self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
             self._thread.start()
-        item = self._ready.get()
+        if self._next is None:
+            self._next = self._ready.get()
+
+    def __next__(self) -> Batch:
+        self.start()
+        item, self._next = self._next, None
         if isinstance(item, BaseException):
             self.close()
             raise item
@@ -136,7 +143,7 @@ class Loader:
         self._thread.join()
         self._thread = None
         self._stop = threading.Event()
-        self._ready = queue.Queue(self._prefetch)
+        self._ready, self._next = queue.Queue(self._prefetch), None
 
     def _pack_state(self) -> dict:
         return self._identity | {"index": self._index, "packer": self._packer.state_dict()}

@@ -178,10 +178,11 @@ def test_a_run_says_that_it_was_audited(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "audit: ok"
 
 
-def test_a_number_edited_in_the_summary(run, tmp_path, capsys):
+@pytest.mark.parametrize("kept_as", [float, "{:.6f}".format])  # text: in summaries of before
+def test_a_number_edited_in_the_summary(run, tmp_path, capsys, kept_as):
     shutil.copytree(run / "run", tmp_path / "run")
-    bpb = float(json.loads((run / "run" / "summary.json").read_text())["val_bpb"])
-    rewrite(tmp_path / "run" / "summary.json", lambda summary: summary.update(val_bpb=f"{0.99 * bpb:.6f}"))
+    bpb = json.loads((run / "run" / "summary.json").read_text())["val_bpb"]
+    rewrite(tmp_path / "run" / "summary.json", lambda summary: summary.update(val_bpb=kept_as(0.99 * bpb)))
     assert evaluate.main([str(tmp_path / "run"), "--audit", "--device", "cpu"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"  bpb: {0.99 * bpb:.6f} in summary.json, and {bpb:.6f} now"
     # Of other text, it says nothing.

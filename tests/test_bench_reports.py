@@ -176,13 +176,13 @@ def make_run(folder: Path, losses: list[float], **summary) -> str:
 
 
 def test_runs_agree_step_by_step_or_do_not(tmp_path, capsys):
-    first = make_run(tmp_path / "triton", [9.0, 8.0, 7.0], val_bpb="1.5", tokens_per_second="1000000")
+    first = make_run(tmp_path / "triton", [9.0, 8.0, 7.0], val_bpb=1.5, tokens_per_second=1000000.4, mfu_percent=None)
     near = make_run(tmp_path / "reference", [9.0, 8.01, 7.001, 99.0])
     far = make_run(tmp_path / "compile", [9.0, 8.5, 7.0])
     assert runs.main([first, near, "--agree"]) == 0
     out = capsys.readouterr().out
     assert "differ most at step 1: 0.010000 nats" in out
-    assert out.splitlines()[1].split()[:2] == ["triton", "1000000"]
+    assert out.splitlines()[1].split()[:3] == ["triton", "1000000", "n/a"]
     assert runs.main([first, near, far, "--agree"]) == 1
     assert "DISAGREE" in capsys.readouterr().out
     assert runs.main([first, far, "--agree", "0.6"]) == 0
@@ -198,7 +198,7 @@ def test_runs_agree_step_by_step_or_do_not(tmp_path, capsys):
 
 def test_a_run_that_did_not_finish_shows_its_pace_and_hides_no_other(tmp_path, capsys):
     make_run(tmp_path / "cut", [9.0, 8.0, 7.0, 6.0, 5.0])
-    make_run(tmp_path / "whole", [9.0], tokens_per_second="7")
+    make_run(tmp_path / "whole", [9.0], tokens_per_second="7")  # text: in summaries of before
     (tmp_path / "empty").mkdir()
     assert runs.main([str(tmp_path / name) for name in ("empty", "cut", "whole")]) == 0
     note, header, cut, whole = capsys.readouterr().out.splitlines()

@@ -43,7 +43,7 @@ def test_a_finished_run(corpus, tmp_path):
     assert run_main(corpus, tmp_path / "b", "--seed", "7") == 0
     first, second = rows(tmp_path)
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert first["val_bpb"] == summary["val_bpb"]
+    assert first["val_bpb"] == f"{summary['val_bpb']:.6f}"
     assert (first["status"], first["verdict"], first["description"]) == ("keep", "baseline", "the baseline")
     assert [summary[key] for key in ("audit", "status", "verdict")] == ["ok", "keep", "baseline"]
     assert second["status"] == ("keep" if second["val_bpb"] < first["val_bpb"] else "discard")
@@ -54,7 +54,7 @@ def test_a_finished_run(corpus, tmp_path):
     assert full["versions"]["torch"] == torch.__version__
     assert full["comparable"]["evaluation"]["code_sha256"] == evaluating_code_sha256()
     assert full["comparable"]["evaluation"]["split_sha256"] == summary["fingerprint"]["split_sha256"]
-    assert full["summary"]["val_bpb"] == summary["val_bpb"]
+    assert full["val_bpb"] == full["summary"]["val_bpb"] == summary["val_bpb"]
     assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert first["budget"] == "3 steps"
 

@@ -6,7 +6,7 @@ from ledger_entries import add, entry
 
 from train.compare import compare, find
 from train.compare import main as compare_main
-from train.judge import experiments, judge
+from train.judge import experiments, judge, other_code
 from train.ledger import Ledger
 from train.statistics import student_p
 
@@ -97,6 +97,29 @@ def test_a_number_the_audit_rejects_stands_for_nothing(tmp_path):
     assert words(rows)[1:] == [("discard", "not compared"), ("keep", "unknown")]
     assert rows[1]["note"] == "audit: losses: scaled"
     assert rows[2]["note"].startswith("against a")
+
+
+def test_a_number_that_is_doubted_is_compared_with_no_other(tmp_path):
+    ledger = Ledger(tmp_path)
+    rows = add(ledger, entry("a", 1.0), entry("b", 0.1, doubts=["resumed with other code: 1 > 2"]), entry("c", 0.9))
+    assert words(rows)[1:] == [("discard", "not compared"), ("keep", "unknown")]
+    assert rows[1]["note"] == "resumed with other code: 1 > 2"
+    assert rows[2]["note"].startswith("against a")
+    both = add(ledger, entry("d", 0.1, audit="losses: scaled", doubts=["it was stopped"]))
+    assert both[0]["note"] == "audit: losses: scaled; it was stopped"
+
+
+def test_a_group_is_of_one_code(tmp_path):
+    ledger = Ledger(tmp_path)
+    seeds = [entry(f"g-{i}", 1.0, group="g", commit="1111111+", diff_sha256="a" * 64) for i in range(3)]
+    rows = add(ledger, *seeds)
+    assert [other_code(row, rows) for row in seeds] == [[], [], []]
+    for other in ({"commit": "2222222"}, {"commit": "1111111"}, {"diff_sha256": "b" * 64}):
+        (reason,) = other_code(seeds[0] | other, rows)
+        assert reason.startswith("its group began with other code: 1111111+ (changes aaaaaaaa), here ")
+        assert other_code(seeds[0] | other | {"group": "h"}, rows) == []
+        failed = [row | {"outcome": "failed"} for row in rows]
+        assert other_code(seeds[0] | other, failed) == []  # what has no number is mixed with none
 
 
 def test_judging_leaves_the_rows_alone():

@@ -239,6 +239,25 @@ def test_resume_goes_on_right_after_the_last_batch(tmp_path, packing, handed_out
             assert json.dumps(again.state) == json.dumps(batch.state)
 
 
+def test_started_it_has_its_first_batch_and_hands_out_the_same(tmp_path, monkeypatch):
+    packed, pack = [], Loader._pack
+    monkeypatch.setattr(Loader, "_pack", lambda self: packed.append(self) or pack(self))
+    split = make_split(tmp_path, LENGTHS)
+    with Loader(split, 3, 16, bos=BOS) as plain, Loader(split, 3, 16, bos=BOS) as started:
+        expected = [next(plain) for _ in range(9)]
+        state = started.state_dict()
+        started.start()
+        assert started in packed
+        assert started.state_dict() == state  # what is ready is not handed out
+        started.start()
+        assert torch.equal(next(started).tokens, expected[0].tokens)
+        started.load_state_dict(expected[5].state)
+        started.start()
+        started.load_state_dict(expected[6].state)  # what was ready before is not what comes
+        started.start()
+        assert [next(started).index for _ in range(2)] == [7, 8]
+
+
 def test_a_batch_is_not_overwritten(tmp_path):
     split = make_split(tmp_path, LENGTHS)
     with Loader(split, 4, 16, bos=BOS) as loader:

@@ -21,7 +21,7 @@ from train.curves import draw_curves
 from train.curves import main as curves_main
 from train.ledger import Ledger
 from train.memory import check_fits, count
-from train.report import limits
+from train.report import gather, limits
 from train.report import main as report_main
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +86,18 @@ def test_a_report_of_single_runs_and_of_none(tmp_path, capsys):
     assert "1 experiments: 1 keep" in capsys.readouterr().out
     assert report_main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere has no run in a ledger" in capsys.readouterr().err
+
+
+def test_a_clock_that_was_set_back_moves_no_run(tmp_path):
+    for folder, times in (("a", ["12:00", "10:00", "10:10"]), ("b", ["09:00", "12:30"])):
+        add(Ledger(tmp_path / folder), *(entry(f"{folder}{i}", 1.0, time=time) for i, time in enumerate(times)))
+
+    def order(*paths: str) -> list[str]:
+        return [run["run"] for run in gather([tmp_path / path for path in paths])[0]]
+
+    assert order("a") == order("a/a2", "a", "a/a0") == ["a0", "a1", "a2"]
+    assert order("a/a2", "a/a1") == ["a1", "a2"]
+    assert order("a", "b") == ["b0", "a0", "a1", "a2", "b1"]
 
 
 def test_outliers_do_not_squeeze_the_picture():

@@ -1,7 +1,9 @@
 """The loop that runs ahead, and the step that nothing in it waits for."""
 
+import gc
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+import train.loop
 from model import GPT
 from prepare import Batch
 from train.budget import Budget
-from train.clock import DeviceClock, HostClock
+from train.clock import DeviceClock, HostClock, Stops
 from train.config import TrainConfig, resolve
-from train.loop import TrainingError, train
+from train.loop import TrainingError
 from train.optimizer import Optimizer
 from train.schedule import StepValues, step_values
 from train.state import RunState
@@ -35,6 +38,19 @@ def make_step(device="cpu", forward_dtype=torch.float32, config=CONFIG, vocab_si
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.to(device)
     return TrainStep(model, Optimizer(model, config, forward_dtype))
+
+
+class Batches:
+    """In the place of a loader."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def start(self) -> None:
+        pass
+
+    def __iter__(self):
+        return self.batches
 
 
 def endless_batches(device="cpu"):
@@ -83,11 +99,13 @@ class Pauses:
         self.clock.now += 1000.0
 
 
-def run(lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, **budget) -> tuple[Recorder, Budget]:
+def run(
+    lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, stops=None, **budget
+) -> tuple[Recorder, Budget]:
     seen, clock = Recorder(), LaggingClock(lag)
-    state = RunState(step.optimizer, endless_batches(), Budget(untimed_steps=0, **budget))
+    state = RunState(step.optimizer, Batches(endless_batches()), Budget(untimed_steps=0, **budget))
     seen.pauses = Pauses(state, clock, pause_after)
-    train(CONFIG, step, state, clock, seen, seen.pauses, stop)
+    train.loop.train(CONFIG, step, state, clock, seen, seen.pauses, stop, stops or Stops())
     return seen, state.budget
 
 
@@ -110,6 +128,37 @@ def test_a_step_on_its_way_when_time_is_up_is_counted(lag, num_steps):
 
 
 @pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("untimed", [0, 1, 2, 3, 10])
+def test_what_comes_once_is_no_timed_steps(monkeypatch, lag, untimed):
+    """Garbage is collected, and the first batch packed, before the clock's first mark. It is collected again after the
+    first step where the next to be sent is untimed, and then at every sixth; by itself never."""
+    events = []
+
+    class Watched(LaggingClock):
+        def mark(self):
+            events.append("mark")
+            return super().mark()
+
+    def step(*_):
+        assert not gc.isenabled()
+        events.append("step")
+        return torch.zeros(()), torch.ones((), dtype=torch.bool)
+
+    monkeypatch.setattr(Batches, "start", lambda self: events.append("first batch"))
+    monkeypatch.setattr(train.loop.gc, "collect", lambda: events.append("collected"))
+    monkeypatch.setattr(train.loop, "COLLECT_EVERY", 6)
+    state = RunState(None, Batches(endless_batches()), Budget(1.0, steps=8, untimed_steps=untimed))
+    pauses = Pauses(state, clock := Watched(lag), math.inf)
+    train.loop.train(CONFIG, step, state, clock, Recorder(), pauses, lambda: False, Stops())
+    assert events[:3] == ["collected", "first batch", "mark"]
+    counts = [events[: i + 1].count("step") for i, event in enumerate(events) if event == "collected"]
+    again = [1 + lag] if untimed > 1 + lag else []
+    assert counts == [0, *again, 6 + lag]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
 def test_a_checkpoint_is_taken_at_rest_and_costs_no_step(lag):
     """Every step sent is finished first, and the thousand seconds are no step's."""
     seen, budget = run(lag, make_step(), pause_after=2, seconds=1.0, steps=6)
@@ -118,6 +167,17 @@ def test_a_checkpoint_is_taken_at_rest_and_costs_no_step(lag):
     assert budget.timed_seconds == 6
     plain, _ = run(lag, make_step(), seconds=1.0, steps=6)
     assert seen.losses == plain.losses
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_process_that_stood_still_inside_a_step_says_so(lag):
+    """Not what it did before the first, nor while a checkpoint was written."""
+    asked = iter([1000.0, *[0.0] * (1 + lag), 100.0, 10.0, 1.0])
+    stops = SimpleNamespace(since=lambda: next(asked, 0.0))
+    # Before the first step; after steps 0 (and 1); after the next; after the checkpoint; after the step that follows.
+    seen, budget = run(lag, make_step(), stops=stops, pause_after=2, seconds=1.0, steps=6)
+    assert seen.pauses.taken == [2 + lag]
+    assert budget.stopped_seconds == 101.0
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -281,10 +341,10 @@ def test_the_loop_waits_for_nothing_but_its_clock(gpu, graphs):
     else:
         step.rehearse(SHAPE, 2, values)
     batches = [next(generator) for generator in [endless_batches("cuda")] for _ in range(12)]
-    state, clock, seen = RunState(step.optimizer, iter(batches), Budget(1.0, steps=6)), DeviceClock(), Recorder()
+    state, clock, seen = RunState(step.optimizer, Batches(batches), Budget(1.0, steps=6)), DeviceClock(), Recorder()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train(CONFIG, step, state, clock, seen, Pauses(state, clock, math.inf), lambda: False)
+        train.loop.train(CONFIG, step, state, clock, seen, Pauses(state, clock, math.inf), lambda: False, Stops())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen.steps == [*range(6)]

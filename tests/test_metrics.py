@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import train.metrics
 from model import GPTConfig
 from train.budget import Budget
-from train.metrics import DebiasedAverage, log_line, utilisation
+from train.metrics import DebiasedAverage, jsonable, log_line, utilisation
 from train.progress import Reporter, print_summary
 from train.runs import RunFolder
 from train.schedule import StepValues
@@ -120,6 +121,35 @@ def test_lines_are_whole_where_redirected_and_redrawn_on_a_terminal(tmp_path, mo
 
 
 def test_summary_block():
+    """Numbers as scripts know them; text, as older summaries have it, as it is."""
     out = io.StringIO()
-    print_summary({"val_bpb": "1.234567", "depth": "8"}, out)
-    assert out.getvalue() == "---\nval_bpb: 1.234567\ndepth:   8\n"
+    found = {
+        "val_bpb": 1.2345674, "training_seconds": 60.04, "peak_vram_mb": 0.0, "mfu_percent": None,
+        "mfu_causal_percent": 43.214, "total_tokens_M": 2.568, "num_steps": 1253, "unigram_bpb": 3.5,
+        "tokens_per_second": 42396.7, "overshoot_seconds": 0.0431, "checkpoint_seconds": 0.0, "resumes": 0,
+        "val_cropped_percent": 0.04, "audit": "ok", "seconds_to_first_step": "7.4",
+    }  # fmt: skip
+    print_summary(found, out)
+    assert out.getvalue() == """---
+val_bpb:               1.234567
+training_seconds:      60.0
+peak_vram_mb:          0.0
+mfu_percent:           n/a
+mfu_causal_percent:    43.21
+total_tokens_M:        2.6
+num_steps:             1253
+unigram_bpb:           3.500000
+tokens_per_second:     42397
+overshoot_seconds:     0.043
+checkpoint_seconds:    0.000
+resumes:               0
+val_cropped_percent:   0.0
+audit:                 ok
+seconds_to_first_step: 7.4
+"""
+
+
+def test_a_summary_that_is_no_number_is_still_json():
+    assert jsonable({"val_bpb": math.nan, "a": math.inf, "b": 1.5, "c": 2, "d": "text", "e": None}) == {
+        "val_bpb": None, "a": None, "b": 1.5, "c": 2, "d": "text", "e": None,
+    }  # fmt: skip

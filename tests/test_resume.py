@@ -20,8 +20,8 @@ import train.checkpoint
 import train.trainer
 from prepare import prepare
 from prepare.words import command_line
+from train.budget import Budget
 from train.checkpoint import checkpoint_folders, read_checkpoint
-from train.config import TrainConfig
 from train.ledger import Ledger
 from train.progress import Reporter
 from train.step import TrainStep
@@ -89,9 +89,9 @@ def test_stopped_by_a_signal_and_continued(corpus, tmp_path, whole, capfd, numbe
     assert train.__main__.main(args[2:]) == 0
     assert_same(folder, whole)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["resumes"] == "1"
+    assert summary["resumes"] == 1
     timed = [row["seconds"] for row in rows(folder)[3:]]
-    assert float(summary["training_seconds"]) == pytest.approx(sum(timed), abs=0.06)
+    assert summary["training_seconds"] == pytest.approx(sum(timed))
 
 
 def test_stopped_at_every_step(corpus, tmp_path, whole):
@@ -103,7 +103,7 @@ def test_stopped_at_every_step(corpus, tmp_path, whole):
             assert main("--resume", str(folder)) == 143
     assert main("--resume", str(folder)) == 0
     assert_same(folder, whole)
-    assert json.loads((folder / "summary.json").read_text())["resumes"] == "8"
+    assert json.loads((folder / "summary.json").read_text())["resumes"] == 8
 
 
 @pytest.mark.parametrize("option", [["--packing", "published"], ["--untimed-steps", "0"], ["--num-kv-heads", "2"]])
@@ -120,9 +120,9 @@ def test_the_budget_clock_goes_on(corpus, tmp_path, monkeypatch):
     clock = SimpleNamespace(lag=0, now=0.0, mark=lambda: clock.now, seconds=lambda start, end: end - start)
     call = TrainStep.__call__
 
-    def step(*args, **kwargs):
-        clock.now += 0.25
-        return call(*args, **kwargs)
+    def step(*args, apply=True):
+        clock.now += 0.25 * apply  # a rehearsal is no step
+        return call(*args, apply=apply)
 
     monkeypatch.setattr(TrainStep, "__call__", step)
     monkeypatch.setattr(train.trainer, "clock_of", lambda device: clock)
@@ -136,12 +136,20 @@ def test_the_budget_clock_goes_on(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "resumed", "would"),
-    [({}, False, False), ({}, True, False), ({"ops": "compile"}, False, False), ({"ops": "compile"}, True, True),
-     ({"device": "cuda"}, True, True), ({"untimed_steps": 0}, False, True)],
-)  # fmt: skip
-def test_no_timed_step_compiles(options, resumed, would):
-    assert train.trainer.first_step_would_compile(TrainConfig(**{"device": "cpu"} | options), resumed) == would
+    ("untimed", "step", "counts"), [(10, 0, False), (10, 9, False), (10, 10, True), (0, 0, True), (10, 16, False)]
+)
+def test_a_first_step_that_counts_is_known(untimed, step, counts):
+    """Of 16, wherever a process begins: the one after the last is none."""
+    assert Budget(60.0, steps=16, untimed_steps=untimed, step=step).next_step_counts == counts
+
+
+@pytest.mark.parametrize("untimed", [6, 7, 8])
+def test_a_process_whose_first_step_counts_rehearses(corpus, tmp_path, monkeypatch, untimed):
+    folder = interrupt(corpus, tmp_path / "run", "--steps", "9", "--untimed-steps", str(untimed), step=6)
+    rehearsed = []
+    monkeypatch.setattr(TrainStep, "rehearse", lambda *_: rehearsed.append(True))
+    assert main("--resume", str(folder)) == 0
+    assert rehearsed == [True] * (untimed <= 7)
 
 
 def test_after_the_evaluation_only_the_weights_remain(corpus, tmp_path):

@@ -54,6 +54,22 @@ def test_what_has_no_reader_any_more_is_interrupted(asked, corpus, tmp_path):
     assert entry["outcome"] == "interrupted"
 
 
+def test_a_run_that_was_stopped_knows_for_how_long(corpus, tmp_path):
+    """As by Ctrl-Z and `fg`; its checkpoint knows it too."""
+    folder = tmp_path / "run"
+    options = ["--data", str(corpus), "--run-dir", str(folder), "--untimed-steps", "0", "--hang-timeout", "0"]
+    process = start(*TINY, *options, "--time-budget", "600")
+    wait_for_line(process.stdout, "step 00001")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    wait_for_line(process.stdout, f"step {len(rows(folder)) + 2:05d}")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    checkpoint = read_checkpoint(checkpoint_folders(folder / "checkpoints")[0])
+    assert checkpoint.values["budget"]["stopped_seconds"] > 1.0
+
+
 def test_a_signal_while_it_sets_up(corpus, tmp_path):
     """As soon as the handler is there, which is long before PyTorch is."""
     process = start(*TINY, "--data", str(corpus), "--run-dir", str(tmp_path / "run"))

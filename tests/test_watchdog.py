@@ -8,9 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import train.__main__
+import train.trainer
 import train.watchdog
 from prepare.words import command_line
 from train.watchdog import ALARM, FLOOR, Watchdog
@@ -140,6 +144,91 @@ def test_the_first_step_does_not_count_as_usual():
     assert not watchdog._recent
     watchdog.beat()
     assert len(watchdog._recent) == 1
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The watchdog's clock, which goes on where a test says so."""
+    clock = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(train.watchdog, "monotonic", lambda: clock.seconds)
+    return clock
+
+
+def beats(watchdog: Watchdog, now, seconds: float, count: int = 3) -> None:
+    for _ in range(count):
+        now.seconds += seconds
+        watchdog.beat()
+
+
+def test_the_pace_of_one_phase_says_nothing_of_the_next(now):
+    watchdog = Watchdog(600.0)
+    beats(watchdog, now, 4.0)
+    assert watchdog.limits() == (40.0, 600.0)
+    watchdog.phase()
+    assert watchdog.limits() == (600.0, 600.0)
+    beats(watchdog, now, 500.0, count=1)  # compiling
+    assert watchdog.limits() == (600.0, 600.0)
+    beats(watchdog, now, 5.0)
+    assert watchdog.limits() == (50.0, 600.0)
+
+
+def test_a_slow_machine_stays_slow(now):
+    """Where a step takes 200 seconds, 600 without a beat end no evaluation either."""
+    watchdog = Watchdog(600.0)
+    beats(watchdog, now, 200.0)
+    for _ in range(2):
+        watchdog.phase()
+        assert watchdog.limits() == (2000.0, 2000.0)
+
+
+def test_new_shapes_are_a_phase_of_their_own(now):
+    """As under torch.compile: each makes kernels anew, the last batch of an evaluation like the first."""
+    watchdog, limits = Watchdog(600.0), []
+
+    def losses(inputs, targets):
+        limits.append(watchdog.limits()[0])
+        now.seconds += 2.0
+        return inputs[:1]
+
+    score = watchdog.watching(losses)
+    for rows in (4, 4, 4, 3, 4, 4, 2):
+        assert score(torch.zeros(rows, 8), targets := torch.zeros(rows, 8)).shape == targets[:1].shape
+    assert limits == [600.0, 600.0, FLOOR, 600.0, 600.0, FLOOR, 600.0]
+
+
+class Phases(Watchdog):
+    """Notes what was done in each phase."""
+
+    seen: list[list[str]]
+
+    def phase(self):
+        super().phase()
+        Phases.seen.append([])
+
+
+def test_what_is_no_step_is_no_phase_of_the_steps(small_data, tmp_path, monkeypatch):
+    """The last checkpoint, the evaluation and the audit each begin without a pace, and so does writing the files."""
+    Phases.seen = [[]]
+
+    def noting(where, name, word):
+        function = getattr(where, name)
+
+        def noted(*args, **kwargs):
+            Phases.seen[-1].append(word)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, noted)
+
+    monkeypatch.setattr(train.trainer, "Watchdog", Phases)
+    noting(train.trainer, "train", "steps")
+    noting(train.trainer.Checkpointer, "save", "checkpoint")
+    noting(train.trainer, "evaluate_bpb", "evaluation")
+    noting(train.trainer, "audit", "audit")
+    noting(train.trainer.RunFolder, "write_model", "files")
+    options = ["--data", str(small_data), "--run-dir", str(tmp_path / "run"), "--steps", "2"]
+    assert train.__main__.main([*TINY, "--checkpoint-every", "600", *options]) == 0
+    found = [words for words in Phases.seen if words]
+    assert found == [["steps"], ["checkpoint"], ["evaluation"], ["audit"], ["files"]]
 
 
 def test_a_stopped_process_does_not_hang(monkeypatch):

@@ -133,7 +133,7 @@ def test_a_run_of_such_a_name_from_end_to_end(corpus, tmp_path, capsys, monkeypa
     assert run_main(corpus, run, "--steps", "2", "--description", WILD, "--group", WILD) == 0
     for module, *args in (
         ("report", tmp_path), ("compare", run, run), ("curves", run), ("evaluate", run, "--audit"),
-        ("sample", run, "--prompt", "caf\udce9"), ("export", run, "--to", tmp_path / "\x1b[31m"),
+        ("sample", run, "--prompt", "café"), ("export", run, "--to", tmp_path / "\x1b[31m"),
     ):  # fmt: skip
         assert __import__(f"train.{module}", fromlist=["main"]).main([str(arg) for arg in args]) == 0
     captured = capsys.readouterr()

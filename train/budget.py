@@ -21,9 +21,13 @@ class Budget:
     timed_steps: int = 0
     timed_seconds: float = 0.0
     untimed_seconds: float = 0.0
+    stopped_seconds: float = 0.0  # that the process stood still where seconds count: they are among the timed ones
 
-    def add(self, seconds: float) -> None:
-        """A step has finished and took so long."""
+    def add(self, seconds: float, stopped: float = 0.0) -> None:
+        """A step has finished and took so long, and meanwhile the process stood still for a part of it; on a GPU that
+        makes one of the next two longer."""
+        if self.step + 2 >= self.untimed_steps:
+            self.stopped_seconds += stopped
         if self.step < self.untimed_steps:
             self.untimed_seconds += seconds
         else:
@@ -45,6 +49,11 @@ class Budget:
     def wants(self, step: int) -> bool:
         """Whether step `step`, counted from 0, is still to be trained."""
         return step < self.steps if self.steps is not None else self.timed_seconds < self.seconds
+
+    @property
+    def next_step_counts(self) -> bool:
+        """Whether there is one, and its seconds are the budget's."""
+        return self.wants(self.step) and self.step >= self.untimed_steps
 
     @property
     def remaining(self) -> float:

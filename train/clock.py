@@ -1,8 +1,13 @@
-"""Marks in time. On a GPU the host runs ahead of the device, so there a mark is an event among the work it sends."""
+"""Marks in time, and whether time went on without the process.
+
+On a GPU the host runs ahead of the device, so there a mark is an event among the work it sends.
+"""
 
 import os
+import signal
+import threading
 import time
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Protocol
 
 import psutil
@@ -50,6 +55,70 @@ def clock_of(device: torch.device | str) -> Clock:
     return DeviceClock() if torch.device(device).type == "cuda" else HostClock()
 
 
+# Of the process, when this file was imported. Both from the wall clock, which may be set at any later time.
+_AGE = max(time.time() - psutil.Process(os.getpid()).create_time(), 0.0)
+_IMPORTED = monotonic()
+
+
 def seconds_since_start() -> float:
     """Of the process: imports count."""
-    return time.time() - psutil.Process(os.getpid()).create_time()
+    return _AGE + monotonic() - _IMPORTED
+
+
+LOOK = 0.1  # seconds from one look at the clock to the next
+LEAST = 0.5  # seconds of a stop that is worth a word; a thread may have to wait for as long
+
+
+class Stops:
+    """While it is entered: for how long the process stood still, stopped (Ctrl-Z, SIGSTOP) or asleep with its machine.
+
+    SIGCONT says that there was a stop, and the longest time between two looks of a thread how long it was: each proves
+    nothing alone, since a signal may find the process running, and a thread may have to wait for Python's lock.
+    """
+
+    def __init__(self):
+        self._continued = False
+        self._looked, self._longest = monotonic(), 0.0
+        self._asleep = seconds_asleep()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stops", daemon=True)
+
+    def __enter__(self) -> "Stops":
+        self._before = signal.signal(signal.SIGCONT, self._went_on)
+        signal.siginterrupt(signal.SIGCONT, False)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end.set()
+        self._thread.join()
+        signal.signal(signal.SIGCONT, self._before)
+
+    def since(self) -> float:
+        """Seconds since the last call that the process stood still. To be called from the main thread, where signals
+        are handled."""
+        self._look()
+        stopped = self._longest if self._continued else 0.0
+        self._continued, self._longest = False, 0.0
+        before, self._asleep = self._asleep, seconds_asleep()
+        return sum((seconds for seconds in (stopped, self._asleep - before) if seconds >= LEAST), 0.0)
+
+    def _went_on(self, *_) -> None:
+        self._continued = True
+
+    def _watch(self) -> None:
+        while not self._end.wait(LOOK):
+            self._look()
+
+    def _look(self) -> None:
+        """From two threads: where both see the same stop, it is still one."""
+        now = monotonic()
+        self._longest = max(self._longest, now - self._looked - LOOK)
+        self._looked = now
+
+
+def seconds_asleep() -> float:
+    """That the machine was suspended since it was started; 0 where its clocks do not tell."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -118,10 +118,11 @@ def recorded_summary(run: Path) -> dict | None:
         return None
 
 
-def check_recorded(bpb: float, recorded: str) -> list[str]:
+def check_recorded(bpb: float, recorded: float | str) -> list[str]:
     """Whether the run's summary has this number, but for what another device rounds otherwise."""
-    off = abs(float(recorded) / bpb - 1) > ROUNDED_MEAN
-    return [f"bpb: {recorded} in summary.json, and {bpb:.6f} now"] if off else []
+    recorded = float(recorded)  # older summaries have it as text
+    off = not abs(recorded / bpb - 1) <= ROUNDED_MEAN
+    return [f"bpb: {recorded:.6f} in summary.json, and {bpb:.6f} now"] if off else []
 
 
 if __name__ == "__main__":

@@ -41,8 +41,23 @@ class Judgement:
 
 
 def believable(run: dict) -> bool:
-    """Whether its number may stand for something: it finished, and the audit found nothing."""
-    return run["outcome"] == "finished" and run.get("audit") == "ok"
+    """Whether its number may stand for something: it finished, the audit found nothing, and nothing speaks against
+    comparing it (`doubts`)."""
+    return run["outcome"] == "finished" and run.get("audit") == "ok" and not run.get("doubts")
+
+
+def other_code(run: dict, earlier: Sequence[dict]) -> list[str]:
+    """Why `run` does not belong to the numbers that its group has: it was trained by other code."""
+    first = next((e for e in earlier if e["group"] == run["group"] and believable(e)), run)
+    if all(first.get(key) == run.get(key) for key in ("commit", "diff_sha256")):
+        return []
+    return [f"its group began with other code: {described(first)}, here {described(run)}"]
+
+
+def described(source: dict) -> str:
+    """A commit as the ledger names it, and what differed from it."""
+    changes = source.get("diff_sha256")
+    return source["commit"] + (f" (changes {changes[:8]})" if changes else "")
 
 
 def numbers(runs: Sequence[dict]) -> list[float]:
@@ -98,7 +113,8 @@ def judge(run: dict, earlier: Sequence[dict]) -> Judgement:
     if run["outcome"] != "finished":
         return Judgement(CRASH, run["outcome"], run["error"])
     if not believable(run):
-        return Judgement(DISCARD, "not compared", f"audit: {run['audit']}")
+        audit = [] if run.get("audit") == "ok" else [f"audit: {run['audit']}"]
+        return Judgement(DISCARD, "not compared", "; ".join([*audit, *run.get("doubts", [])]))
     others = [e for e in earlier if e["group"] != run["group"] and believable(e)]
     if metric_was_edited(run, others):
         return Judgement(

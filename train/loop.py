@@ -2,7 +2,8 @@
 
 import gc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from prepare import Batch
 
 from .checkpoint import Checkpointer
-from .clock import Clock
+from .clock import Clock, Stops
 from .config import TrainConfig
 from .optimizer import MAX_LOSS
 from .progress import Reporter
@@ -42,17 +43,42 @@ class Sent:
     end: Any  # mark of the clock
 
 
+def settle_garbage() -> None:
+    """What is there now stays: no later collection looks at it."""
+    gc.collect()
+    gc.freeze()
+
+
+@contextmanager
+def seldom_collecting() -> Iterator[None]:
+    """The garbage collector runs where the loop says so, and not by itself."""
+    settle_garbage()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@seldom_collecting()
 def train(
     config: TrainConfig, step: TrainStep, state: RunState, clock: Clock, report: Reporter, checkpoints: Checkpointer,
-    stop: Callable[[], bool],
+    stop: Callable[[], bool], stops: Stops,
 ) -> None:  # fmt: skip
     """Trains until the budget is used up or `stop` says so; nothing is on its way then. Raises TrainingError.
 
     The host sends a step before it has read the loss of the one `clock.lag` steps earlier, so that the device never
     waits for it. A bad step is therefore noticed late; the optimizer takes neither it nor any step after it.
+
+    Before the first mark all is ready that no step should pay for: the first batch, and the garbage is gone.
     """
     in_flight: deque[Sent] = deque()
-    first = number = state.budget.step
+    number = state.budget.step
+    # Once more after the first step, which may compile, where the step that pays for it is an untimed one.
+    warm = number + 1 if number + 1 + clock.lag < state.budget.untimed_steps else None
+    state.loader.start()
+    stops.since()
     last = clock.mark()
     while True:
         more = state.budget.wants(number) and not stop()
@@ -69,30 +95,22 @@ def train(
                 return
             checkpoints.save()
             last = clock.mark()  # what a checkpoint takes is no step's time
+            stops.since()
             continue
         if len(in_flight) > clock.lag or not wanted:
             sent = in_flight.popleft()
             seconds, last = clock.seconds(last, sent.end), sent.end
-            finish(sent, seconds, state, report)
-            collect_garbage(sent.values.step, first)
+            finish(sent, seconds, stops.since(), state, report)
+            if state.step == warm or state.step % COLLECT_EVERY == 0:
+                settle_garbage()
 
 
-def finish(sent: Sent, seconds: float, state: RunState, report: Reporter) -> None:
+def finish(sent: Sent, seconds: float, stopped: float, state: RunState, report: Reporter) -> None:
     """Reads a step's loss, counts its time, reports it. Raises TrainingError."""
     loss = sent.loss.item()
     if not sent.good.item():
         cause = f"loss is {loss:.4g}" if not loss <= MAX_LOSS else "a gradient is not finite"
         first, last = sent.batches[0].index, sent.batches[-1].index
         raise TrainingError(f"step {sent.values.step:05d}: {cause} (batches {first} to {last})", sent)
-    state.budget.add(seconds)
+    state.budget.add(seconds, stopped)
     report.step(state.budget, sent.values, seconds, loss, state.average.update(loss), sent.batches[-1].epoch)
-
-
-def collect_garbage(step: int, first: int) -> None:
-    """After the first step of the process, what is there stays; from then on the collector runs seldom."""
-    if step == first:
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-    elif step % COLLECT_EVERY == 0:
-        gc.collect()

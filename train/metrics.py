@@ -1,5 +1,6 @@
-"""What a run reports: the smoothed loss, the utilisation, the log line."""
+"""What a run reports: the smoothed loss, the utilisation, the log line, the values of the summary."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,24 @@ def utilisation(config: GPTConfig, device: torch.device, tokens_per_second: floa
     return Utilisation(rate / H100_PEAK, causal / H100_PEAK, rate / own if own else None)
 
 
-def percent(value: float | None, digits: int) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
+Value = float | int | str | None  # of a summary; None where there is none, as MFU on a CPU
+
+DIGITS = {  # after the point, of a summary's floats
+    "val_bpb": 6, "unigram_bpb": 6, "mfu_percent": 2, "mfu_causal_percent": 2, "mfu_device_percent": 2,
+    "tokens_per_second": 0, "overshoot_seconds": 3, "checkpoint_seconds": 3,
+}  # fmt: skip
+
+
+def shown(key: str, value: Value) -> str:
+    """A value of the summary as it is printed; one from a file that has them as text, as it is there."""
+    if value is None:
+        return "n/a"
+    return f"{value:.{DIGITS.get(key, 1)}f}" if isinstance(value, float) else str(value)
+
+
+def jsonable(summary: dict[str, Value]) -> dict[str, Value]:
+    """With None for what is infinite or no number: JSON has no word for these."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
 def log_line(

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .device import gpu_name
 from .files import DISK_FULL
-from .metrics import log_line, utilisation
+from .metrics import Value, log_line, shown, utilisation
 from .runs import RunFolder
 from .schedule import StepValues
 
@@ -82,10 +82,10 @@ class Reporter:
             self.out.write("\n")
 
 
-def print_summary(summary: dict[str, str], out: TextIO | None = None) -> None:
+def print_summary(summary: dict[str, Value], out: TextIO | None = None) -> None:
     """`---`, then a `key: value` line each."""
     width = max(map(len, summary)) + 1
-    lines = ["---", *(f"{key + ':':<{width}} {value}" for key, value in summary.items())]
+    lines = ["---", *(f"{key + ':':<{width}} {shown(key, value)}" for key, value in summary.items())]
     print("\n".join(lines), file=out or sys.stdout, flush=True)
 
 
@@ -128,11 +128,13 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     sys.stdout.flush()
 
 
-def announce_resume(checkpoint: Checkpoint, environment: dict) -> None:
-    """From where the run goes on, and what may keep it from being the one it would have been."""
+def announce_resume(checkpoint: Checkpoint, environment: dict, doubts: list[str]) -> None:
+    """From where the run goes on, and what may keep it from being the one it would have been, or from counting."""
     timed, then = checkpoint.values["budget"]["timed_seconds"], checkpoint.values["environment"]
     print(f"resume: {checkpoint.step} steps are done, {timed:.1f} s of them timed")
     changed = [f"{key} {then[key]}, now {value}" for key, value in environment.items() if then[key] != value]
     if changed:
         print(f"note:   started with {'; '.join(changed)}: the bits of its numbers may depend on it")
+    for doubt in doubts:
+        print(f"note:   {doubt}: its number will be compared with no other")
     sys.stdout.flush()

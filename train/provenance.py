@@ -85,6 +85,11 @@ def short_commit(state: dict) -> str | None:
     return state["commit"] and state["commit"][:7] + "+" * state["dirty"]
 
 
+def named_state(name: str | None) -> dict:
+    """The `source_state` that `short_commit` gave this name, as far as a name tells."""
+    return {"commit": name and name.rstrip("+"), "dirty": name and name.endswith("+"), "diff_sha256": None}
+
+
 def _git(*args: str) -> bytes:
     command, english = ["git", "-C", str(ROOT), *args], os.environ | {"LC_ALL": "C"}
     return subprocess.run(command, capture_output=True, check=True, env=english).stdout

@@ -19,10 +19,11 @@ from prepare.words import printable
 from .budget import Budget
 from .clock import seconds_since_start
 from .config import TrainConfig
-from .judge import Judgement, judge
+from .judge import Judgement, described, judge, other_code
 from .ledger import RUN, Ledger, name_of
 from .loop import TrainingError
-from .provenance import evaluating_code_sha256, machine, short_commit, source_state, versions
+from .metrics import Value, jsonable
+from .provenance import evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
 from .runs import default_run_dir
 from .signals import UNREAD, Interrupted
 from .watchdog import HangError
@@ -36,8 +37,9 @@ class Record:
         self.folder = Path(config.resume or config.run_dir or default_run_dir(config.name))
         self.began = False  # whether the run's folder is there
         self.written = False
-        self.result: tuple[dict[str, str], Evaluation] | None = None
+        self.result: tuple[dict[str, Value], Evaluation] | None = None
         self.source = source_state()
+        self.sources = [self.source]  # of every process that trained it, where one differs from the one before
         self.code_sha256 = evaluating_code_sha256()
         self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model: dict = {}
@@ -47,6 +49,22 @@ class Record:
     def begin(self, config: TrainConfig, model: dict, data: dict) -> None:
         """The run's folder is there, and the configuration is resolved."""
         self.config, self.model, self.data, self.began = config, model, data, True
+
+    def goes_on_from(self, values: dict) -> None:
+        """From a checkpoint with these values."""
+        # Checkpoints of before have but the name of the last. Their code was another: it wrote no `sources`.
+        earlier = values.get("sources") or [named_state(values["environment"]["commit"])]
+        self.sources = earlier if earlier[-1] == self.source else [*earlier, self.source]
+
+    def doubts(self) -> list[str]:
+        """Why its number is compared with no other, although it is one."""
+        found = []
+        if len(self.sources) > 1:
+            names = [described(source | {"commit": short_commit(source) or "none"}) for source in self.sources]
+            found.append(f"resumed with other code: {' > '.join(names)}")
+        if self.seconds.get("stopped") and self.config.steps is None:
+            found.append(f"stopped for {self.seconds['stopped']:.1f} s inside its budget")
+        return found
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -69,9 +87,10 @@ class Record:
             "training": budget.timed_seconds,
             "untimed": budget.untimed_seconds,
             "overshoot": budget.overshoot,
+            "stopped": budget.stopped_seconds,
         }
 
-    def measured(self, summary: dict[str, str], evaluation: Evaluation) -> None:
+    def measured(self, summary: dict[str, Value], evaluation: Evaluation) -> None:
         """The run has its number: whatever comes after it, that one stands in its row."""
         self.result = summary, evaluation
 
@@ -90,10 +109,10 @@ class Record:
                 "outcome": "finished" if bpb is not None else "failed",
                 "error": "" if bpb is not None else f"val_bpb is {evaluation.bpb}",
                 "val_bpb": bpb,
-                "memory_gb": float(memory) / 1024,
+                "memory_gb": memory / 1024,
                 "audit": "; ".join(audit) or "ok",
                 "comparable": comparable,
-                "summary": summary,
+                "summary": jsonable(summary),
             }
         )
         return {
@@ -141,7 +160,7 @@ class Record:
 
     def _write(self, facts: dict) -> Judgement:
         config = self.config
-        total = float(facts["summary"]["total_seconds"]) if facts["summary"] else seconds_since_start()
+        total = facts["summary"]["total_seconds"] if facts["summary"] else seconds_since_start()
         entry = {
             "kind": RUN,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -153,7 +172,9 @@ class Record:
             "budget": self._budget(),
             **facts,
             **self.source,
-            "commit": short_commit(self.source) or "none",
+            "commit": ">".join(short_commit(source) or "none" for source in self.sources),
+            "sources": self.sources,
+            "doubts": self.doubts(),
             "commit_sha": self.source["commit"],
             "config": dataclasses.asdict(config),
             "model": self.model,
@@ -166,7 +187,9 @@ class Record:
         self.written = True
         try:
             with ledger.locked():
-                judgement = judge(entry, ledger.runs(entry))
+                earlier = ledger.runs(entry)
+                entry["doubts"] += other_code(entry, earlier)
+                judgement = judge(entry, earlier)
                 entry |= dataclasses.asdict(judgement)
                 ledger.append(entry)
         except OSError as error:  # a full disk, or a folder that cannot be written to: the run itself is whole

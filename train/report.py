@@ -1,5 +1,6 @@
 """`python -m train.report [RUNS…]`: a night of experiments as one picture and one table."""
 
+import heapq
 import math
 import re
 import statistics
@@ -46,20 +47,25 @@ def main(args: list[str] | None = None) -> int:
 
 
 def gather(paths: Sequence[Path]) -> tuple[list[dict], list[Ledger]]:
-    """The runs that `paths` name, oldest first, and the ledgers they are in. Raises InputError."""
-    found: list[dict] = []
+    """The runs that `paths` name, oldest first, and the ledgers they are in. Raises InputError.
+
+    Two ledgers are merged by the wall clock; inside one its own order holds, however that clock was set.
+    """
+    chosen: dict[Path, list[dict]] = {}
     ledgers: dict[Path, Ledger] = {}
     for path in paths:
         if (path / "results.jsonl").is_file():
             ledger, wanted = Ledger(path), None
         else:
             ledger, wanted = Ledger.beside(path), name_of(path)
-        ledgers.setdefault(ledger.folder.resolve(), ledger)
+        folder = ledger.folder.resolve()
+        ledgers.setdefault(folder, ledger)
         runs = [run for run in ledger.runs() if wanted in (None, run["run"], run["group"])]
         if not runs:
             raise InputError(f"{path} has no run in a ledger (results.jsonl): name a folder of runs, or a run")
-        found += [run for run in runs if run not in found]
-    return sorted(found, key=lambda run: run["time"]), list(ledgers.values())
+        chosen.setdefault(folder, []).extend(runs)
+    in_order = [[run for run in ledgers[folder].runs() if run in runs] for folder, runs in chosen.items()]
+    return [*heapq.merge(*in_order, key=lambda run: run["time"])], list(ledgers.values())
 
 
 def comparable_sets(runs: Sequence[dict]) -> list[list[dict]]:

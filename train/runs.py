@@ -17,6 +17,7 @@ from prepare.files import read_sealed, sealed
 
 from .config import TrainConfig
 from .files import hold_lock, replace_file, sync
+from .metrics import jsonable
 from .provenance import short_commit, source_state
 from .tensorboard import EventWriter
 from .tensors import load_tensors, save_tensors
@@ -150,7 +151,7 @@ class RunFolder:
         save_tensors(self.path / "model.safetensors", weights)
 
     def write_summary(self, summary: dict) -> None:
-        write_json(self.path / "summary.json", summary)
+        write_json(self.path / "summary.json", jsonable(summary))
 
     def close(self) -> None:
         if self._metrics is not None:

@@ -17,14 +17,17 @@ from .runs import load_run
 
 
 def next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One draw from logits [V]; the likeliest where temperature is 0."""
+    """One draw from logits [V]; the likeliest where temperature is 0. Raises InputError where no logit is a number."""
     logits = logits.float().cpu()
+    if not logits.max().isfinite():
+        raise InputError("the model's logits are not finite: it has learned nothing; name another RUN")
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
         least = logits.topk(min(top_k, logits.numel())).values[-1]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    # Of differences from the largest, and in fp64: no temperature above 0 makes a NaN of them, however large or small.
+    probabilities = torch.softmax((logits - logits.max()).double() / temperature, dim=-1).float()
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -55,10 +58,14 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)")
     options = parser.parse_args(args)
     try:
-        if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < float("inf"):
-            raise InputError("--tokens, --top-k and --temperature must not be negative")
+        if options.tokens < 0 or options.top_k < 0:
+            raise InputError(f"--tokens {options.tokens}, --top-k {options.top_k}: neither may be negative")
+        if not 0 <= options.temperature < float("inf"):
+            raise InputError(f"--temperature {options.temperature} must be a number, 0 or larger")
         if not 0 <= options.seed <= MAX_SEED:
             raise InputError(f"--seed {options.seed} must be from 0 to {MAX_SEED}")
+        if any("\ud800" <= character <= "\udfff" for character in options.prompt):  # how Python has other bytes
+            raise InputError("--prompt is not UTF-8: give it as text")
         keep_to_the_cores_allowed()
         device = pick_device(options.device)
         model, tokenizer, saved = load_run(options.run, device)

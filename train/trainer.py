@@ -20,7 +20,7 @@ from prepare.words import command_line, printable
 from .audit import Score, audit
 from .budget import Budget
 from .checkpoint import Checkpointer, checkpoint_folders, newest_checkpoint, step_of
-from .clock import clock_of, seconds_since_start
+from .clock import Stops, clock_of, seconds_since_start
 from .config import TrainConfig
 from .curves import draw_curves
 from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
@@ -34,7 +34,7 @@ from .memory import (
     is_out_of_memory,
     out_of_memory_is_input_error,
 )
-from .metrics import percent, utilisation
+from .metrics import Value, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler
 from .progress import Reporter, announce, announce_resume, print_summary
@@ -98,7 +98,7 @@ def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]:
+def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Value]:
     """Trains, evaluates, writes the run's folder and its row, and prints the summary.
 
     Raises InputError, TrainingError and, after a signal, Interrupted.
@@ -112,6 +112,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             stack.enter_context(saying_how_to_go_on(folder))
             checkpoint = newest_checkpoint(folder.checkpoints)
             check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
+            record.goes_on_from(checkpoint.values)
         keep_to_the_cores_allowed()
         default_batch = config.device_batch_size is None
         config = complete(config)
@@ -158,11 +159,15 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         record.begin(config, dataclasses.asdict(model_config), fingerprint)
         if config.tensorboard:
             folder.watchers.append(EventWriter(folder.path))
-        state = RunState(optimizer, loader, Budget(config.time_budget, config.steps, config.untimed_steps))
-        origin = {"config": config.fixed(), "data": fingerprint, "environment": environment()}
+        counted = checkpoint.values["budget"] if checkpoint else {}
+        budget = Budget(config.time_budget, config.steps, config.untimed_steps, **counted)
+        state = RunState(optimizer, loader, budget)
+        origin = {
+            "config": config.fixed(), "data": fingerprint, "environment": environment(), "sources": record.sources
+        }  # fmt: skip
         announce(config, model_config, data, folder)
         if checkpoint:
-            announce_resume(checkpoint, origin["environment"])
+            announce_resume(checkpoint, origin["environment"], record.doubts())
 
         def hangs(reason: HangError) -> str:
             record.fail(reason)
@@ -173,7 +178,7 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         with record.timed("compile"):
             if config.graphs:
                 step.capture(*plan)
-            elif first_step_would_compile(config, resumed=checkpoint is not None):
+            elif budget.next_step_counts:  # kernels compile, memory is touched for the first time
                 step.rehearse(*plan)
         if checkpoint:
             state.restore(checkpoint.values, checkpoint.tensors())
@@ -183,13 +188,19 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         report = Reporter(
             folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread
         )
+        stops = stack.enter_context(Stops())
         ready = seconds_since_start()
         with signals.deferred():
             try:
-                train(config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None)
+                train(
+                    config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None,
+                    stops,
+                )  # fmt: skip
+                watchdog.phase()
                 checkpoints.save()
                 checkpoints.wait()
             except TrainingError as error:
+                watchdog.phase()
                 raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
             finally:
                 report.end()
@@ -198,17 +209,13 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         return conclude(config, step, state, data, folder, record, watchdog, ready)
 
 
-def first_step_would_compile(config: TrainConfig, resumed: bool) -> bool:
-    """Whether kernels would be compiled in a step that counts against the budget: then steps are rehearsed first."""
-    return config.untimed_steps == 0 or (resumed and (config.device == "cuda" or config.ops == "compile"))
-
-
 def conclude(
     config: TrainConfig, step: TrainStep, state: RunState, data: Dataset, folder: RunFolder, record: Record,
     watchdog: Watchdog, ready: float,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, Value]:  # fmt: skip
     """What comes after the last step: evaluation, audit, the row, the summary, the run's files. `ready`: seconds from
     the process's start to the first step."""
+    watchdog.phase()
     score = watchdog.watching(step.token_losses)
     with record.timed("evaluation"):
         evaluation = halving(
@@ -220,12 +227,14 @@ def conclude(
     record.trained(state.budget, ready)
     summary = summarise(config, step.model.config, state, evaluation, ready)
     record.measured(summary, evaluation)
+    watchdog.phase()
     with record.timed("audit"):  # after the peak of memory was read
         findings = audited(config, score, step.model, data)
+    watchdog.phase()
     if data.was_replaced():
         note = "holds other data by now: this run was trained and scored on what was there when it began"
         print(f"note: {printable(data.folder)} {note}", file=sys.stderr)
-    summary["total_seconds"] = f"{state.seconds:.1f}"
+    summary["total_seconds"] = state.seconds
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(state.optimizer.masters)
@@ -251,9 +260,9 @@ def audited(config: TrainConfig, score: Score, model: GPT, data: Dataset) -> lis
 
 def summarise(
     config: TrainConfig, model: GPTConfig, state: RunState, evaluation: Evaluation, ready: float
-) -> dict[str, str]:
-    """The summary block. The first nine keys keep their names and their order; more may follow. Of a resumed run, what
-    the result rests on: every process up to the checkpoint that the next went on from."""
+) -> dict[str, Value]:
+    """What the summary says; the first nine keys keep their names and their order, and more may follow. Of a resumed
+    run, what the result rests on: every process up to the checkpoint that the next went on from."""
     budget = state.budget
     device = torch.device(config.device)
     timed_tokens = budget.timed_steps * config.total_batch_size
@@ -262,34 +271,35 @@ def summarise(
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {
-        "val_bpb": f"{evaluation.bpb:.6f}",
-        "training_seconds": f"{budget.timed_seconds:.1f}",
-        "total_seconds": f"{state.seconds:.1f}",
-        "peak_vram_mb": f"{peak:.1f}",
-        "mfu_percent": percent(used.mfu, 2),
-        "total_tokens_M": f"{budget.step * config.total_batch_size / 1e6:.1f}",
-        "num_steps": f"{budget.step}",
-        "num_params_M": f"{count_parameters(model)['total'] / 1e6:.1f}",
-        "depth": f"{config.depth}",
-        "unigram_bpb": f"{evaluation.unigram_bpb:.6f}",
-        "mfu_causal_percent": percent(used.mfu_causal, 2),
-        "mfu_device_percent": percent(used.mfu_device, 2),
-        "tokens_per_second": f"{pace:.0f}",
-        "untimed_seconds": f"{budget.untimed_seconds:.1f}",
-        "untimed_steps": f"{budget.step - budget.timed_steps}",
-        "overshoot_seconds": f"{budget.overshoot:.3f}",
-        "checkpoint_seconds": f"{state.blocked_seconds:.3f}",
-        "resumes": f"{state.resumes}",
-        "seconds_to_first_step": f"{ready:.1f}",
-        "peak_rss_mb": f"{rss:.1f}",
-        "val_rows": f"{evaluation.rows}",
-        "val_bytes": f"{evaluation.bytes_scored}",
-        "val_cropped_percent": f"{100 * evaluation.cropped_share:.1f}",
+        "val_bpb": evaluation.bpb,
+        "training_seconds": budget.timed_seconds,
+        "total_seconds": state.seconds,
+        "peak_vram_mb": peak,
+        "mfu_percent": used.mfu,
+        "total_tokens_M": budget.step * config.total_batch_size / 1e6,
+        "num_steps": budget.step,
+        "num_params_M": count_parameters(model)["total"] / 1e6,
+        "depth": config.depth,
+        "unigram_bpb": evaluation.unigram_bpb,
+        "mfu_causal_percent": used.mfu_causal,
+        "mfu_device_percent": used.mfu_device,
+        "tokens_per_second": pace,
+        "untimed_seconds": budget.untimed_seconds,
+        "untimed_steps": budget.step - budget.timed_steps,
+        "overshoot_seconds": budget.overshoot,
+        "checkpoint_seconds": state.blocked_seconds,
+        **({"stopped_seconds": budget.stopped_seconds} if budget.stopped_seconds else {}),
+        "resumes": state.resumes,
+        "seconds_to_first_step": ready,
+        "peak_rss_mb": rss,
+        "val_rows": evaluation.rows,
+        "val_bytes": evaluation.bytes_scored,
+        "val_cropped_percent": 100 * evaluation.cropped_share,
         "packing": config.packing,
-        "train_cropped_percent": f"{100 * state.loader.cropped_share:.1f}",
+        "train_cropped_percent": 100 * state.loader.cropped_share,
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],
         "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
-        "seed": f"{config.seed}",
+        "seed": config.seed,
         # What `judge.differences` asks; on a CPU, whose defaults are small, with no published number in any case.
         "comparable": "no (CPU defaults)" if config.device == "cpu" else "with equal fingerprint, budget and machine",
     }

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 P, T = ParamSpec("P"), TypeVar("T")
 
-FLOOR = 30.0  # seconds without a step that are never worth a word: a checkpoint, the start of the evaluation
+FLOOR = 30.0  # seconds without a step that are never worth a word: a checkpoint
 ALARM = 10  # times the usual step
 RECENT = 32  # steps that say what is usual
 POLL = 1.0  # seconds between two looks
@@ -34,6 +34,10 @@ class Watchdog:
     is more) it prints FAIL, how to go on, and ends the process with exit code 1, wherever its other threads are stuck.
     What is on disk stays: files are written beside and renamed, logs flushed a line at a time.
 
+    Nothing is usual yet where another `phase` begins, nor before a function that it is `watching` was given arguments
+    of these shapes: what is made once, kernels above all, takes its time. Until the second beat from there only the end
+    counts.
+
     Seconds are counted while the process runs: stopped (Ctrl-Z) or suspended, it does not hang. One that is stuck in C
     code and never gives Python's lock back is ended by `faulthandler`, `GRACE` seconds later, with the same code; its
     clock goes on while the process is stopped, so a stop longer than both together may end the run too.
@@ -45,7 +49,9 @@ class Watchdog:
 
     def __init__(self, hang_timeout: float, at_the_end: Callable[[HangError], str] = lambda reason: ""):
         self.hang_timeout, self.at_the_end = hang_timeout, at_the_end
-        self._beats, self._last = 0, 0.0
+        self._beats = 0
+        self._last: float | None = None  # the last beat of this phase
+        self._slowest = 0.0  # what was usual in the slowest phase before
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,15 +70,27 @@ class Watchdog:
     def beat(self) -> None:
         """A step has finished."""
         now = monotonic()
-        if self._beats:  # before the first one comes what is made once: kernels, graphs
+        if self._last is not None:
             self._recent.append(now - self._last)
         self._last = now
         self._beats += 1
 
+    def phase(self) -> None:
+        """Something else begins: what was usual says nothing of how long it takes, but for how slow this machine is."""
+        self._slowest = max(self._slowest, self._usual())
+        self._recent.clear()
+        self._last = None
+        self._beats += 1
+
     def watching(self, function: Callable[P, T]) -> Callable[P, T]:
-        """`function`, with a beat after each call."""
+        """`function` of tensors, with a beat after each call; a call with new shapes begins a phase."""
+        seen = set()
 
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            shapes = tuple(tensor.shape for tensor in args)
+            if shapes not in seen:
+                seen.add(shapes)
+                self.phase()
             result = function(*args, **kwargs)
             self.beat()
             return result
@@ -81,10 +99,14 @@ class Watchdog:
 
     def limits(self) -> tuple[float, float]:
         """Seconds without a beat after which the threads are shown, and after which the run is ended."""
+        usual = self._usual()
+        end = max(self.hang_timeout, ALARM * usual, ALARM * self._slowest)
+        return (min(max(ALARM * usual, FLOOR), end) if usual else end), end
+
+    def _usual(self) -> float:
+        """Seconds from beat to beat in this phase; 0 before the second."""
         recent = list(self._recent)
-        usual = ALARM * median(recent) if recent else 0.0
-        end = max(self.hang_timeout, usual)
-        return (min(max(usual, FLOOR), end) if recent else end), end
+        return median(recent) if recent else 0.0
 
     def _arm(self, end: float) -> None:
         """From C, which needs no lock of Python's; put off at every look, and so reached only where there is none."""
