@@ -123,7 +123,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
             mend = "name the folder it was trained on with --data"
             check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
         check_state_fits(config, model_config, forward_dtype)
-        kernels_compile = precompiler(config, data.vocab_size)
+        if kernels_compile := precompiler(config, data.vocab_size):
+            stack.enter_context(closing(kernels_compile))
 
         torch.manual_seed(config.seed)
         model = GPT(model_config, device=device, **config.model_options)
@@ -131,8 +132,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, str]
         optimizer = Optimizer(model, config, forward_dtype)
         step = TrainStep(model, optimizer, config.autocast)
         with record.timed("compile"):
-            if kernels_compile and not kernels_compile.wait():
-                print("note: kernels were not compiled ahead: each is when it is first launched", file=sys.stderr)
+            if kernels_compile and (why := kernels_compile.wait()):
+                print(f"note: kernels were not compiled ahead ({why}): each is when first launched", file=sys.stderr)
         check_batch_fits(config, model, step.precision(), available_bytes(device))
         stack.enter_context(out_of_memory_is_input_error(config, step))
         loader = stack.enter_context(closing(Loader(
