@@ -6,14 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import run_main
 
 import train.trainer
 from train.config import TrainConfig, resolve
-from train.precompile import Precompiler
+from train.precompile import NO_KERNELS, Precompiler
 from train.signals import Interrupted
 
 pytest.importorskip("triton")
@@ -28,8 +30,7 @@ from train.config import TrainConfig, resolve
 from train.precompile import compiling_only, noting_kernels, walk_step
 
 config = resolve(TrainConfig(depth=1), "cuda")
-same = replace(config, matrix_lr=0.041, weight_decay=0.1, warmdown_ratio=0.3, seed=43, name="other", run_dir="other",
-               steps=7, untimed_steps=0, eval_tokens=0, total_batch_size=2 * config.total_batch_size)
+same = replace(config, **json.loads(sys.argv[1]))
 wider = replace(config, window_pattern="L", device_batch_size=64)
 found = []
 for each, vocab_size in ((config, 8192), (same, 8192), (wider, 32768)):
@@ -38,6 +39,14 @@ for each, vocab_size in ((config, 8192), (same, 8192), (wider, 32768)):
     found.append([(c.args[0].__name__, str(c.args[1])) for c in compilers])
 json.dump(found, sys.stdout)
 """
+
+# A value that is not the default's, for each option that no kernel is said to depend on.
+OTHERS = {
+    "name": "other", "run_dir": "other", "seed": 43, "time_budget": 1.0, "steps": 7, "untimed_steps": 0,
+    "total_batch_size": 2**20, "packing": "published", "eval_tokens": 0, "lm_head_lr": 0.1, "embedding_lr": 0.1,
+    "scalar_lr": 0.1, "matrix_lr": 0.041, "weight_decay": 0.0, "warmup_ratio": 0.1, "warmdown_ratio": 0.2,
+    "final_lr_frac": 0.1, "graphs": False,
+}  # fmt: skip
 
 # Two kernels of which one does not compile, by `main`.
 MAIN = """
@@ -95,8 +104,9 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def test_a_step_notes_each_kernel_once_and_options_that_no_kernel_depends_on_change_none(tmp_path):
-    done = subprocess.run([sys.executable, "-c", NOTED], env=environment(tmp_path), cwd=ROOT, check=True,
-                          capture_output=True, text=True)  # fmt: skip
+    assert set(OTHERS) == set(NO_KERNELS)
+    done = subprocess.run([sys.executable, "-c", NOTED, json.dumps(OTHERS)], env=environment(tmp_path), cwd=ROOT,
+                          check=True, capture_output=True, text=True)  # fmt: skip
     default, same, other = (list(map(tuple, kernels)) for kernels in json.loads(done.stdout))
     assert len(set(default)) == len(default) > 25
     assert "_attention_dkv_kernel" in dict(default)
@@ -123,6 +133,26 @@ def test_the_process_compiles_into_the_cache_what_is_not_there(tmp_path):
     code, said, second = run(wrong=0)
     assert (code, sorted(second)) == (0, ["_right_kernel.cubin", "_wrong_kernel.cubin"])
     assert second["_right_kernel.cubin"] == first["_right_kernel.cubin"]  # not once more
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_second_run_starts_no_process_where_the_first_did_its_work(code, start, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    config = replace(resolve(TrainConfig(), "cuda"), ops="triton")
+    start(f"raise SystemExit({code})").wait()
+
+    def starts(config: TrainConfig, vocab_size: int = 8192) -> bool:
+        process = train.trainer.precompiler(config, vocab_size)
+        if process:
+            process.close()
+        return process is not None
+
+    assert starts(config) == (code == 1)
+    assert starts(replace(config, **OTHERS, description="once more")) == (code == 1)
+    assert starts(replace(config, device_batch_size=64))
+    assert starts(config, vocab_size=32768)
+    assert starts(replace(config, fused_norms=True))
 
 
 @pytest.fixture
@@ -152,7 +182,8 @@ def start(monkeypatch):
 
     def start(program: str) -> Precompiler:
         monkeypatch.setattr(Precompiler, "command", (sys.executable, "-c", program))
-        started.append(Precompiler(resolve(TrainConfig(), "cuda"), 8192, 90))
+        config = replace(resolve(TrainConfig(), "cuda"), ops="triton")
+        started.append(Precompiler(config, 8192, 90))
         return started[-1]
 
     yield start

@@ -4,10 +4,11 @@ Triton compiles a kernel when it is first launched and keeps it on disk. The fir
 some fifty kernels, half a second each. Here a process beside the set-up walks through a step on tensors of device
 "meta", where nothing is allocated or computed, notes which kernels it would launch, and divides itself into a few that
 compile their shares of them into the same cache. What is there already takes no time, and Triton's own keys say what
-is: a change that no kernel depends on compiles nothing. It is a head start and no more: what it misses is compiled at
-launch.
+is: a change that no kernel depends on compiles nothing. Where nothing has changed that they might depend on, there is
+no process either. It is a head start and no more: what it misses is compiled at launch.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -35,6 +37,13 @@ from .provenance import ROOT
 from .schedule import step_values
 from .step import TrainStep
 
+SOURCES = ("kernels", "model", "train")  # decide which kernels a step launches, and what is in them
+# Options that no kernel of a step depends on. Any other may.
+NO_KERNELS = (
+    "name", "run_dir", "seed", "time_budget", "steps", "untimed_steps", "total_batch_size", "packing", "eval_tokens",
+    "lm_head_lr", "embedding_lr", "scalar_lr", "matrix_lr", "weight_decay", "warmup_ratio", "warmdown_ratio",
+    "final_lr_frac", "graphs",
+)  # fmt: skip
 MAX_PROCESSES = 16  # three kernels each, and the slowest takes as long as three
 LIMIT = 300.0  # seconds that a run waits for its kernels: two slow cores need one of these five minutes
 
@@ -118,6 +127,17 @@ def noting_kernels() -> Iterator[list[Callable[[], object]]]:
         JITFunction._do_compile = compile_one
 
 
+def stamp(config: TrainConfig, vocab_size: int, arch: int) -> Path:
+    """A file that says that all of it lies in Triton's cache, and is gone when that is."""
+    import triton
+
+    shapes = {key: value for key, value in config.fixed().items() if key not in NO_KERNELS}
+    digest = hashlib.sha256(json.dumps([shapes, vocab_size, arch, triton.__version__, torch.__version__]).encode())
+    for path in sorted(path for folder in SOURCES for path in ROOT.glob(f"{folder}/**/*.py")):
+        digest.update(path.read_bytes())
+    return Path(triton.knobs.cache.dir) / f"timebox-{digest.hexdigest()[:16]}"
+
+
 class Precompiler:
     """Starts the process; `wait` for it before the first launch, and `close` it whatever happens."""
 
@@ -127,6 +147,7 @@ class Precompiler:
         arguments = json.dumps({"config": asdict(config), "vocab_size": vocab_size, "arch": arch})
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._stamp = stamp(config, vocab_size, arch)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- open until `close`
         # In a session of its own it is one group with all that it starts, to be ended as a whole; and the terminal's
         # signals are this process's to handle.
@@ -143,6 +164,8 @@ class Precompiler:
             self.close()
             return f"not done in {seconds:.0f} s"
         if code == 0:
+            self._stamp.parent.mkdir(parents=True, exist_ok=True)
+            self._stamp.touch()
             return ""
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").split("\n")

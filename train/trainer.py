@@ -28,7 +28,7 @@ from .loop import TrainingError, train
 from .memory import available_bytes, check_batch_fits, check_state_fits, out_of_memory_is_input_error
 from .metrics import percent, utilisation
 from .optimizer import Optimizer
-from .precompile import Precompiler
+from .precompile import Precompiler, stamp
 from .progress import Reporter, announce, announce_resume, print_summary
 from .record import Record
 from .resume import check_same
@@ -46,11 +46,12 @@ VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
-    """Has the kernels compiled beside the rest of the set-up; None where there are none to compile."""
+    """Has the kernels compiled beside the rest of the set-up; None where there are none to compile, or all are."""
     if config.device != "cuda" or config.ops != "triton":
         return None
     major, minor = torch.cuda.get_device_capability()
-    return Precompiler(config, vocab_size, 10 * major + minor)
+    step = config, vocab_size, 10 * major + minor
+    return None if stamp(*step).exists() else Precompiler(*step)
 
 
 def embedded_folder(device: str) -> Path:
