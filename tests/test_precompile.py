@@ -29,7 +29,7 @@ from dataclasses import replace
 from train.config import TrainConfig, resolve
 from train.precompile import compiling_only, noting_kernels, walk_step
 
-config = resolve(TrainConfig(depth=1), "cuda")
+config = resolve(TrainConfig(depth=4), "cuda")
 same = replace(config, **json.loads(sys.argv[1]))
 wider = replace(config, window_pattern="L", device_batch_size=64)
 found = []
