@@ -206,14 +206,13 @@ def test_one_that_never_ends_is_ended_with_all_that_it_started(start, calls):
     assert_gone(lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_it_ends_with_a_run_that_is_killed(number, calls, tmp_path):
+def test_it_ends_with_a_run_that_is_killed(calls, tmp_path):
     program = ENDLESS.format(port=calls.getsockname()[1])
     with subprocess.Popen([sys.executable, "-c", WAITING, program], cwd=ROOT, env=environment(tmp_path)) as run:
         lines = taken(calls)
-        run.send_signal(number)
+        run.kill()
         assert_gone(lines)
-    assert run.returncode == -number
+    assert run.returncode == -signal.SIGKILL
 
 
 class Stub:
