@@ -1,10 +1,10 @@
 """Every kernel of a training step, compiled for a GPU that is not there.
 
-`python -m bench.offline --arch 80 90 100` runs one whole step (forward, backward, update) of the default GPU
+`python -m bench.offline --arch 80 86 89 90 100 120` runs one whole step (forward, backward, update) of the default GPU
 configuration on tensors of device "meta": nothing is allocated and nothing runs, but each kernel is compiled exactly as
-the step would launch it. It prints what each costs on that architecture, and exits with 1 on a spill that
-`ALLOWED_SPILLS` does not name, on more shared memory than there is, and on sm_90 on a matrix product without wgmma, or
-whose wgmma wait for each other.
+the step would launch it. Options of `train`, such as --depth 20 or --fused-norms, make it another step. It prints what
+each kernel costs on that architecture, and exits with 1 on a spill that `ALLOWED_SPILLS` does not name, on more shared
+memory than there is, and on sm_90 on a matrix product without wgmma, or whose wgmma wait for each other.
 Architectures are compiled side by side, a process each, and reported in the order in which they were named. `--loops`
 adds a row for every loop around products on sm_90: its instructions by class, and what bounds it (`bench/sass.py`).
 """
@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from bench import sass
+from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.limits import num_cores
-from train.config import TrainConfig, resolve
+from train.config import TrainConfig, parse_given, resolve
+from train.device import why_not_kernels
 from train.live_bytes import LiveBytes
 from train.precompile import compiling_only, walk_step
 
@@ -40,11 +42,13 @@ class Arch:
 
 ARCHS = {
     80: Arch(164 * 1024, 163 * 1024),
+    86: Arch(100 * 1024, 99 * 1024, warps=48, ctas=16),
     89: Arch(100 * 1024, 99 * 1024, warps=48, ctas=24),
     90: Arch(228 * 1024, 227 * 1024),
     100: Arch(228 * 1024, 227 * 1024),
+    103: Arch(228 * 1024, 227 * 1024),
+    120: Arch(100 * 1024, 99 * 1024, warps=48, ctas=24),
 }
-FLAGS = ("--recompute", "--fused-norms")  # of `train`: other kernels, or other variants of them
 RESERVED_SHARED = 1024  # the driver's own, in every CTA
 REGISTER_UNIT = 256  # registers are given to a warp in units of this many
 
@@ -140,10 +144,10 @@ def report_loops(usages: list[tuple[Usage, object]], arch: int) -> None:
     sass.print_loops(kernels)
 
 
-def compile_step(arch: int, vocab_size: int, loops: bool = False, **flags: bool) -> int:
+def compile_step(config: TrainConfig, arch: int, vocab_size: int, loops: bool = False) -> int:
     """Compiles, reports, and returns the exit code."""
     with compiling_only(arch) as launches, LiveBytes() as memory:
-        walk_step(resolve(TrainConfig(**flags), "cuda"), vocab_size)
+        walk_step(config, vocab_size)
     found = [(usage(kernel, count, warnings=True), kernel) for kernel, count in launches.items()]
     found.sort(key=lambda pair: pair[0].name)
     usages = [u for u, _ in found]
@@ -155,11 +159,11 @@ def compile_step(arch: int, vocab_size: int, loops: bool = False, **flags: bool)
     return 1 if faults else 0
 
 
-def compile_apart(arch: int, vocab_sizes: list[int], flags: list[str]) -> list[subprocess.CompletedProcess]:
+def compile_apart(arch: int, vocab_sizes: list[int], given: list[str]) -> list[subprocess.CompletedProcess]:
     """One process after the other for each vocabulary: the second finds most kernels in Triton's cache."""
     # Triton keeps the target it has once compiled for, and whether it interprets: a process for each.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.offline", *flags, "--arch", str(arch), "--vocab-size"]
+    command = [sys.executable, "-m", "bench.offline", *given, "--arch", str(arch), "--vocab-size"]
     return [
         subprocess.run(
             [*command, str(vocab_size)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -173,19 +177,21 @@ def main(args: list[str] | None = None) -> int:
     parser = Parser("bench.offline", __doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHS, help="compute capability x 10")
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[8192])
-    for flag in FLAGS:
-        parser.add_argument(flag, action="append_const", dest="flags", const=flag, default=[],
-                            help=f"the step of `train {flag}`")  # fmt: skip
     parser.add_argument("--loops", action="store_true", help="also the loops around products, and what bounds them")
-    options = parser.parse_args(args)
+    options, given = parser.parse_known_args(args)
     if bad := [size for size in options.vocab_size if not 1 <= size <= 65536]:
         parser.error(f"--vocab-size {bad[0]} must be from 1 to 65,536")
+    try:
+        config = resolve(TrainConfig(**parse_given(given)), "cuda")
+        if reason := why_not_kernels(config.head_dim, config.d_model):
+            raise InputError(reason)
+    except InputError as error:
+        parser.error(str(error))
     if len(options.arch) == len(options.vocab_size) == 1 and "TRITON_INTERPRET" not in os.environ:
-        flags = {flag[2:].replace("-", "_"): True for flag in options.flags}
-        return compile_step(options.arch[0], options.vocab_size[0], options.loops, **flags)
-    codes, flags = [], options.flags + ["--loops"] * options.loops
+        return compile_step(config, options.arch[0], options.vocab_size[0], options.loops)
+    codes, given = [], given + ["--loops"] * options.loops
     with ThreadPoolExecutor(num_cores()) as pool:
-        for runs in pool.map(lambda arch: compile_apart(arch, options.vocab_size, flags), options.arch):
+        for runs in pool.map(lambda arch: compile_apart(arch, options.vocab_size, given), options.arch):
             for run in runs:
                 print(run.stdout, end="", flush=True)
                 codes.append(run.returncode)

@@ -71,10 +71,13 @@ def use_kernels(x: Tensor) -> bool:
 
 
 def gpu_arch() -> int:
-    """Ten times the compute capability that kernels are compiled for; 0 in the interpreter."""
+    """Ten times the compute capability that kernels are compiled for; 0 where there is no GPU, as for the interpreter.
+    Raises what Triton raises where there is one and no way to it, for want of a C compiler for example."""
     try:
         return triton.runtime.driver.active.get_current_target().arch
     except RuntimeError:
+        if any(backend.driver.is_active() for backend in triton.backends.backends.values()):
+            raise
         return 0
 
 

@@ -129,8 +129,9 @@ def _norm_fc_bwd_kernel(
     tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    config = gemm_config(N, K, dtype)
+def _config(N: int, K: int, dtype: torch.dtype, tight: bool = False) -> dict[str, int]:
+    """`tight`: the epilogue holds more than the sums, and the large tile of a long K would spill."""
+    config = gemm_config(N, min(K, 1024) if tight and K % 16 == 0 else K, dtype)
     return {**config, "GROUP_M": GROUP_M, "EVEN_K": K % config["BLOCK_K"] == 0}
 
 
@@ -163,7 +164,7 @@ def _proj_bwd_(
 ) -> tuple[Tensor, Tensor | None]:
     """2·√post·(dout·W_proj), with rstd times it, in place of post: [M, F]; and with rstd the parts of c: [tiles, M]."""
     (M, K), N = dout.shape, w_proj.shape[1]
-    config = _config(N, K, post.dtype)
+    config = _config(N, K, post.dtype, tight=rstd is not None)
     c = None
     if rstd is not None:
         c = torch.empty(triton.cdiv(N, config["BLOCK_N"]), M, dtype=torch.float32, device=post.device)
@@ -179,7 +180,7 @@ def _norm_fc_bwd(dz: Tensor, w_fc: Tensor, x: Tensor, dout: Tensor, rstd: Tensor
     """dout + dz·W_fc − x·rstd²·c/D: [M, D]."""
     (M, K), N = dz.shape, w_fc.shape[1]
     dx = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = _config(N, min(K, 1024), x.dtype)  # the tile of a short K: with x and dout, the large one spills
+    config = _config(N, K, x.dtype, tight=True)
     _norm_fc_bwd_kernel[gemm_grid(M, N, config)](
         dz, w_fc, x, dout, rstd, c, dx, dz.stride(0), dz.stride(1), w_fc.stride(0), w_fc.stride(1), x.stride(0),
         dout.stride(0), M, N, K, c.shape[0], **config,

@@ -105,6 +105,7 @@ def test_of_several_gpus_the_one_in_use_is_named(monkeypatch, count, said):
 def test_a_run_is_scored_with_its_own_ops(monkeypatch):
     """On its own device; on another by the default there, unless the kernels do not take its shape."""
     monkeypatch.setattr(device, "check_compiler", lambda device: None)
+    monkeypatch.setattr(device, "check_launching", lambda: None)
     usual, wide = (GPTConfig(vocab_size=64, seq_len=8, depth=1, d_model=256, head_dim=n) for n in (64, 256))
     for of, ops, shape, on, expected in (
         ("cuda", "reference", usual, "cuda", "reference"), ("cuda", "reference", wide, "cuda", "reference"),

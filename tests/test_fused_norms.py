@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels.common import upcast
+from kernels.gemm import gemm_config
 from kernels.rotary_attention import rotary_attention_ref, rotary_tables
 from model import GPTConfig
 from tests.kernel_checks import DEVICE, assert_as_good, compared, exact_bfloat16, mutant, outputs_and_gradients
@@ -52,6 +53,14 @@ def check_mlp(function, inputs, dtype):
 def test_mlp_outputs_and_gradients(dtype):
     check_mlp(mlp.norm_relu2_mlp, mlp_inputs((2, 35), 37, 91, dtype), dtype)
     check_mlp(mlp.norm_relu2_mlp, mlp_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
+
+
+@pytest.mark.parametrize("width", ["D", "F"])
+def test_mlp_widths_past_1024_that_no_block_divides(width, monkeypatch):
+    """Their tile is that of a shorter product, and what is left over of theirs has its mask."""
+    monkeypatch.setattr(mlp, "gemm_config", gemm_config)
+    sizes = {"D": 32, "F": 64, width: 1040}
+    check_mlp(mlp.norm_relu2_mlp, mlp_inputs((3,), **sizes, dtype=torch.float16), torch.float16)
 
 
 def test_mlp_bfloat16():

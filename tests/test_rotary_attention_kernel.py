@@ -32,7 +32,7 @@ TMA_TILES = SMALL_TILES._replace(forward=Tiles(32, 16, 4, 1, tma=True), dq=Tiles
 def small_tiles(kernels_everywhere, monkeypatch):
     """Interpreted, kernels have tiles small against T."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: SMALL_TILES)
+        monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: SMALL_TILES)
 
 
 def random_inputs(B, T, H, KVH, head_dim, has_ve, seed=0):
@@ -80,14 +80,14 @@ def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
 @pytest.mark.parametrize("tma", [False, True])
 def test_output_and_gradients(B, T, H, KVH, head_dim, window, has_ve, tma, monkeypatch):
     if DEVICE == "cpu" and tma:
-        monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: TMA_TILES)
+        monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: TMA_TILES)
     check(random_inputs(B, T, H, KVH, head_dim, has_ve), H, window, head_dim, torch.float32)
 
 
 @interpreted
 @pytest.mark.parametrize("kind", ["base", "stride", "sequences inside tokens"])
 def test_rows_that_the_accelerator_cannot_take_are_loaded_by_pointers(kind, monkeypatch):
-    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: TMA_TILES)
+    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: TMA_TILES)
     T, width = 40, 3 * 2 * 16
     qkv = random_inputs(2, T, 2, 2, 16, False)[0].float()
     moved = {
@@ -112,7 +112,7 @@ def test_output_and_gradients_fp16(T, H, KVH, head_dim, window, has_ve):
 
 def test_tiles_wider_than_long(monkeypatch):
     shapes = Config(Rows(4, 4), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1))
-    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: shapes)
+    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: shapes)
     check(random_inputs(1, 100, 2, 1, 16, True), 2, 37, 16, torch.float32)
 
 
@@ -302,7 +302,7 @@ WRONG_LOADS = [
 @interpreted
 @pytest.mark.parametrize(("shapes", "old", "new"), WRONG_LOADS)
 def test_a_wrong_load_is_rejected(shapes, old, new, monkeypatch, tmp_path):
-    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype: shapes)
+    monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: shapes)
     wrong = mutated(rows.load_rows, old, new, tmp_path / "mutant.py")
     for user in (forward, backward):
         monkeypatch.setattr(user, "load_rows", wrong)
@@ -336,11 +336,16 @@ REAL = [
     (3, 1, 4, 2, 128, 0, True),
     (2, 130, 4, 1, 128, 1, False),
 ]
-SMALL = [(1, 150, 2, 1, 64, 70, True), (1, 131, 1, 1, 128, 131, False), (2, 1, 2, 2, 64, 0, True)]
+SMALL = [
+    (1, 150, 2, 1, 64, 70, True),
+    (1, 131, 1, 1, 128, 131, False),
+    (1, 140, 3, 1, 64, 50, True),  # no power of two: smaller tiles
+    (2, 1, 2, 2, 64, 0, True),
+]
 
 
 @real_and_small("B, T, H, KVH, head_dim, window, has_ve", REAL, SMALL)
-@pytest.mark.parametrize("arch", [80, 90] if DEVICE == "cpu" else [None])
+@pytest.mark.parametrize("arch", [80, 90, 120] if DEVICE == "cpu" else [None])
 def test_bfloat16_in_its_own_tiles(B, T, H, KVH, head_dim, window, has_ve, arch, monkeypatch):
     monkeypatch.setattr(tiles, "config", real_config)
     if DEVICE == "cpu":

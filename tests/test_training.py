@@ -323,6 +323,7 @@ def test_the_measured_step_multiplies_as_the_run_does(monkeypatch, has_bf16):
 )
 def test_a_shape_that_the_kernels_do_not_take_is_bad_input(monkeypatch, shape, named):
     monkeypatch.setattr(train.device, "pick_device", lambda wanted: "cuda")
+    monkeypatch.setattr(train.device, "check_launching", lambda: None)
     assert train.device.complete(TrainConfig(ops="reference", **shape)).ops == "reference"
     with pytest.raises(InputError, match=named):
         train.device.complete(TrainConfig(ops="triton", **shape))

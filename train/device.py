@@ -16,6 +16,7 @@ from prepare.limits import num_cores
 
 from .compiled import check_compiler
 from .config import TrainConfig, resolve
+from .launching import check_launching
 
 OLDEST_GPU = (8, 0)  # compute capability: the first with bf16
 
@@ -73,12 +74,14 @@ def gpu_name() -> str:
 
 def pick_ops(wanted: str | None, device: str) -> str:
     """Triton kernels, references or compiled references, set for every op. Raises InputError where Triton has no
-    device to run on, or torch.compile no compiler."""
+    device to run on, or no way to it, or torch.compile no compiler."""
     if wanted == "triton" and device == "cpu":
         raise InputError("--ops triton needs a CUDA device: leave the flag out to train on the references")
     if wanted == "compile":
         check_compiler(device)
     ops = wanted or ("triton" if device == "cuda" else "reference")
+    if ops == "triton":
+        check_launching()
     kernels.set_ops(ops)
     return ops
 

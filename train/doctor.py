@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -35,7 +35,10 @@ NEEDED_DISK = 2 * 2**30  # a run's checkpoints and weights with room to spare
 # A Triton kernel, launched through an op of ours: on a GPU as it runs there, elsewhere in Triton's interpreter.
 KERNEL_TRIAL = """
 import sys, torch, kernels
+from train.launching import check_launching
 device = sys.argv[1]
+if device == "cuda":
+    check_launching()
 x = torch.randn(5, 64)
 kernels.set_ops("triton")
 _, y = kernels.rms_norm(x.to(device))
@@ -74,17 +77,44 @@ def main(args: list[str] | None = None) -> int:
 
 
 def examine(data: str | None) -> Iterator[Finding]:
+    """Every check's findings. What needs a GPU is left out where that, or the kernel on it, is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield python()
-    yield from packages()
-    yield code()
-    yield gpu()
-    yield memory(device)
-    yield disk()
-    yield kernel(device)
-    found, vocab_size = dataset(data, device)
-    yield found
-    yield batch(device, vocab_size)
+    wrong: set[str] = set()
+    vocab_size = VOCAB_SIZE[device]
+
+    def corpus() -> Finding:
+        nonlocal vocab_size
+        found, vocab_size = dataset(data, device)
+        return found
+
+    def checked(what: str, check: Callable[[], Finding | Iterable[Finding]], needs: set[str] = frozenset()):
+        if device == "cuda" and (lacking := sorted(needs & wrong)):
+            yield Finding(what, NOTE, f"not looked at, since {' and '.join(lacking)} is wrong")
+            return
+        for finding in findings(what, check):
+            if finding.state == WRONG:
+                wrong.add(finding.what)
+            yield finding
+
+    yield from checked("python", python)
+    yield from checked("packages", packages)
+    yield from checked("code", code)
+    yield from checked("gpu", gpu)
+    yield from checked("memory", lambda: memory(device))
+    yield from checked("disk", disk)
+    yield from checked("kernel", lambda: kernel(device), needs={"gpu"})
+    yield from checked("data", corpus)
+    yield from checked("batch", lambda: batch(device, vocab_size), needs={"gpu", "kernel"})
+
+
+def findings(what: str, check: Callable[[], Finding | Iterable[Finding]]) -> Iterator[Finding]:
+    """Of one check; that it failed is one too."""
+    try:
+        found = check()
+        yield from [found] if isinstance(found, Finding) else found
+    except Exception as error:  # of any kind: a machine that is not well is what this is for
+        said = " ".join(str(error).split())[:200]
+        yield Finding(what, WRONG, f"{type(error).__name__}: {said}" if said else type(error).__name__)
 
 
 def python() -> Finding:
@@ -197,6 +227,7 @@ def kernel(device: str) -> Finding:
         reason = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
     except subprocess.TimeoutExpired:
         reason = "no answer in 300 s"
+    reason = reason.removeprefix("prepare.errors.InputError: ")
     if not reason:
         return Finding("kernel", OK, f"rms_norm runs {where}, and is right")
     if device == "cpu":

@@ -36,7 +36,7 @@ from .memory import (
 )
 from .metrics import Value, utilisation
 from .optimizer import Optimizer
-from .precompile import Precompiler
+from .precompile import Precompiler, stamp
 from .progress import Reporter, announce, announce_resume, print_summary
 from .record import Record
 from .resume import check_same
@@ -54,11 +54,12 @@ VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
-    """Has the kernels compiled beside the rest of the set-up; None where there are none to compile."""
+    """Has the kernels compiled beside the rest of the set-up; None where there are none to compile, or all are."""
     if config.device != "cuda" or config.ops != "triton":
         return None
     major, minor = torch.cuda.get_device_capability()
-    return Precompiler(config, vocab_size, 10 * major + minor)
+    step = config, vocab_size, 10 * major + minor
+    return None if stamp(*step).exists() else Precompiler(*step)
 
 
 def embedded_folder(device: str) -> Path:
@@ -133,7 +134,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Valu
         if default_batch:
             config = fit_default(config, model_config)
         check_fits(config, model_config)
-        kernels_compile = precompiler(config, data.vocab_size)
+        if kernels_compile := precompiler(config, data.vocab_size):
+            stack.enter_context(closing(kernels_compile))
 
         torch.manual_seed(config.seed)
         model = GPT(model_config, device=device, **config.model_options)
@@ -141,8 +143,8 @@ def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Valu
         optimizer = Optimizer(model, config, forward_dtype(device))
         step = TrainStep(model, optimizer, config.autocast)
         with record.timed("compile"):
-            if kernels_compile and not kernels_compile.wait():
-                print("note: kernels were not compiled ahead: each is when it is first launched", file=sys.stderr)
+            if kernels_compile and (why := kernels_compile.wait()):
+                print(f"note: kernels were not compiled ahead ({why}): each is when first launched", file=sys.stderr)
         stack.enter_context(out_of_memory_is_input_error(config, step))
         loader = stack.enter_context(closing(Loader(
             data.split("train"), config.device_batch_size, config.seq_len,

@@ -262,7 +262,7 @@ def attention_bwd(
     dve = None if ve is None else torch.empty(ve.shape, dtype=ve.dtype, device=ve.device)
     dgate = None if ve is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     neg_delta = torch.empty_like(neg_lse)
-    config = tiles.config(head_dim, out.dtype)
+    config = tiles.config(head_dim, out.dtype, num_heads)
 
     block = config.dq
     tma = block.tma and fits_tma(q, k, v, dout)

@@ -42,19 +42,25 @@ class Config(NamedTuple):
     dkv: Tiles
 
 
-def config(head_dim: int, dtype: torch.dtype) -> Config:
-    """Tile sizes by registers, spills and shared memory (99 KiB on sm_89); not yet by times."""
+def config(head_dim: int, dtype: torch.dtype, num_heads: int) -> Config:
+    """Tile sizes by registers, spills and shared memory (99 KiB on sm_86, 89 and 120); not yet by times."""
     prologue = Rows(16, 4)
     if dtype.itemsize > 2:  # fp32 has no tensor-core product that rounds like fp32: right, not fast
         small = Tiles(16, 16, 4, 1)
         return Config(prologue, small, small, small)
     arch = gpu_arch()
+    # A program divides its number by that of the heads. By another than a power of two it keeps what comes of it, for
+    # want of which registers the largest tiles spill.
+    shifts = num_heads & (num_heads - 1) == 0
     if arch in (90, 100, 103):
         # The accelerator needs no register for an address, which leaves enough on Hopper for twice the keys a turn.
         passing = Tiles(128, 128 if arch == 90 else 64, 8, 2, tma=True)
-        return Config(prologue, passing, passing, Tiles(64, 128, 8, 2))
+        dq = passing if arch != 90 or shifts else Tiles(128, 64, 8, 3, tma=True)
+        return Config(prologue, passing, dq, Tiles(64, 128, 8, 2))
     # Without wgmma both factors of a product pass through registers: these are the largest tiles that do not spill.
-    return Config(prologue, Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2))
+    forward = Tiles(128, 64, 8, 2) if shifts and arch != 120 else Tiles(128, 32, 8, 3)
+    dkv = Tiles(64, 64, 8, 2) if shifts or arch != 80 else Tiles(32, 64, 8, 3)
+    return Config(prologue, forward, Tiles(128, 32, 8, 2), dkv)
 
 
 @triton.jit
