@@ -164,8 +164,9 @@ class Precompiler:
             self.close()
             return f"not done in {seconds:.0f} s"
         if code == 0:
-            self._stamp.parent.mkdir(parents=True, exist_ok=True)
-            self._stamp.touch()
+            with suppress(OSError):  # without, the next run looks again
+                self._stamp.parent.mkdir(parents=True, exist_ok=True)
+                self._stamp.touch()
             return ""
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").split("\n")
@@ -215,7 +216,7 @@ def main(arguments: str) -> int:
     with compiling_only(given["arch"]):
         with noting_kernels() as compilers:
             walk_step(TrainConfig(**given["config"]), given["vocab_size"])
-        # Forked, they have what was imported and noted; nothing here has a thread or a GPU that forking would harm.
+        # Forked, they have what was imported and noted. No GPU is open here, and the one other thread does but read.
         fork = multiprocessing.get_context("fork")
         of = min(MAX_PROCESSES, num_cores(), len(compilers))
         shares = [fork.Process(target=compile_share, args=(compilers[i::of], lifeline)) for i in range(of)]
