@@ -22,7 +22,7 @@ from prepare.limits import control_group_bytes, num_cores
 from prepare.words import command_line, install_line, printable
 
 from .config import TrainConfig, cpu_has_bf16, resolve
-from .device import OLDEST_GPU
+from .device import OLDEST_GPU, gpu_name, why_no_gpu
 from .memory import available_bytes, count, largest_batch
 from .provenance import ROOT, cpu_name, no_identity, source_state, why_no_commit
 from .runs import default_run_dir
@@ -161,11 +161,18 @@ def code() -> Finding:
 def gpu() -> Finding:
     driver = _driver()
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        name = f"{properties.name}, compute {properties.major}.{properties.minor}, driver {driver or 'unknown'}"
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name = f"{gpu_name()}, compute {properties.major}.{properties.minor}, driver {driver or 'unknown'}"
+        if torch.version.hip is not None:
+            return Finding("gpu", WRONG, f"{name}: AMD's, and the kernels are for NVIDIA's", "use --device cpu")
         if (properties.major, properties.minor) < OLDEST_GPU:
             return Finding("gpu", WRONG, f"{name}: no bf16", "use a GPU of compute 8.0 or later, or --device cpu")
         return Finding("gpu", OK, name)
+    if reason := why_no_gpu():
+        return Finding("gpu", WRONG, f"there is one that PyTorch {torch.__version__} cannot use: {reason}",
+                       "train takes --device cpu until then")  # fmt: skip
+    if driver and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return Finding("gpu", NOTE, f"driver {driver}, and CUDA_VISIBLE_DEVICES hides every GPU")
     if driver:
         why = "is built without CUDA" if torch.version.cuda is None else f"wants CUDA {torch.version.cuda}"
         return Finding("gpu", WRONG, f"driver {driver}, and PyTorch {torch.__version__} {why}: it sees no GPU",
