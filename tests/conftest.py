@@ -1,4 +1,6 @@
-"""Without a GPU the kernels run in Triton's interpreter: it has to be asked for before Triton is first imported."""
+"""Tests marked `gpu` take the GPU and have a session to themselves, `pytest -m gpu`. In every other there is none, not
+even for the processes that a test starts, and the kernels run in Triton's interpreter: no process can have both, and no
+test that means the CPU takes a GPU by default, where there is one."""
 
 import os
 import pickle
@@ -15,13 +17,6 @@ from prepare_corpus import write_corpus
 
 from prepare import prepare
 from prepare.limits import num_cores
-from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    from quick_interpreter import quicken
-
-    quicken()
 
 # One thread here and in every process that a test starts: matrices are too small to share, and beside other processes
 # two threads that wait for each other take ten times as long (bench/LOG.md, 2026-11-28).
@@ -31,8 +26,22 @@ torch.set_num_threads(1)
 # A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-NO_GPU = not torch.cuda.is_available()
 _need_a_gpu = pytest.StashKey[list[str]]()  # the tests' names, as pytest's command line takes them
+
+
+def takes_the_gpu(config) -> bool:
+    return config.option.markexpr == "gpu" and torch.cuda.is_available()
+
+
+def pytest_configure(config):
+    """Before Triton is first imported, and before CUDA is first asked what there is."""
+    if takes_the_gpu(config):
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from quick_interpreter import quicken
+
+    quicken()
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
@@ -42,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
     config.stash[_need_a_gpu] = [item.nodeid for item in needy]
     if hasattr(config, "workeroutput"):  # one of several processes: the one that prints collects nothing by itself
         config.workeroutput["need a GPU"] = config.stash[_need_a_gpu]
-    if NO_GPU and needy:
+    if needy and not takes_the_gpu(config):
         config.hook.pytest_deselected(items=needy)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
@@ -54,22 +63,22 @@ def pytest_testnodedown(node):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
+def pytest_xdist_auto_num_workers(config):
     """A process for each core that may be used. Tests on a GPU stay in this one: which of them fit into its memory
     together is known by file alone (bench/gpu_tests.py runs them so), and some measure time."""
-    return num_cores() if NO_GPU else 0
+    return 0 if takes_the_gpu(config) else num_cores()
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if NO_GPU and (needy := config.stash.get(_need_a_gpu, [])):
-        terminalreporter.write_line(f"{len(needy)} tests left out: they need a CUDA device")
+    if not takes_the_gpu(config) and (needy := config.stash.get(_need_a_gpu, [])):
+        terminalreporter.write_line(f"{len(needy)} tests left out: they take a GPU, by python -m bench.gpu_tests")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
     """`pytest tests -m gpu` has nothing left to run where there is no GPU, and that is no failure."""
     nothing = session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-    if nothing and NO_GPU and session.config.stash.get(_need_a_gpu, []):
+    if nothing and not takes_the_gpu(session.config) and session.config.stash.get(_need_a_gpu, []):
         session.exitstatus = pytest.ExitCode.OK
 
 
@@ -107,7 +116,7 @@ def _tiny_runs_end_soon(request, monkeypatch):
     monkeypatch.setattr("train.audit.SUM_TOKENS", 2**11)
 
 
-@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), *["pretended"] * NO_GPU])
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), "pretended"])
 def gpu(request, monkeypatch):
     """A CUDA device: the real one, or one that is pretended, on which the references run, for want of time."""
     if request.param == "real":
@@ -128,6 +137,7 @@ def kernels_everywhere(monkeypatch):
     """Every op runs its kernels: what they leave unwritten is NaN, interpreted bf16 is what a GPU's is, and an address
     that a GPU would not forgive is an error."""
     from kernels import set_ops  # imports Triton, which must know of its interpreter first
+    from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
 
     watch_memory(monkeypatch)
     fill_empty_with_nan(monkeypatch)

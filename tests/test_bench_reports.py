@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import compare, gpu_tests, profile, runs
 from prepare import InputError
@@ -160,7 +159,6 @@ def test_bad_traces_are_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
 def test_graphs_want_a_gpu(capsys):
     assert profile.main(["--graphs"]) == 2
     assert capsys.readouterr().err.startswith("error: --graphs needs a CUDA device")
