@@ -9,13 +9,14 @@ import signal
 import string
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from kernel_memory import watch_memory
 from payloads import Payload
 from prepare_corpus import write_corpus
 
-from prepare import prepare
+from prepare import limits, prepare
 from prepare.limits import num_cores
 
 # One thread here and in every process that a test starts: matrices are too small to share, and beside other processes
@@ -105,6 +106,15 @@ def _the_gpu_survives(request):
 @pytest.fixture
 def pictures():
     """Asked for by a test that wants to see what a run draws."""
+
+
+@pytest.fixture(autouse=True)
+def _the_memory_of_no_machine(monkeypatch):
+    """In this process 16 GiB are free and no control group counts, whatever this machine has and a container allows."""
+    memory, groups = psutil.virtual_memory(), limits.control_groups
+    memory = memory._replace(total=24 * 2**30, available=16 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(limits, "control_groups", lambda name, root: [] if root == Path("/") else groups(name, root))
 
 
 @pytest.fixture(autouse=True)
