@@ -157,6 +157,16 @@ def kernels_everywhere(monkeypatch):
     set_ops(None)
 
 
+@pytest.fixture
+def in_fp64(monkeypatch):
+    """A step computes in fp64, where two orders of one sum differ in no digit that counts. In fp32 AdamW turns a
+    gradient near zero, which such a difference is enough to turn round, into a whole step of either sign."""
+    monkeypatch.setattr("train.optimizer.iterate_dtype", lambda *_: torch.float64)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder prepared from a few hundred short documents: 512 tokens of vocabulary, some 40,000 of text."""
