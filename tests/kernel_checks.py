@@ -51,15 +51,15 @@ def baselines(reference: Callable[[torch.dtype], Any], dtype: torch.dtype = torc
 
 
 def assert_as_good(
-    name: str, value: Tensor, baseline: Sequence[Tensor], truth: Tensor, factor: float = 2.0,
-    sizes: Tensor | None = None, method: float = 0.0,
+    name: str, value: Tensor, baseline: Sequence[Tensor], truth: Tensor, sizes: Tensor | None = None,
+    method: float = 0.0,
 ) -> None:  # fmt: skip
-    """Max and RMS error of `value` are at most `factor` times the largest of `baseline`, plus one rounding of the
-    truth; in fp32 on a GPU, plus what its instructions approximate.
+    """Max and RMS error of `value` are at most twice the largest of `baseline`, plus one rounding of the truth; in fp32
+    on a GPU, plus what its instructions approximate.
 
-    `baseline` is what `baselines` gives of the reference, `truth` the reference in fp64.
-    `sizes` divide all of them, for numbers of very different size, among which the largest alone would make the largest
-    error (`own_sizes`). `method` is what an op's way of computing costs in fp32, of the truth's size.
+    `baseline` is what `baselines` gives of the reference, `truth` the reference in fp64. `sizes` divide all of them,
+    for numbers of very different size, among which the largest alone would make the largest error (`own_sizes`).
+    `method` is what an op's way of computing costs in fp32, of the truth's size.
     """
     assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(value).all(), f"{name}: not finite"
@@ -72,8 +72,8 @@ def assert_as_good(
     largest, rms = worst_errors(truth, torch.zeros_like(truth))
     errors = zip(("max", "rms"), worst_errors(value, truth), allowances, (largest, rms), strict=True)
     for kind, got, allowed, size in errors:
-        limit = factor * allowed + eps * rms + inexact * size
-        assert got <= limit, f"{name}: {kind} error {got:.3e} above {limit:.3e} ({factor} x {allowed:.3e})"
+        limit = 2 * allowed + eps * rms + inexact * size
+        assert got <= limit, f"{name}: {kind} error {got:.3e} above {limit:.3e} (2 x {allowed:.3e})"
 
 
 def own_sizes(truth: Tensor) -> Tensor:
