@@ -15,10 +15,13 @@ endif
 train: $(VENV)/.runtime
 	$(PY) -m train $(ARGS)
 
-# A process a core, at most four: each holds a GB. With a GPU one (tests/conftest.py).
+# A process a core, at most four: each holds a GB. What takes a GPU runs after it, where there is one.
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest tests -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m bench.gpu_tests; fi
+endif
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest bench --benchmark-only $(ARGS)

@@ -1,4 +1,6 @@
-"""Without a GPU the kernels run in Triton's interpreter: it has to be asked for before Triton is first imported."""
+"""Tests marked `gpu` take the GPU and have a session to themselves, `pytest -m gpu`. In every other there is none, not
+even for the processes that a test starts, and the kernels run in Triton's interpreter: no process can have both, and no
+test that means the CPU takes a GPU by default, where there is one."""
 
 import os
 import pickle
@@ -7,21 +9,15 @@ import signal
 import string
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from kernel_memory import watch_memory
 from payloads import Payload
 from prepare_corpus import write_corpus
 
-from prepare import prepare
+from prepare import limits, prepare
 from prepare.limits import num_cores
-from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    from quick_interpreter import quicken
-
-    quicken()
 
 # One thread here and in every process that a test starts: matrices are too small to share, and beside other processes
 # two threads that wait for each other take ten times as long (bench/LOG.md, 2026-11-28).
@@ -31,8 +27,22 @@ torch.set_num_threads(1)
 # A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-NO_GPU = not torch.cuda.is_available()
 _need_a_gpu = pytest.StashKey[list[str]]()  # the tests' names, as pytest's command line takes them
+
+
+def takes_the_gpu(config) -> bool:
+    return config.option.markexpr == "gpu" and torch.cuda.is_available()
+
+
+def pytest_configure(config):
+    """Before Triton is first imported, and before CUDA is first asked what there is."""
+    if takes_the_gpu(config):
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from quick_interpreter import quicken
+
+    quicken()
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
@@ -42,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
     config.stash[_need_a_gpu] = [item.nodeid for item in needy]
     if hasattr(config, "workeroutput"):  # one of several processes: the one that prints collects nothing by itself
         config.workeroutput["need a GPU"] = config.stash[_need_a_gpu]
-    if NO_GPU and needy:
+    if needy and not takes_the_gpu(config):
         config.hook.pytest_deselected(items=needy)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
@@ -54,22 +64,22 @@ def pytest_testnodedown(node):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
+def pytest_xdist_auto_num_workers(config):
     """A process for each core that may be used. Tests on a GPU stay in this one: which of them fit into its memory
     together is known by file alone (bench/gpu_tests.py runs them so), and some measure time."""
-    return num_cores() if NO_GPU else 0
+    return 0 if takes_the_gpu(config) else num_cores()
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if NO_GPU and (needy := config.stash.get(_need_a_gpu, [])):
-        terminalreporter.write_line(f"{len(needy)} tests left out: they need a CUDA device")
+    if not takes_the_gpu(config) and (needy := config.stash.get(_need_a_gpu, [])):
+        terminalreporter.write_line(f"{len(needy)} tests left out: they take a GPU, by python -m bench.gpu_tests")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
     """`pytest tests -m gpu` has nothing left to run where there is no GPU, and that is no failure."""
     nothing = session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-    if nothing and NO_GPU and session.config.stash.get(_need_a_gpu, []):
+    if nothing and not takes_the_gpu(session.config) and session.config.stash.get(_need_a_gpu, []):
         session.exitstatus = pytest.ExitCode.OK
 
 
@@ -80,7 +90,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except torch.OutOfMemoryError:
-        total = 0 if NO_GPU else torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(0).total_memory if takes_the_gpu(item.config) else 0
         if not 0 < total < 75 * 2**30 or not item.get_closest_marker("gpu"):
             raise
         pytest.skip(f"too large for this GPU's {total / 2**30:.0f} GiB")
@@ -112,6 +122,15 @@ def pictures():
 
 
 @pytest.fixture(autouse=True)
+def _the_memory_of_no_machine(monkeypatch):
+    """In this process 16 GiB are free and no control group counts, whatever this machine has and a container allows."""
+    memory, groups = psutil.virtual_memory(), limits.control_groups
+    memory = memory._replace(total=24 * 2**30, available=16 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(limits, "control_groups", lambda name, root: [] if root == Path("/") else groups(name, root))
+
+
+@pytest.fixture(autouse=True)
 def _tiny_runs_end_soon(request, monkeypatch):
     """What ends a run would take most of a tiny run's time: in this process no curves are drawn but where a test asks
     for `pictures`, and the audit sums probabilities at fewer positions. Runs in processes of their own end as ever."""
@@ -120,7 +139,7 @@ def _tiny_runs_end_soon(request, monkeypatch):
     monkeypatch.setattr("train.audit.SUM_TOKENS", 2**11)
 
 
-@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), *["pretended"] * NO_GPU])
+@pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), "pretended"])
 def gpu(request, monkeypatch):
     """A CUDA device: the real one, or one that is pretended, on which the references run, for want of time."""
     if request.param == "real":
@@ -141,6 +160,7 @@ def kernels_everywhere(monkeypatch):
     """Every op runs its kernels: what they leave unwritten is NaN, interpreted bf16 is what a GPU's is, and an address
     that a GPU would not forgive is an error."""
     from kernels import set_ops  # imports Triton, which must know of its interpreter first
+    from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
 
     watch_memory(monkeypatch)
     fill_empty_with_nan(monkeypatch)
@@ -148,6 +168,16 @@ def kernels_everywhere(monkeypatch):
     set_ops("triton")
     yield
     set_ops(None)
+
+
+@pytest.fixture
+def in_fp64(monkeypatch):
+    """A step computes in fp64, where two orders of one sum differ in no digit that counts. In fp32 AdamW turns a
+    gradient near zero, which such a difference is enough to turn round, into a whole step of either sign."""
+    monkeypatch.setattr("train.optimizer.iterate_dtype", lambda *_: torch.float64)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

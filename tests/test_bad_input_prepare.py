@@ -302,18 +302,18 @@ def test_interrupted(tmp_path, sent, code):
     corpus = write_corpus(tmp_path / "corpus", 30)
     program = (
         "import sys, time; from prepare import build; from prepare.__main__ import main\n"
-        "build.Tokenizer.train = lambda *_: time.sleep(60)\n"
+        "build.Tokenizer.train = lambda *_: time.sleep(600)\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["--source", str(corpus), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob(".out.preparing-*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sent)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == code
     assert (output, errors) == (b"", b"")
     assert os.listdir(tmp_path) == ["corpus"]

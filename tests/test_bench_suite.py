@@ -352,9 +352,8 @@ def test_the_suite_from_outside(tmp_path):
     for b in benchmarks:
         assert 1e3 * b["stats"]["median"] == pytest.approx(b["extra_info"]["ms"])
         assert any(line.startswith("AdamW lambda_r") for line in done.stdout.splitlines())
-    if not torch.cuda.is_available():
-        lines = [line for line in done.stdout.splitlines() if line.startswith("not measured")]
-        assert len(lines) == 3, lines
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not measured")]
+    assert len(lines) == 3, lines
 
 
 def test_the_truth_is_asked_with_the_same_cotangents():

@@ -352,7 +352,7 @@ def test_no_snapshot_while_one_is_being_written(corpus, tmp_path, monkeypatch):
     may_go_on, write = threading.Event(), train.checkpoint.write_checkpoint
 
     def slow(*args):
-        assert may_go_on.wait(timeout=60)
+        assert may_go_on.wait(timeout=600)
         write(*args)
 
     monkeypatch.setattr(train.checkpoint, "write_checkpoint", slow)

@@ -24,7 +24,7 @@ SLOW = """
 import os, sys, time
 with open(os.environ["SEEN"], "w") as file:
     file.write(f"{sys.stdout is None} {file.fileno() > 2} {os.get_inheritable(1)}")
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -54,13 +54,13 @@ def test_interrupted_while_it_imports(name, tmp_path):
     arguments = f"--source {tmp_path / 'text'} --out {tmp_path / 'out'}" if name == "prepare" else ""
     seen = tmp_path / "seen"
     process = start(f"exec $PY -m {name} {arguments} >&-", PYTHONPATH=str(tmp_path), SEEN=str(seen))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (seen.exists() and seen.read_text()):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == (130 if name in ("prepare", "train") else -signal.SIGINT)  # a shell says 130 of both
     assert errors == ("\ninterrupted\n" if name == "train" else "")
     assert seen.read_text() == "False True True"
@@ -71,7 +71,7 @@ def test_interrupted_once_it_has_begun():
         import os, signal, sys, time
         sys.argv = ["-m"]
         from prepare.arguments import command
-        command(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60))"""
+        command(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(600))"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
 
@@ -170,7 +170,7 @@ def test_a_run_whose_streams_are_closed(small_data, tmp_path):
     run = tmp_path / "run"
     arguments = " ".join([*TINY, "--data", str(small_data), "--run-dir", str(run), "--steps", "3"])
     process = start(f"exec $PY -m train {arguments} <&- >&- 2>&-")
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     assert process.returncode == 0
     assert len(rows(run)) == 3
     assert (run / "summary.json").exists()
@@ -181,7 +181,7 @@ def test_a_run_whose_streams_are_closed(small_data, tmp_path):
 def test_a_report_whose_output_is_closed(tmp_path):
     a_night(tmp_path, 3)
     process = start(f"exec $PY -m train.report {tmp_path} >&-")
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=600)[1] == ""
     assert process.returncode == 0
     assert (tmp_path / "report.md").read_text().startswith("# 3 experiments: ")
 

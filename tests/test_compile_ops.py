@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch._inductor.config
+from test_kernels_together import check_step
 from test_kernels_together import random_step as random_step_of
 from tiny_run import losses, run_main
 
@@ -13,7 +14,6 @@ import kernels
 from kernels.rotary_attention import compiled as compiled_attention
 from kernels.rotary_attention import rotary_attention, rotary_attention_ref, rotary_tables, window_mask
 from model import GPTConfig
-from model.gpt import SCALARS
 from prepare import Batch
 from train.config import TrainConfig, resolve
 from train.memory import count as counted
@@ -38,7 +38,7 @@ def _fresh():
 
 def random_step(ops: str, shape: GPTConfig = SHAPE) -> TrainStep:
     kernels.set_ops(ops)
-    return random_step_of(shape, torch.float32, "cpu")
+    return random_step_of(shape, torch.get_default_dtype(), "cpu")
 
 
 def random_batches(count: int) -> list[Batch]:
@@ -51,33 +51,24 @@ def assert_gradients_close(step: TrainStep, reference: TrainStep) -> None:
         assert p.grad is None, name
         assert q.main_grad.abs().max() > 1e-5, f"{name}: a gradient of zero tests nothing"
         error = (p.main_grad - q.main_grad).norm() / q.main_grad.norm()
-        # A scalar's is a sum over the whole stream that nearly cancels: fp32 rounds it relative to its terms.
-        assert error < (1e-4 if name in SCALARS else 1e-5), f"gradient of {name}: {error:.2e}"
+        assert error < 1e-12, f"gradient of {name}: {error:.2e}"
 
 
-def test_a_compiled_step_is_a_step_on_references():
+def test_a_compiled_step_is_a_step_on_references(monkeypatch):
     """Two micro-steps and an update; the rehearsal has compiled all that they need."""
-    reference = random_step("reference")
-    start = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
-    loss_ref, _ = reference(random_batches(2), VALUES)
-
+    check_step(monkeypatch, SHAPE, rows=4, ops="compile")
     step = random_step("compile")
+    start = {name: p.detach().clone() for name, p in step.model.named_parameters()}
     step.rehearse((4, 33), micro_steps=2, values=VALUES, times=1)
     assert all(torch.equal(p, start[name]) for name, p in step.model.named_parameters())
     with torch.compiler.set_stance("fail_on_recompile"):
-        loss, good = step(random_batches(2), VALUES)
+        _, good = step(random_batches(2), VALUES)
     assert good
-    torch.testing.assert_close(loss, loss_ref, rtol=1e-5, atol=1e-5)
-    assert_gradients_close(step, reference)
-    for name, master in step.optimizer.masters.items():
-        moved, moved_ref = master - start[name], reference.optimizer.masters[name] - start[name]
-        # AdamW's first step is a sign where a gradient is near zero, and Muon's iterates are bf16: 2e-2, as for those.
-        error = (moved - moved_ref).norm() / moved_ref.norm()
-        assert error < 2e-2, f"update of {name}: {error:.2e}"
+    assert all(p.grad is None and not torch.equal(p, start[name]) for name, p in step.model.named_parameters())
 
 
 @pytest.mark.parametrize("kv_heads", [0, 1], ids=["as many kv heads", "one kv head"])
-def test_the_graph_itself_with_other_kv_heads(kv_heads):
+def test_the_graph_itself_with_other_kv_heads(in_fp64, kv_heads):
     """Traced and divided, without the C++ compiler: it is another shape of what the test above has compiled."""
     shape = GPTConfig(vocab_size=512, seq_len=32, depth=2, d_model=64, head_dim=16, num_kv_heads=kv_heads)
     reference, step = random_step("reference", shape), random_step("compile", shape)

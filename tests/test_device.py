@@ -148,9 +148,9 @@ def test_what_is_fp32_is_fp32_whatever_the_environment_asks_for(small_run, monke
 
 @pytest.mark.parametrize(("total", "marked", "left_out"), [(24, True, True), (80, True, False), (24, False, False)])
 def test_a_test_that_is_too_large_for_a_small_gpu_is_left_out_there_alone(monkeypatch, total, marked, left_out):
-    monkeypatch.setattr(conftest, "NO_GPU", False)
+    monkeypatch.setattr(conftest, "takes_the_gpu", lambda config: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total * 2**30))
-    running = conftest.pytest_runtest_call(SimpleNamespace(get_closest_marker=lambda name: marked))
+    running = conftest.pytest_runtest_call(SimpleNamespace(config=None, get_closest_marker=lambda name: marked))
     next(running)
     with pytest.raises(pytest.skip.Exception if left_out else torch.OutOfMemoryError):
         running.throw(torch.OutOfMemoryError("CUDA out of memory"))

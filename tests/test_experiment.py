@@ -147,7 +147,7 @@ def test_a_signal_reaches_the_run_and_leaves_a_row(corpus, tmp_path, number, cod
         if line.startswith("step 00003"):
             process.send_signal(number)
             break
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == code
     assert "Traceback" not in err
     (row,) = rows(tmp_path)

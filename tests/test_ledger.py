@@ -28,7 +28,7 @@ for i in range(1000):
 def test_eight_writers_lose_no_row(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path / "night")]
     writers = [subprocess.Popen([*command, str(i)], cwd=ROOT) for i in range(8)]
-    assert [writer.wait(timeout=120) for writer in writers] == [0] * 8
+    assert [writer.wait(timeout=600) for writer in writers] == [0] * 8
     ledger = Ledger(tmp_path / "night")
     names = {f"{writer}-{i}" for writer in range(8) for i in range(1000)}
     assert len(ledger.runs()) == 8000

@@ -1,6 +1,8 @@
 """What a container's control groups leave of the machine, from files as Linux shows them."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from bench import ceilings, profile
 from prepare import limits
 from prepare.limits import control_group_bytes, control_group_cores
 from train import doctor, evaluate, replay, sample
+from train.memory import available_bytes
 
 MB = 2**20
 FILES = {  # limit, usage, what memory.stat's lines start with
@@ -171,10 +174,31 @@ def test_the_doctor_names_the_cores_that_are_allowed(monkeypatch, cores):
     assert (" 4 cores of which this process may use 1" in doctor.memory("cpu").found) == (cores == 1)
 
 
-def test_there_is_a_process_of_tests_for_each_core_allowed(request, monkeypatch):
-    conftest = request.config.pluginmanager.get_plugin(str(request.config.rootpath / "tests" / "conftest.py"))
-    monkeypatch.setattr(conftest, "NO_GPU", True)
+@pytest.fixture
+def conftest(request):
+    return request.config.pluginmanager.get_plugin(str(request.config.rootpath / "tests" / "conftest.py"))
+
+
+def test_only_tests_that_are_marked_see_a_gpu(conftest, monkeypatch):
+    """Nor do the processes that others start."""
+    assert not torch.cuda.is_available()
+    seen = subprocess.run([sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert seen.stdout == "\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = {"": False, "not gpu": False, "gpu": True}
+    assert {m: conftest.takes_the_gpu(SimpleNamespace(option=SimpleNamespace(markexpr=m))) for m in chosen} == chosen
+
+
+def test_no_test_depends_on_the_memory_that_is_free():
+    """What is free, and what a container allows, changes while tests run."""
+    assert available_bytes("cpu") == 16 * 2**30
+    assert control_group_bytes() is None
+    assert control_group_cores() is None
+
+
+def test_there_is_a_process_of_tests_for_each_core_allowed(request, conftest, monkeypatch):
     monkeypatch.setattr(conftest, "num_cores", lambda: 3)
-    assert conftest.pytest_xdist_auto_num_workers() == 3
-    monkeypatch.setattr(conftest, "NO_GPU", False)
-    assert conftest.pytest_xdist_auto_num_workers() == 0
+    assert conftest.pytest_xdist_auto_num_workers(request.config) == 3
+    monkeypatch.setattr(conftest, "takes_the_gpu", lambda config: True)
+    assert conftest.pytest_xdist_auto_num_workers(request.config) == 0

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from kernels.common import set_ops
-from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, outputs_and_gradients, real_and_small
+from tests.kernel_checks import (
+    DEVICE,
+    assert_as_good,
+    baselines,
+    compared,
+    mutant,
+    outputs_and_gradients,
+    real_and_small,
+)
 from tests.weight_grads import check_accumulation
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
@@ -45,9 +53,11 @@ def check(module, dtype, shape, draws=8, **kwargs):
 def check_losses(function, inputs):
     x, weight, targets = inputs
     got = function(x, weight, targets, reduction="none")
-    baseline = op.linear_cross_entropy_ref(x, weight, targets, reduction="none")
-    truth = op.linear_cross_entropy_ref(x.double(), weight.double(), targets, reduction="none")
-    assert_as_good("losses", got, baseline, truth)
+
+    def reference(dtype):
+        return op.linear_cross_entropy_ref(x.to(dtype), weight.to(dtype), targets, reduction="none")
+
+    assert_as_good("losses", got, baselines(reference, x.dtype), reference(torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

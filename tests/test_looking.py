@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from ledger_entries import a_night, add, entry
 from tiny_run import rows, run_main
 
@@ -178,7 +177,6 @@ def test_no_picture_library_before_the_first_step():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 def test_the_doctor_finds_a_healthy_cpu(corpus, capsys):
     assert doctor.main(["--data", str(corpus)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -176,7 +176,7 @@ def test_gradients_against_finite_differences():
 
 def test_gradients_add_up_in_main_grad():
     """Two backward passes into main_grad are the sum of two into .grad, and .grad stays empty."""
-    model, other = random_model(SMALL, torch.float32), random_model(SMALL, torch.float32)
+    model, other = random_model(SMALL), random_model(SMALL)
     for parameter in other.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
     for seed in (1, 2):

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from tests.kernel_checks import DEVICE, assert_as_good, mutant, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, baselines, mutant, real_and_small, transposed
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 op = importlib.import_module("kernels.muon")
@@ -31,7 +31,11 @@ def make_group(shape, copy_dtype=torch.bfloat16, strided=False):
     return [*group, second_moment, copy]
 
 
-def two_steps(update, group, dtype, iterate_dtype, apply=True):
+LR, DECAY = 0.04, 0.2
+STEPS = ((0.86, 0.0), (0.95, 0.0))  # momentum and decay
+
+
+def updated(update, group, dtype, iterate_dtype, apply=True, steps=STEPS):
     """master, momentum, second_moment, copy after two updates; views stay views of memory laid out alike."""
 
     def clone(t, dtype):
@@ -42,9 +46,9 @@ def two_steps(update, group, dtype, iterate_dtype, apply=True):
 
     master, grad, momentum, second_moment = (clone(t, dtype) for t in group[:4])
     copy = clone(group[4], group[4].dtype if group[4] is not None else None)
-    for mu, weight_decay in ((0.86, 0.2), (0.95, 0.1)):
+    for mu, weight_decay in steps:
         # A row of a table, as the trainer has it.
-        hyper = torch.tensor([99.0, 0.04, mu, weight_decay, 99.0], device=DEVICE)[1:4].to(dtype)
+        hyper = torch.tensor([99.0, LR, mu, weight_decay, 99.0], device=DEVICE)[1:4].to(dtype)
         gate = torch.tensor(apply, device=DEVICE)
         update(master, grad, momentum, second_moment, copy, hyper, gate, iterate_dtype)
         grad = grad.flip(0) * 2
@@ -53,12 +57,29 @@ def two_steps(update, group, dtype, iterate_dtype, apply=True):
 
 def check(module, shape, iterate_dtype=torch.float32, strided=False, copy_dtype=torch.bfloat16):
     group = make_group(shape, copy_dtype, strided)
-    got = two_steps(module._launch, group, torch.float32, iterate_dtype)
-    baseline = two_steps(op.muon_update_ref, group, torch.float32, iterate_dtype)
-    truth = two_steps(op.muon_update_ref, group, torch.float64, torch.float64)
+    got = updated(module._launch, group, torch.float32, iterate_dtype)
+
+    def reference(dtype):
+        return updated(op.muon_update_ref, group, torch.promote_types(dtype, torch.float32), dtype)[:3]
+
+    baseline, truth = transposed(baselines(reference, iterate_dtype)), reference(torch.float64)
     for name, *values in zip(("master", "momentum", "second moment"), got, baseline, truth, strict=False):
         assert_as_good(f"{name} {shape}", *values)
     assert got[3] is None or torch.equal(got[3], got[0].to(got[3].dtype))
+    check_decay(module, group, iterate_dtype)
+
+
+def check_decay(module, group, iterate_dtype):
+    """By the module's own update without decay, whose direction has the same bits: a sign that was a matter of rounding
+    in one is so in the other."""
+    before, plain, decayed = (
+        updated(module._launch, group, torch.float32, iterate_dtype, steps=steps)[0].double()
+        for steps in ((), STEPS[:1], [(STEPS[0][0], DECAY)])
+    )
+    expected = plain - LR * DECAY * before * ((before - plain) * before > 0)
+    clear = before != plain  # an update below the master's last digit has a sign too, which does not show
+    assert clear.float().mean() > 0.99
+    assert (decayed - expected)[clear].abs().max() <= 4 * 2**-24 * before.abs().max()  # four roundings
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -74,15 +95,15 @@ def test_bfloat16_iterates_and_no_copy(shape):
 
 def test_the_public_op_is_the_kernels():
     group = make_group((2, 20, 33))
-    expected = two_steps(op._launch, group, torch.float32, torch.bfloat16)
-    got = two_steps(lambda *args: op.muon_update(*args[:-1]), group, torch.float32, None)
+    expected = updated(op._launch, group, torch.float32, torch.bfloat16)
+    got = updated(lambda *args: op.muon_update(*args[:-1]), group, torch.float32, None)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_nothing_changes_where_apply_is_false():
     group = make_group((2, 20, 33), strided=True)
     group[1][0, 0, 0] = float("nan")
-    got = two_steps(op._launch, group, torch.float32, torch.float32, apply=False)
+    got = updated(op._launch, group, torch.float32, torch.float32, apply=False)
     assert all(torch.equal(a, b) for a, b in zip(got, (group[0], *group[2:]), strict=True))
 
 
@@ -128,7 +149,7 @@ def test_matrices_of_a_model(shape):
     check(op, shape, torch.bfloat16)
     check(op, shape, torch.bfloat16, strided=True)
     group = make_group(shape)
-    runs = [two_steps(op._launch, group, torch.float32, torch.bfloat16) for _ in range(2)]
+    runs = [updated(op._launch, group, torch.float32, torch.bfloat16) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

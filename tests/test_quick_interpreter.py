@@ -6,8 +6,6 @@ from triton.runtime.errors import InterpreterError
 
 from kernels.common import tl, triton
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what is quickened is the interpreter")
-
 
 @triton.jit
 def _combined(a, b, OP: tl.constexpr):

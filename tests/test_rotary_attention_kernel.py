@@ -18,10 +18,8 @@ from kernels.rotary_attention import (
     tiles,
 )
 from kernels.rotary_attention.tiles import Config, Rows, Tiles
-from tests.kernel_checks import DEVICE, assert_as_good, compared, outputs_and_gradients, real_and_small
+from tests.kernel_checks import DEVICE, assert_as_good, baselines, compared, outputs_and_gradients, real_and_small
 from tests.visited_tiles import visited_tiles
-
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="patches the interpreter")
 
 real_config = tiles.config
 SMALL_TILES = Config(Rows(8, 4), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
@@ -79,12 +77,11 @@ def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
 )
 @pytest.mark.parametrize("tma", [False, True])
 def test_output_and_gradients(B, T, H, KVH, head_dim, window, has_ve, tma, monkeypatch):
-    if DEVICE == "cpu" and tma:
+    if tma:
         monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: TMA_TILES)
     check(random_inputs(B, T, H, KVH, head_dim, has_ve), H, window, head_dim, torch.float32)
 
 
-@interpreted
 @pytest.mark.parametrize("kind", ["base", "stride", "sequences inside tokens"])
 def test_rows_that_the_accelerator_cannot_take_are_loaded_by_pointers(kind, monkeypatch):
     monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: TMA_TILES)
@@ -150,11 +147,14 @@ def test_against_the_formula(window):
     inputs = random_inputs(1, 19, 4, 2, 16, True)
     cos, sin = rotary_tables(19, 16, device=DEVICE)
     truth = brute_force(*inputs, H=4, KVH=2, head_dim=16, window=window)
+
+    def reference(dtype):
+        qkv, ve, gate = (x.to(dtype) for x in inputs)
+        return rotary_attention_ref(qkv, cos, sin, 4, window, ve, gate)
+
+    torch.testing.assert_close(reference(torch.float64), truth, rtol=0, atol=1e-6)  # its tables are fp32
     qkv, ve, gate = (x.float() for x in inputs)
-    out = rotary_attention(qkv, cos, sin, 4, window, ve, gate)
-    torch.testing.assert_close(out.double(), truth, rtol=0, atol=3e-6)
-    reference = rotary_attention_ref(inputs[0], cos, sin, 4, window, *inputs[1:])
-    torch.testing.assert_close(reference, truth, rtol=0, atol=1e-6)  # its tables are fp32
+    assert_as_good("out", rotary_attention(qkv, cos, sin, 4, window, ve, gate), baselines(reference), truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -216,7 +216,6 @@ def test_the_same_bits_twice(B, T, head_dim, window, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@interpreted
 @pytest.mark.parametrize("window", [0, 20, 64])
 def test_kernels_multiply_only_visited_tiles(window, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
@@ -280,7 +279,6 @@ MUTANTS = [
 ]
 
 
-@interpreted
 @pytest.mark.parametrize(("module", "name", "old", "new"), MUTANTS)
 def test_a_wrong_kernel_is_rejected(module, name, old, new, monkeypatch, tmp_path):
     wrong = mutated(getattr(module, name), old, new, tmp_path / "mutant.py")
@@ -299,7 +297,6 @@ WRONG_LOADS = [
 ]
 
 
-@interpreted
 @pytest.mark.parametrize(("shapes", "old", "new"), WRONG_LOADS)
 def test_a_wrong_load_is_rejected(shapes, old, new, monkeypatch, tmp_path):
     monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: shapes)

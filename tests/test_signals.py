@@ -29,7 +29,7 @@ def test_a_second_signal_stops_at_once(corpus, tmp_path):
     process.send_signal(signal.SIGINT)
     wait_for_line(process.stderr, "interrupted: finishing the step")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGINT  # which a shell reports as 130
     assert rows(folder)[-1]["step"] <= 1  # it may have come between the printed line and its row
     left = checkpoint_folders(folder / "checkpoints")
@@ -48,7 +48,7 @@ def test_what_has_no_reader_any_more_is_interrupted(asked, corpus, tmp_path):
         wait_for_line(process.stderr, "interrupted: finishing the step")
     process.stdout.close()
     process.stderr.close()
-    assert process.wait(timeout=60) == (130 if asked else 141)
+    assert process.wait(timeout=600) == (130 if asked else 141)
     assert read_checkpoint(checkpoint_folders(folder / "checkpoints")[0]).step == len(rows(folder))
     (entry,) = Ledger.beside(folder).runs()
     assert entry["outcome"] == "interrupted"
@@ -80,7 +80,7 @@ def test_a_signal_while_it_sets_up(corpus, tmp_path):
     while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 143
     assert (out, err) == ("", "\nterminated\n")
     assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import layer_weight
-from tests.kernel_checks import assert_as_good
+from tests.kernel_checks import assert_as_good, baselines, transposed
 
 
 def accumulated_gradients(
@@ -36,7 +36,7 @@ def check_accumulation(
     weights: Sequence[int], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Sums of `op` in `dtype`, judged by those of `reference` in `dtype` and in fp64."""
-    functions = (op, dtype), (reference, dtype), (reference, torch.float64)
-    runs = (accumulated_gradients(function, inputs, weights, d) for function, d in functions)
-    for i, *values in zip(weights, *runs, strict=True):
+    got, truth = (accumulated_gradients(f, inputs, weights, d) for f, d in ((op, dtype), (reference, torch.float64)))
+    baseline = transposed(baselines(lambda dtype: accumulated_gradients(reference, inputs, weights, dtype), dtype))
+    for i, *values in zip(weights, got, baseline, truth, strict=True):
         assert_as_good(f"main_grad of input {i}", *values)
