@@ -43,13 +43,15 @@ def random_batches(shape: GPTConfig, rows: int, count: int) -> list[torch.Tensor
 
 
 def loss_and_gradients(ops: str, shape: GPTConfig, rows: int, dtype: torch.dtype = torch.float32, **options):
-    """Of two micro-steps, with `options` of the model, all in the same order for either ops."""
+    """The loss of two micro-steps, that of each token, and the gradients, with `options` of the model."""
     kernels.set_ops(ops)
     step = random_step(shape, dtype)
     vars(step.model).update(options)
-    for tokens in random_batches(shape, rows, 2):
+    batches = random_batches(shape, rows, 2)
+    for tokens in batches:
         step.micro_step(tokens, 2)
-    return [step.loss, *(p.main_grad.clone() for p in step.model.parameters())]
+    losses = torch.stack([step.token_losses(tokens[:, :-1], tokens[:, 1:]) for tokens in batches])
+    return [step.loss, losses, *(p.main_grad.clone() for p in step.model.parameters())]
 
 
 def update(ops: str, shape: GPTConfig, gradients: list[torch.Tensor], dtype: torch.dtype = torch.float32):
@@ -83,10 +85,10 @@ def check_step(monkeypatch, shape: GPTConfig, rows: int, ops: str = "triton", **
 
     reference = in_dtype(lambda dtype: loss_and_gradients("reference", shape, rows, dtype))
     truth, results = reference(torch.float64), loss_and_gradients(ops, shape, rows, **options)
-    for name, *values in zip(("loss", *names), results, transposed(baselines(reference)), truth, strict=True):
+    for name, *values in zip(("loss", "losses", *names), results, transposed(baselines(reference)), truth, strict=True):
         assert_as_good(name, *values)
 
-    gradients = results[1:]
+    gradients = results[2:]
     reference = in_dtype(lambda dtype: update("reference", shape, gradients, dtype))
     truth, results = reference(torch.float64), update(ops, shape, gradients)
     for name, *values in zip(names, results, transposed(baselines(reference)), truth, strict=True):
@@ -109,17 +111,15 @@ REAL = [(GPTConfig(), 4), (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=327
 def test_in_bfloat16_kernels_are_as_near_to_the_truth_as_references(shape, rows, monkeypatch):
     """The truth here is the references in fp32, of the same rounded parameters only nearly: so near is near enough."""
     exact_bfloat16(monkeypatch)
-    (loss, *gradients), (loss_ref, *gradients_ref) = (
-        loss_and_gradients(ops, shape, rows, torch.bfloat16) for ops in ("triton", "reference")
-    )
-    loss_truth, *gradients_truth = loss_and_gradients("reference", shape, rows)
-    assert (loss - loss_truth).abs() <= 2 * (loss_ref - loss_truth).abs() + 1e-3
-    names = [name for name, _ in random_step(shape, torch.float32).model.named_parameters()]
-    for name, gradient, reference, truth in zip(names, gradients, gradients_ref, gradients_truth, strict=True):
-        error = (gradient - truth).norm() / truth.norm()
+    # Of the one mean loss an error is luck: the losses of all tokens speak for it.
+    results, references = (loss_and_gradients(ops, shape, rows, torch.bfloat16)[1:] for ops in ("triton", "reference"))
+    truths = loss_and_gradients("reference", shape, rows)[1:]
+    names = ["losses", *(name for name, _ in random_step(shape, torch.float32).model.named_parameters())]
+    for name, value, reference, truth in zip(names, results, references, truths, strict=True):
+        error = (value - truth).norm() / truth.norm()
         allowed = (reference - truth).norm() / truth.norm()
-        assert error <= 2 * allowed + 2**-8, f"gradient of {name}: {error:.2e}, the references' own {allowed:.2e}"
-        assert error > 0, f"gradient of {name}: the very bits of the truth, so nothing was compared"
+        assert error <= 2 * allowed + 2**-8, f"{name}: {error:.2e}, the references' own {allowed:.2e}"
+        assert error > 0, f"{name}: the very bits of the truth, so nothing was compared"
 
 
 @real_and_small("shape, rows", REAL[:1], [(GPTConfig(vocab_size=100, seq_len=9, depth=1, d_model=64, head_dim=32), 1)])
@@ -127,5 +127,5 @@ def test_a_step_gives_the_same_bits_twice(shape, rows, monkeypatch):
     exact_bfloat16(monkeypatch)
     once, again = (loss_and_gradients("triton", shape, rows, torch.bfloat16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-    once, again = (update("triton", shape, once[1:], torch.bfloat16) for _ in range(2))
+    once, again = (update("triton", shape, once[2:], torch.bfloat16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
