@@ -19,7 +19,7 @@ from model.flops import device_peak
 from prepare.arguments import Parser, command
 from prepare.words import printable
 from train.device import keep_to_the_cores_allowed
-from train.files import replace_file
+from train.resilience.durable import replace_file
 
 # Bytes/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DATASHEET_BANDWIDTHS = {

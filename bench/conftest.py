@@ -8,7 +8,7 @@ import torch
 from bench import ceilings as measured_ceilings
 from bench.results import step_table, table
 from train.device import keep_to_the_cores_allowed
-from train.runs import source_commit
+from train.results.run_folder import source_commit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = pytest.StashKey[list]()

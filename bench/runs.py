@@ -14,7 +14,7 @@ from statistics import median
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.words import printable
-from train.metrics import shown
+from train.results.metrics import shown
 
 COLUMNS = {
     "tokens_per_second": "tok/s",

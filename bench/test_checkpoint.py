@@ -15,11 +15,11 @@ import torch
 from model import GPT
 from prepare import Batch
 from train.budget import Budget
-from train.checkpoint import Checkpointer
 from train.config import TrainConfig, resolve
 from train.optimizer import Optimizer
+from train.resilience.checkpoint import Checkpointer
+from train.resilience.state import RunState
 from train.schedule import StepValues
-from train.state import RunState
 from train.step import TrainStep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,7 +23,7 @@ from bench.timing import device_time, replay, time_call, time_synchronised
 from model import GPTConfig
 from train.config import TrainConfig, resolve
 from train.memory import fit_default
-from train.metrics import utilisation
+from train.results.metrics import utilisation
 from train.step import TrainStep
 
 PROVIDER = TRITON if DEVICE == "cuda" else EAGER

@@ -32,9 +32,9 @@ from bench.tuned import HEADER, NO_TIME, Trial, Tuned, as_json, line_of, one_lin
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.words import printable
-from train.files import replace_file
-from train.provenance import versions
-from train.runs import source_commit
+from train.resilience.durable import replace_file
+from train.results.provenance import versions
+from train.results.run_folder import source_commit
 
 HOPELESS = 1.3  # times the best of the first pass: not timed again
 VISITS = 5  # of each of the others, in turn: what drifts, drifts for all

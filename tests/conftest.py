@@ -136,7 +136,7 @@ def _tiny_runs_end_soon(request, monkeypatch):
     for `pictures`, and the audit sums probabilities at fewer positions. Runs in processes of their own end as ever."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("train.curves._draw", lambda folder, steps: folder)
-    monkeypatch.setattr("train.audit.SUM_TOKENS", 2**11)
+    monkeypatch.setattr("train.results.audit.SUM_TOKENS", 2**11)
 
 
 @pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), "pretended"])

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 
 from prepare import Dataset, InputError, Loader
-from train.checkpoint import newest_checkpoint
-from train.runs import load_run
-from train.tensors import digest
+from train.resilience.checkpoint import newest_checkpoint
+from train.resilience.tensors import digest
+from train.results.run_folder import load_run
 
 DATA_FILES = [
     "manifest.json", "tokenizer.json", "token_counts.npy",

@@ -4,8 +4,8 @@ import dataclasses
 import random
 from pathlib import Path
 
-from train.judge import judge
-from train.ledger import Ledger
+from train.results.judge import judge
+from train.results.ledger import Ledger
 
 
 def entry(run: str, bpb: float | None = None, **fields) -> dict:

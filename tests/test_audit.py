@@ -17,8 +17,8 @@ from prepare import Dataset, Tokenizer, prepare
 from prepare.files import sealed
 from prepare.shards import file_record
 from train import evaluate
-from train.audit import audit
 from train.config import TrainConfig, resolve
+from train.results.audit import audit
 from train.step import TrainStep
 
 T = 32

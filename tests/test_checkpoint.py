@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train.checkpoint
-import train.files
+import train.resilience.checkpoint
+import train.resilience.durable
 from model import GPT
 from prepare import Dataset, InputError, Loader
 from train.budget import Budget
-from train.checkpoint import (
+from train.config import TrainConfig, resolve
+from train.optimizer import Optimizer
+from train.resilience.checkpoint import (
     Checkpointer,
     DamagedError,
     checkpoint_folders,
@@ -27,12 +29,10 @@ from train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from train.config import TrainConfig, resolve
-from train.optimizer import Optimizer
+from train.resilience.state import RunState
+from train.resilience.tensors import header, load_tensors, save_tensors
 from train.schedule import StepValues
-from train.state import RunState
 from train.step import TrainStep
-from train.tensors import header, load_tensors, save_tensors
 
 CONFIG = resolve(
     TrainConfig(depth=2, d_model=64, head_dim=16, num_kv_heads=2, seq_len=32, device_batch_size=4,
@@ -168,7 +168,7 @@ class Disk:
         self.synced = set()
         for name in ("mkdir", "replace", "unlink", "rmdir", "fsync"):
             monkeypatch.setattr(os, name, self.counted(name, getattr(os, name)))
-        monkeypatch.setattr(train.files, "open", self.open, raising=False)
+        monkeypatch.setattr(train.resilience.durable, "open", self.open, raising=False)
 
     def counted(self, name, call):
         def counting(*args, **kwargs):
@@ -349,13 +349,13 @@ def test_no_snapshot_while_one_is_being_written(corpus, tmp_path, monkeypatch):
     """The buffer is the writer's until it is done: `due` says no, and `save` waits."""
     step, state = make_state(corpus, 1)
     (tmp_path / "metrics.jsonl").touch()
-    may_go_on, write = threading.Event(), train.checkpoint.write_checkpoint
+    may_go_on, write = threading.Event(), train.resilience.checkpoint.write_checkpoint
 
     def slow(*args):
         assert may_go_on.wait(timeout=600)
         write(*args)
 
-    monkeypatch.setattr(train.checkpoint, "write_checkpoint", slow)
+    monkeypatch.setattr(train.resilience.checkpoint, "write_checkpoint", slow)
     checkpoints = Checkpointer(tmp_path / "checkpoints", state, 0.0, ORIGIN)
     assert not checkpoints.due()  # nothing done yet
     train_steps(step, state, 1)

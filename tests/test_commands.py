@@ -31,7 +31,7 @@ time.sleep(600)
 def commands() -> list[str]:
     """The modules that are made to be run."""
     found = []
-    for path in sorted(path for package in ("prepare", "train", "bench") for path in (ROOT / package).glob("*.py")):
+    for path in sorted(path for package in ("prepare", "train", "bench") for path in (ROOT / package).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
             found.append(f"{path.parent.name}.{path.stem}".removesuffix(".__main__"))
@@ -157,7 +157,7 @@ def test_what_the_doctor_says_of_a_bad_path():
 def test_a_gpu_without_bf16_is_refused(name, small_data, small_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr("train.record.machine", lambda device: {})
+    monkeypatch.setattr("train.results.record.machine", lambda device: {})
     arguments = ["--data", str(small_data), "--run-dir", str(tmp_path / "run")] if "main" in name else [str(small_run)]
     assert importlib.import_module(name).main(arguments) == 2
     line = capsys.readouterr().err

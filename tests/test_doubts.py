@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from test_resume import interrupt, main, signal_after
 
-import train.record
+import train.results.record
 import train.trainer
 from train.config import TrainConfig
-from train.ledger import Ledger
+from train.results.ledger import Ledger
 from train.step import TrainStep
 
 CLEAN = {"commit": "a" * 40, "dirty": False, "diff_sha256": None}
@@ -37,7 +37,7 @@ def test_every_code_that_trained_a_run_is_in_its_row(corpus, tmp_path, monkeypat
     begun, resumed, finished = sources
 
     def at(source):
-        monkeypatch.setattr(train.record, "source_state", lambda: dict(source))
+        monkeypatch.setattr(train.results.record, "source_state", lambda: dict(source))
 
     at(begun)
     folder = interrupt(corpus, tmp_path / "run", "--steps", "6", step=1)
@@ -63,8 +63,8 @@ def test_every_code_that_trained_a_run_is_in_its_row(corpus, tmp_path, monkeypat
 def test_a_checkpoint_of_before_knows_its_last_commit(monkeypatch):
     """Whose code was another: it wrote no `sources`."""
     for now, then, found in ((CLEAN, "bbbbbbb+", ["resumed with other code: bbbbbbb+ > aaaaaaa"]), (NONE, None, [])):
-        monkeypatch.setattr(train.record, "source_state", lambda now=now: now)
-        record = train.record.Record(TrainConfig(resume="run"))
+        monkeypatch.setattr(train.results.record, "source_state", lambda now=now: now)
+        record = train.results.record.Record(TrainConfig(resume="run"))
         record.goes_on_from({"environment": {"commit": then}})
         assert record.doubts() == found
 

@@ -22,10 +22,10 @@ from prepare import InputError
 from prepare.words import SAID
 from train import doctor
 from train.config import TrainConfig, parse_given, to_args
-from train.ledger import Ledger
-from train.provenance import evaluating_code_sha256, short_commit, source_state
-from train.resume import is_free
-from train.runs import RunFolder, default_run_dir, reserved_run_dir
+from train.resilience.resume import is_free
+from train.results.ledger import Ledger
+from train.results.provenance import evaluating_code_sha256, short_commit, source_state
+from train.results.run_folder import RunFolder, default_run_dir, reserved_run_dir
 
 
 def run_main(corpus, folder, *args: str) -> int:
@@ -163,7 +163,7 @@ def test_arguments_spell_the_configuration():
 
 
 def test_the_code_that_evaluates_is_hashed(monkeypatch, tmp_path):
-    import train.provenance as provenance
+    import train.results.provenance as provenance
 
     before = evaluating_code_sha256()
     for name in ("prepare/evaluate.py", "prepare/tokenizer.py", *provenance.EVALUATING_FILES):
@@ -183,7 +183,7 @@ def test_the_code_that_evaluates_is_hashed(monkeypatch, tmp_path):
 
 
 def test_the_state_of_the_source(monkeypatch, tmp_path):
-    import train.provenance as provenance
+    import train.results.provenance as provenance
 
     def git(*args: str) -> None:
         who = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
@@ -222,7 +222,7 @@ class NotLikeThat:
 def test_a_file_system_without_locks(corpus, tmp_path, monkeypatch, capsys, number):
     monkeypatch.chdir(tmp_path)
     SAID.clear()
-    monkeypatch.setattr("train.files.fcntl.flock", NotLikeThat(number))
+    monkeypatch.setattr("train.resilience.durable.fcntl.flock", NotLikeThat(number))
     assert run_main(corpus, "runs/a") == 0
     (note,) = [line for line in capsys.readouterr().err.splitlines() if "locks" in line]
     assert note.startswith(f"note: the file system of runs/a has no locks ({os.strerror(number)}): ")
@@ -233,7 +233,7 @@ def test_a_file_system_without_locks(corpus, tmp_path, monkeypatch, capsys, numb
 @pytest.mark.parametrize("of_folders", [False, True])
 def test_a_file_system_that_does_not_sync(corpus, tmp_path, monkeypatch, capsys, of_folders):
     SAID.clear()
-    monkeypatch.setattr("train.files.os.fsync", NotLikeThat(errno.EINVAL, of_folders))
+    monkeypatch.setattr("train.resilience.durable.os.fsync", NotLikeThat(errno.EINVAL, of_folders))
     assert run_main(corpus, tmp_path / "a", "--checkpoint-every", "0", "--keep-checkpoints") == 0
     said = "does not sync it (Invalid argument): a power cut may cost what is newest"
     assert capsys.readouterr().err.count(said) == 1
@@ -242,14 +242,14 @@ def test_a_file_system_that_does_not_sync(corpus, tmp_path, monkeypatch, capsys,
 
 @pytest.mark.parametrize("call", ["fcntl.flock", "os.fsync"])
 def test_a_broken_disk_is_no_file_system_that_does_without(corpus, tmp_path, monkeypatch, capsys, call):
-    monkeypatch.setattr(f"train.files.{call}", NotLikeThat(errno.EIO))
+    monkeypatch.setattr(f"train.resilience.durable.{call}", NotLikeThat(errno.EIO))
     assert run_main(corpus, tmp_path / "a") == 2
     assert "Input/output error" in capsys.readouterr().err
 
 
 def test_runs_that_begin_in_one_second_have_folders_of_their_own(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.runs.time.strftime", lambda form: "20261129-120000")
+    monkeypatch.setattr("train.results.run_folder.time.strftime", lambda form: "20261129-120000")
     monkeypatch.setattr(train.experiment, "Popen", InProcess)
     arguments = [*tiny_run.TINY, "--data", str(corpus), "--steps", "3"]
     for more in ([], [], ["--seed", "50"], ["--repeat", "1", "--name", "other"]):
@@ -262,7 +262,7 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(corpus, tmp_pat
 
 def test_groups_that_begin_in_one_second_have_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.runs.time.strftime", lambda form: "20261129-120000")
+    monkeypatch.setattr("train.results.run_folder.time.strftime", lambda form: "20261129-120000")
     with reserved_run_dir("a") as first, reserved_run_dir("a") as second:
         alone = RunFolder(default_run_dir("a"), named_by_user=False)
         alone.close()
@@ -273,7 +273,7 @@ def test_groups_that_begin_in_one_second_have_names_of_their_own(tmp_path, monke
 
 def test_repeats_keep_their_name_to_themselves_and_leave_no_folder(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.runs.time.strftime", lambda form: "20261129-120000")
+    monkeypatch.setattr("train.results.run_folder.time.strftime", lambda form: "20261129-120000")
     seen = []
 
     class Another(InProcess):
@@ -314,7 +314,7 @@ def test_where_git_names_no_commit_it_is_said_why(corpus, tmp_path, monkeypatch,
     def refuses(*args):
         raise said if isinstance(said, OSError) else subprocess.CalledProcessError(128, "git", b"", said.encode())
 
-    monkeypatch.setattr("train.provenance._git", refuses)
+    monkeypatch.setattr("train.results.provenance._git", refuses)
     found = doctor.code()
     assert found.state == doctor.NOTE
     assert reason in found.found
@@ -333,7 +333,7 @@ def test_a_git_that_does_not_know_who_commits(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    monkeypatch.setattr("train.provenance.ROOT", tmp_path)
+    monkeypatch.setattr("train.results.provenance.ROOT", tmp_path)
     who = ["-c", "user.name=A", "-c", "user.email=a@b"]
     for args in (["init"], [*who, "commit", "--allow-empty", "-m", "start"], ["config", "user.useConfigOnly", "true"]):
         subprocess.run(["git", "-C", str(tmp_path), *args], check=True, capture_output=True)

@@ -18,8 +18,8 @@ from prepare import Tokenizer
 from prepare.files import SEAL
 from train.export import export, tokenizer_json
 from train.export import main as export_main
-from train.runs import load_run
-from train.tensors import digest
+from train.resilience.tensors import digest
+from train.results.run_folder import load_run
 
 ELSEWHERE = """
 import sys

@@ -13,10 +13,11 @@ from tiny_run import run_main
 
 from prepare import Batch
 from prepare.words import command_line
-from train import failure, replay
-from train.failure import find, read_failure
+from train import replay
+from train.resilience import failure
+from train.resilience.failure import find, read_failure
+from train.resilience.tensors import digest, save_tensors
 from train.schedule import step_values
-from train.tensors import digest, save_tensors
 
 STEPS = ["--steps", "8", "--checkpoint-every", "1000"]
 # Rates at which a step of finite loss has gradients that are not, and a step has no loss.

@@ -20,8 +20,8 @@ from damage import (
 from prepare import Dataset, InputError, Tokenizer, dataset
 from prepare.files import SEAL, read_sealed
 from train.config import parse_given
-from train.resume import parse
-from train.runs import RunFolder
+from train.resilience.resume import parse
+from train.results.run_folder import RunFolder
 
 
 def test_no_file_is_forgotten(small_data, small_run):

@@ -66,3 +66,33 @@ def test_an_op_imports_no_other_op():
             if isinstance(node, ast.ImportFrom) and node.level == len(parts):  # relative to kernels/ itself
                 names = {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
                 assert names <= allowed, f"{path} imports {names - allowed}"
+
+
+# From the bottom to the top: a floor imports those below it. What is on no floor is a command, and on top.
+FLOORS = (
+    ("config", "schedule", "budget", "clock", "optimizer", "compiled", "step", "live_bytes", "memory", "launching",
+     "device", "precompile"),
+    ("resilience",),
+    ("results",),
+    ("curves", "loop"),
+    ("trainer",),
+    ("experiment",),
+)  # fmt: skip
+
+
+def test_no_room_of_train_imports_upwards():
+    package = ROOT / "train"
+    floor_of = {name: number for number, names in enumerate(FLOORS) for name in names}
+    there = {path.stem if path.is_file() else path.name for path in package.glob("[!_]*")}
+    assert floor_of.keys() <= there, "a floor has a name that is no file or room"
+    imports = 0
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        here = floor_of.get(parts[0], len(FLOORS))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level != len(parts):  # relative to train/ itself
+                continue
+            for name in [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]:
+                imports += 1
+                assert floor_of.get(name, len(FLOORS)) <= here, f"{path} imports {name}, which is above it"
+    assert imports > 100

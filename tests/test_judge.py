@@ -6,9 +6,9 @@ from ledger_entries import add, entry
 
 from train.compare import compare, find
 from train.compare import main as compare_main
-from train.judge import experiments, judge, other_code
-from train.ledger import Ledger
-from train.statistics import student_p
+from train.results.judge import experiments, judge, other_code
+from train.results.ledger import Ledger
+from train.results.statistics import student_p
 
 
 def with_evaluation(run: str, bpb: float, **changed) -> dict:

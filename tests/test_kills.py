@@ -15,8 +15,8 @@ from pathlib import Path
 from tiny_run import TINY, assert_same, run_main, start
 
 import train.__main__
-from train.checkpoint import checkpoint_folders, read_checkpoint
-from train.ledger import Ledger
+from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
+from train.results.ledger import Ledger
 
 KILLS = int(os.environ.get("TIMEBOX_KILLS", "4"))
 

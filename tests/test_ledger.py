@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from ledger_entries import add, entry
 
-from train.ledger import COLUMNS, Ledger
+from train.results.ledger import COLUMNS, Ledger
 
 ROOT = Path(__file__).parent.parent
 WRITER = """
 import sys
 sys.path.insert(0, "tests")
 from ledger_entries import entry
-from train.ledger import Ledger
+from train.results.ledger import Ledger
 ledger = Ledger(sys.argv[1])
 for i in range(1000):
     with ledger.locked():

@@ -18,10 +18,10 @@ from train import doctor, memory
 from train.config import TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
-from train.ledger import Ledger
 from train.memory import check_fits, count
 from train.report import gather, limits
 from train.report import main as report_main
+from train.results.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,7 +166,7 @@ def test_event_files(corpus, tmp_path):
 
 
 def test_event_files_without_the_package(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.tensorboard.find_spec", lambda name: None)
+    monkeypatch.setattr("train.results.tensorboard.find_spec", lambda name: None)
     assert run_main(corpus, tmp_path / "run", "--tensorboard") == 2
     assert install_line("-e", ".[tensorboard]") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -17,11 +17,10 @@ from prepare import Batch
 from train.budget import Budget
 from train.clock import DeviceClock, HostClock, Stops
 from train.config import TrainConfig, resolve
-from train.loop import TrainingError
 from train.optimizer import Optimizer
+from train.resilience.state import RunState
 from train.schedule import StepValues, step_values
-from train.state import RunState
-from train.step import TrainStep
+from train.step import TrainingError, TrainStep
 
 SHAPE = (4, 33)
 CONFIG = resolve(

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-import train.metrics
+import train.results.metrics
 from model import GPTConfig
 from train.budget import Budget
-from train.metrics import DebiasedAverage, jsonable, log_line, utilisation
-from train.progress import Reporter, print_summary
-from train.runs import RunFolder
+from train.resilience.state import DebiasedAverage
+from train.results.metrics import jsonable, log_line, utilisation
+from train.results.progress import Reporter, print_summary
+from train.results.run_folder import RunFolder
 from train.schedule import StepValues
 
 SAMPLE = (
@@ -51,7 +52,7 @@ def test_smoothed_loss_is_debiased():
 def test_utilisation(monkeypatch):
     config, gpu = GPTConfig(), torch.device("cuda")
     name = "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(train.metrics.torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(train.results.metrics.torch.cuda, "get_device_name", lambda device: name)
     used = utilisation(config, gpu, 1.65e6)
     assert used.mfu == used.mfu_device == pytest.approx(39.8, abs=0.1)  # the published pace and its MFU
     assert used.mfu_causal == pytest.approx(used.mfu * 217.092 / 239.078, rel=1e-4)

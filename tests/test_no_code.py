@@ -13,7 +13,7 @@ from prepare import InputError, dataset, prepare
 from prepare.dataset import Dataset
 from prepare.files import read_sealed, sha256_of
 from train import evaluate, sample
-from train.runs import RunFolder
+from train.results.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 

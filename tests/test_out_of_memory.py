@@ -11,8 +11,8 @@ from tiny_run import run_main
 import train.trainer
 from train import evaluate, memory
 from train.config import TrainConfig, resolve
-from train.ledger import Ledger
-from train.signals import Interrupted
+from train.resilience.signals import Interrupted
+from train.results.ledger import Ledger
 from train.step import TrainStep
 
 TINY = {"depth": 2, "d_model": 64, "head_dim": 16, "seq_len": 32, "device_batch_size": 64, "total_batch_size": 2048}

@@ -16,7 +16,7 @@ from tiny_run import run_main
 import train.trainer
 from train.config import TrainConfig, resolve
 from train.precompile import NO_KERNELS, Precompiler
-from train.signals import Interrupted
+from train.resilience.signals import Interrupted
 
 pytest.importorskip("triton")
 

@@ -12,8 +12,8 @@ from tiny_run import assert_same, losses, run_main
 import kernels
 import train.device
 from prepare import Batch
-from train.checkpoint import checkpoint_folders, read_checkpoint
 from train.config import TrainConfig, resolve
+from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
 from train.schedule import StepValues
 
 pretended = pytest.mark.parametrize("gpu", ["pretended"], indirect=True)

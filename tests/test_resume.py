@@ -16,14 +16,14 @@ import pytest
 from tiny_run import TINY, assert_same, losses, rows, run_main
 
 import train.__main__
-import train.checkpoint
+import train.resilience.checkpoint
 import train.trainer
 from prepare import prepare
 from prepare.words import command_line
 from train.budget import Budget
-from train.checkpoint import checkpoint_folders, read_checkpoint
-from train.ledger import Ledger
-from train.progress import Reporter
+from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
+from train.results.ledger import Ledger
+from train.results.progress import Reporter
 from train.step import TrainStep
 
 STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints"]
@@ -284,7 +284,7 @@ def test_runs_that_cannot_go_on(whole, stopped, tmp_path, capsys, monkeypatch):
 
     assert "is finished" in refused(str(whole))
     assert "config.json is missing" in refused(str(tmp_path / "nowhere"))
-    in_use = train.runs.RunFolder.reopen(stopped)
+    in_use = train.results.run_folder.RunFolder.reopen(stopped)
     assert "in use by another process" in refused(str(stopped))
     in_use.close()
     shutil.rmtree(stopped / "checkpoints")
@@ -302,7 +302,7 @@ def test_auto_takes_the_newest_interrupted_run(stopped_once, whole, tmp_path, mo
         shutil.copytree(source, tmp_path / "runs" / name)
         os.utime(checkpoint_folders(tmp_path / "runs" / name / "checkpoints")[0], (now - age, now - age))
     (tmp_path / "runs" / "failed" / "failure").mkdir()
-    running = train.runs.RunFolder.reopen(tmp_path / "runs" / "running")
+    running = train.results.run_folder.RunFolder.reopen(tmp_path / "runs" / "running")
     assert main("--resume", "auto") == 0
     running.close()
     assert "run:    runs/b\n" in capsys.readouterr().out
@@ -344,7 +344,7 @@ def test_metrics_are_cut_back(stopped, whole):
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(corpus, tmp_path, whole, monkeypatch, capsys):
-    write, calls = train.checkpoint.write_synced, 0
+    write, calls = train.resilience.checkpoint.write_synced, 0
 
     def full(path, *pieces):
         nonlocal calls
@@ -353,7 +353,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(corpus, tmp_path, whole,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(path, *pieces)
 
-    monkeypatch.setattr(train.checkpoint, "write_synced", full)
+    monkeypatch.setattr(train.resilience.checkpoint, "write_synced", full)
     assert run_main(corpus, tmp_path / "run", *STEPS, "--checkpoint-every", "0") == 0
     assert "note: no checkpoint of step 16, the run goes on: " in capsys.readouterr().err
     assert losses(tmp_path / "run") == losses(whole)
@@ -363,14 +363,14 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(corpus, tmp_path, whole,
 
 
 def test_a_full_disk_costs_rows_and_not_the_run(corpus, tmp_path, whole, monkeypatch, capsys):
-    write = train.runs.RunFolder.write_metrics
+    write = train.results.run_folder.RunFolder.write_metrics
 
     def full(self, row):
         if 4 <= row["step"] < 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, row)
 
-    monkeypatch.setattr(train.runs.RunFolder, "write_metrics", full)
+    monkeypatch.setattr(train.results.run_folder.RunFolder, "write_metrics", full)
     assert run_main(corpus, tmp_path / "run", *STEPS) == 0
     assert capsys.readouterr().err.count("the disk is full") == 1
     assert losses(tmp_path / "run") == losses(whole)[:4] + losses(whole)[8:]
@@ -381,7 +381,7 @@ def test_weights_that_find_no_room_are_told_with_the_way_on(stopped, whole, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors.part")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.runs.RunFolder, "write_model", full)
+        patch.setattr(train.results.run_folder.RunFolder, "write_model", full)
         assert main("--resume", str(stopped)) == 2
     captured = capsys.readouterr()
     assert "error: model.safetensors.part: No space left on device; make room there" in captured.err

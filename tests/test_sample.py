@@ -8,7 +8,7 @@ import torch
 from model import GPT
 from prepare import InputError
 from train import sample
-from train.runs import load_run
+from train.results.run_folder import load_run
 
 
 def test_sample_from_a_finished_run_run(small_run, capsys):

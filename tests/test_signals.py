@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_run import TINY, rows, start
 
-from train.checkpoint import checkpoint_folders, read_checkpoint
-from train.ledger import Ledger
+from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
+from train.results.ledger import Ledger
 
 
 def wait_for_line(stream, beginning: str) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from train.statistics import student_p, verdict, welch_p
+from train.results.statistics import student_p, verdict, welch_p
 
 
 def test_one_and_two_degrees_of_freedom_have_closed_forms():

@@ -20,9 +20,9 @@ from model import GPT, GPTConfig
 from prepare import Batch, Dataset, InputError
 from train import evaluate
 from train.config import TrainConfig, resolve
-from train.metrics import shown
 from train.optimizer import MuonGroup, Optimizer
-from train.runs import load_run
+from train.results.metrics import shown
+from train.results.run_folder import load_run
 from train.schedule import StepValues
 from train.step import TrainStep
 
@@ -241,7 +241,7 @@ def test_a_look_at_the_holdout_that_cannot_be_counted_shows_nothing(finished, mo
     def read_only(*_):
         raise OSError("Read-only file system")
 
-    monkeypatch.setattr("train.ledger.Ledger.append", read_only)
+    monkeypatch.setattr("train.results.ledger.Ledger.append", read_only)
     assert evaluate.main([str(finished), "--holdout", "--device", "cpu"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import train.__main__
+import train.resilience.watchdog
 import train.trainer
-import train.watchdog
 from prepare.words import command_line
-from train.watchdog import ALARM, FLOOR, Watchdog
+from train.resilience.watchdog import ALARM, FLOOR, Watchdog
 
 TINY = [
     "--device", "cpu", "--depth", "1", "--d-model", "32", "--head-dim", "16", "--seq-len", "16", "--no-autocast",
@@ -33,16 +33,16 @@ HANGS = {
 }
 PROGRAM = """
 import ctypes, pathlib, sys, threading, time
-import train.watchdog
+import train.resilience.watchdog
 from prepare.words import command_line
 from prepare import Loader
 from prepare.words import command_line
 from train.__main__ import main
 from train.step import TrainStep
 
-limits, hangs = train.watchdog.Watchdog.limits, threading.Event()
+limits, hangs = train.resilience.watchdog.Watchdog.limits, threading.Event()
 # On a busy machine what comes before may take longer than the hang is given.
-train.watchdog.Watchdog.limits = lambda self: limits(self) if hangs.is_set() else (600.0, 600.0)
+train.resilience.watchdog.Watchdog.limits = lambda self: limits(self) if hangs.is_set() else (600.0, 600.0)
 
 def late(function, hang):
     calls = iter(range(10**9))
@@ -59,7 +59,7 @@ def late(function, hang):
 
 
 def start(small_data, run, hang: str, timeout: str, grace: float) -> subprocess.Popen:
-    program = PROGRAM + f"train.watchdog.GRACE = {grace}\n{hang}\nsys.exit(main(sys.argv[1:]))"
+    program = PROGRAM + f"train.resilience.watchdog.GRACE = {grace}\n{hang}\nsys.exit(main(sys.argv[1:]))"
     folders = ["--data", str(small_data), "--run-dir", str(run)]
     return subprocess.Popen(
         [sys.executable, "-c", program, *TINY, *folders, "--hang-timeout", timeout, "--time-budget", "600"],
@@ -103,8 +103,8 @@ class Written(list):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        monkeypatch.setattr(train.watchdog, "write", lambda fd, text: self.append((fd, text)))
-        monkeypatch.setattr(train.watchdog, "POLL", 0.01)
+        monkeypatch.setattr(train.resilience.watchdog, "write", lambda fd, text: self.append((fd, text)))
+        monkeypatch.setattr(train.resilience.watchdog, "POLL", 0.01)
         monkeypatch.setattr(os, "_exit", self.exit)
         self.ended = None
 
@@ -117,11 +117,11 @@ def test_one_hang_is_shown_once_and_goes_by(monkeypatch):
     written = Written(monkeypatch)
     with Watchdog(600.0) as watchdog:
         for _ in range(2):
-            monkeypatch.setattr(train.watchdog, "FLOOR", 600.0)  # a busy machine's pauses are no hangs
+            monkeypatch.setattr(train.resilience.watchdog, "FLOOR", 600.0)  # a busy machine's pauses are no hangs
             for _ in range(5):
                 time.sleep(0.01)
                 watchdog.beat()
-            monkeypatch.setattr(train.watchdog, "FLOOR", 0.2)
+            monkeypatch.setattr(train.resilience.watchdog, "FLOOR", 0.2)
             deadline = time.monotonic() + 600
             shown = len(written)
             while len(written) == shown and time.monotonic() < deadline:
@@ -157,7 +157,7 @@ def test_the_first_step_does_not_count_as_usual():
 def now(monkeypatch):
     """The watchdog's clock, which goes on where a test says so."""
     clock = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(train.watchdog, "monotonic", lambda: clock.seconds)
+    monkeypatch.setattr(train.resilience.watchdog, "monotonic", lambda: clock.seconds)
     return clock
 
 
@@ -241,7 +241,7 @@ def test_what_is_no_step_is_no_phase_of_the_steps(small_data, tmp_path, monkeypa
 def test_a_stopped_process_does_not_hang(monkeypatch):
     """Stopped for 1,000 seconds, as by Ctrl-Z: the clock jumps, and what has passed is one look's time."""
     written, jump = Written(monkeypatch), 0.0
-    monkeypatch.setattr(train.watchdog, "monotonic", lambda: time.monotonic() + jump)
+    monkeypatch.setattr(train.resilience.watchdog, "monotonic", lambda: time.monotonic() + jump)
     with Watchdog(100.0) as watchdog:
         watchdog.beat()
         time.sleep(0.1)
@@ -259,7 +259,7 @@ def test_a_stopped_process_does_not_hang(monkeypatch):
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_end(monkeypatch, at_the_end, line):
-    monkeypatch.setattr(train.watchdog, "LAST_WORDS", 0.2)
+    monkeypatch.setattr(train.resilience.watchdog, "LAST_WORDS", 0.2)
     written = Written(monkeypatch)
     with Watchdog(0.5, at_the_end) as watchdog:
         watchdog._thread.join(20)
@@ -291,8 +291,8 @@ def test_nobody_reads(monkeypatch):
             os.write(writer, b"x" * 4096)
     except BlockingIOError:
         os.set_blocking(writer, True)
-    wait = train.watchdog.select.select
-    monkeypatch.setattr(train.watchdog.select, "select", lambda r, w, e, _: wait(r, w, e, 0.05))
-    train.watchdog.write(writer, "no step")
+    wait = train.resilience.watchdog.select.select
+    monkeypatch.setattr(train.resilience.watchdog.select, "select", lambda r, w, e, _: wait(r, w, e, 0.05))
+    train.resilience.watchdog.write(writer, "no step")
     os.close(reader)
     os.close(writer)

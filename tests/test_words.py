@@ -20,9 +20,9 @@ import train.report
 from prepare.words import command_line, install_line, interpreter, printable, quoted
 from train import sample
 from train.curves import draw_curves
-from train.files import replace_file
-from train.ledger import Ledger
-from train.plot import new_figure
+from train.resilience.durable import replace_file
+from train.results.ledger import Ledger
+from train.results.plot import new_figure
 
 ROOT = Path(__file__).parent.parent
 # As Python has arguments and names of files: with a byte that is not UTF-8, a formula that is none, what turns a
@@ -196,7 +196,7 @@ def test_what_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatch, name
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("train.files.write_synced", full)
+    monkeypatch.setattr("train.resilience.durable.write_synced", full)
     assert train.report.main([str(tmp_path)]) == 2
     assert (tmp_path / name).read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {name, "results.jsonl", "results.lock", "results.tsv"}
@@ -205,13 +205,13 @@ def test_what_cannot_be_written_anew_stays_as_it_was(tmp_path, monkeypatch, name
 def test_nothing_is_written_over_but_by_the_function_for_it():
     """`replace_file`: a file that is there is whole, the old one or the new one."""
     found = []
-    for path in sorted(path for package in ("train", "bench") for path in (ROOT / package).glob("*.py")):
+    for path in sorted(path for package in ("train", "bench") for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and re.search(r"(write_text|write_bytes|savefig)$", ast.unparse(node.func)):
                 found.append(f"{path.name}: {ast.unparse(node.func)}")
     # Into a temporary folder, to a device, to memory.
     assert found == [
-        "tiles.py: results.write_text", "files.py: path.write_bytes", "launching.py: source.write_text",
+        "tiles.py: results.write_text", "launching.py: source.write_text", "durable.py: path.write_bytes",
         "plot.py: figure.savefig",
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import train.__main__
-from train.checkpoint import checkpoint_folders, read_checkpoint
+from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
 
 TINY = [
     "--device", "cpu", "--depth", "2", "--d-model", "64", "--head-dim", "16", "--seq-len", "32",

@@ -6,7 +6,7 @@ from prepare import InputError
 from prepare.errors import STDERR, lost_output, one_line, silence
 from prepare.words import printable
 
-from .signals import UNREAD, Interrupted, Signals
+from .resilience.signals import UNREAD, Interrupted, Signals
 
 MEND = "make room there, change its permissions, or name another folder with --run-dir, --data or TIMEBOX_HOME"
 
@@ -36,9 +36,9 @@ def main(args: list[str] | None = None) -> int:
 def _train(args: list[str] | None, signals: Signals) -> int:
     # Imported here, since PyTorch takes seconds: Ctrl-C in the meantime is no traceback either.
     from .experiment import experiment
-    from .loop import TrainingError
     from .memory import is_out_of_memory
-    from .resume import parse
+    from .resilience.resume import parse
+    from .step import TrainingError
 
     try:
         return experiment(parse(args), signals)

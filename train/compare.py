@@ -8,9 +8,9 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.words import printable
 
-from .judge import Experiment, differences, experiments, numbers
-from .ledger import Ledger, name_of
-from .statistics import SIGNIFICANCE, spread, verdict, welch_p
+from .results.judge import Experiment, differences, experiments, numbers
+from .results.ledger import Ledger, name_of
+from .results.statistics import SIGNIFICANCE, spread, verdict, welch_p
 
 
 def main(args: list[str] | None = None) -> int:

@@ -19,6 +19,8 @@ from prepare import InputError
 from prepare.arguments import Parser
 from prepare.words import printable
 
+ROOT = Path(__file__).parent.parent  # of the repository
+RUNS = Path("runs")  # where the folders of runs are by default
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
 MAX_DEPTH = 100_000  # a shape has an entry a layer: without a limit, one of 20 digits never ends
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from prepare.arguments import Parser, command
 from prepare.words import printable
 
-from .plot import BLUE, GREY, INK, ORANGE, new_figure, save, tidy
+from .results.plot import BLUE, GREY, INK, ORANGE, new_figure, save, tidy
 
 NAME = "curves.png"
 

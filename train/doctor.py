@@ -21,11 +21,11 @@ from prepare.home import home
 from prepare.limits import control_group_bytes, num_cores
 from prepare.words import command_line, install_line, printable
 
-from .config import TrainConfig, cpu_has_bf16, resolve
+from .config import ROOT, TrainConfig, cpu_has_bf16, resolve
 from .device import OLDEST_GPU, gpu_name, why_no_gpu
 from .memory import available_bytes, count, largest_batch
-from .provenance import ROOT, cpu_name, no_identity, source_state, why_no_commit
-from .runs import default_run_dir
+from .results.provenance import cpu_name, no_identity, source_state, why_no_commit
+from .results.run_folder import default_run_dir
 from .trainer import VOCAB_SIZE, embedded_folder
 
 PYTHONS = ((3, 11), (3, 12))

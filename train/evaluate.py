@@ -10,12 +10,12 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.words import printable
 
-from .audit import ROUNDED_MEAN, audit
 from .config import TrainConfig
 from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
-from .ledger import HOLDOUT, Ledger, name_of
 from .memory import halving, is_out_of_memory
-from .runs import load_run
+from .results.audit import ROUNDED_MEAN, audit
+from .results.ledger import HOLDOUT, Ledger, name_of
+from .results.run_folder import load_run
 from .step import TrainStep
 
 AUDITED_ROWS = 8

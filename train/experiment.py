@@ -14,13 +14,13 @@ from prepare.words import printable
 
 from .config import TrainConfig, to_args
 from .curves import draw_curves
-from .judge import KEEP, experiments, numbers
-from .ledger import Ledger, name_of
-from .provenance import why_no_commit
-from .record import Record
-from .runs import reserved_run_dir
-from .signals import Signals
-from .statistics import spread
+from .resilience.signals import Signals
+from .results.judge import KEEP, experiments, numbers
+from .results.ledger import Ledger, name_of
+from .results.provenance import why_no_commit
+from .results.record import Record
+from .results.run_folder import reserved_run_dir
+from .results.statistics import spread
 from .trainer import run
 
 CONFIRMATIONS = 3  # fresh seeds, where --repeat asks for no more

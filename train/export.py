@@ -21,9 +21,9 @@ from prepare.errors import one_line
 from prepare.tokenizer import byte_of_char
 from prepare.words import is_utf8, printable
 
-from .files import replace_file
-from .runs import load_run, write_json
-from .tensors import save_tensors
+from .resilience.durable import replace_file
+from .resilience.tensors import save_tensors
+from .results.run_folder import load_run, write_json
 
 MODELING = Path(__file__).with_name("modeling.py")
 TOLERANCE = 1e-4  # logits lie within ±15; equal formulas in another order of summation differ by 1e-6 and 1e-5

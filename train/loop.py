@@ -4,43 +4,18 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
-from torch import Tensor
-
-from prepare import Batch
-
-from .checkpoint import Checkpointer
 from .clock import Clock, Stops
 from .config import TrainConfig
 from .optimizer import MAX_LOSS
-from .progress import Reporter
-from .schedule import StepValues, step_values
-from .state import RunState
-from .step import TrainStep
+from .resilience.checkpoint import Checkpointer
+from .resilience.state import RunState
+from .results.progress import Reporter
+from .schedule import step_values
+from .step import Sent, TrainingError, TrainStep
 
 COLLECT_EVERY = 5000  # steps between garbage collections; in between the collector is off, so that no step waits for it
-
-
-class TrainingError(Exception):
-    """The loss or a gradient is not finite, or the loss is above 100. The parameters are those of the step before."""
-
-    def __init__(self, line: str, sent: "Sent"):
-        super().__init__(line)
-        self.sent = sent
-
-
-@dataclass
-class Sent:
-    """A step that has been sent to the device, and may still be running there."""
-
-    values: StepValues
-    batches: list[Batch]
-    loss: Tensor  # this and the next: on the host, and there once `end` is reached
-    good: Tensor
-    end: Any  # mark of the clock
 
 
 def settle_garbage() -> None:

@@ -31,9 +31,8 @@ from model import GPT
 from prepare import Batch
 from prepare.limits import num_cores
 
-from .config import TrainConfig
+from .config import ROOT, TrainConfig
 from .optimizer import Optimizer
-from .provenance import ROOT
 from .schedule import step_values
 from .step import TrainStep
 

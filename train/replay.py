@@ -15,10 +15,10 @@ from prepare.errors import one_line
 
 from .config import TrainConfig
 from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
-from .failure import find, layers, read_failure
 from .memory import is_out_of_memory
 from .optimizer import Optimizer
-from .runs import build_model, read_config
+from .resilience.failure import find, layers, read_failure
+from .results.run_folder import build_model, read_config
 from .step import TrainStep
 
 OPS = (

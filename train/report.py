@@ -15,11 +15,11 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.words import printable
 
-from .files import replace_file
-from .judge import CRASH, DISCARD, KEEP, Experiment, believable, differences, experiments, numbers
-from .ledger import Ledger, name_of
-from .plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, save, tidy
-from .statistics import spread
+from .resilience.durable import replace_file
+from .results.judge import CRASH, DISCARD, KEEP, Experiment, believable, differences, experiments, numbers
+from .results.ledger import Ledger, name_of
+from .results.plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, save, tidy
+from .results.statistics import spread
 
 LABEL_CHARS = 34
 FONT_SIZE = 8.5  # of the labels, in points

@@ -13,7 +13,7 @@ from prepare.words import printable
 
 from .config import MAX_SEED, TrainConfig
 from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
-from .runs import load_run
+from .results.run_folder import load_run
 
 
 def next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

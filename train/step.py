@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,3 +134,22 @@ class StepGraphs:
     def update(self) -> Tensor:
         self._update.replay()
         return self._good
+
+
+@dataclass
+class Sent:
+    """A step that has been sent to the device, and may still be running there."""
+
+    values: StepValues
+    batches: list[Batch]
+    loss: Tensor  # this and the next: on the host, and there once `end` is reached
+    good: Tensor
+    end: Any  # mark of the clock
+
+
+class TrainingError(Exception):
+    """The loss or a gradient is not finite, or the loss is above 100. The parameters are those of the step before."""
+
+    def __init__(self, line: str, sent: Sent):
+        super().__init__(line)
+        self.sent = sent

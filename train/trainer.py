@@ -17,15 +17,12 @@ from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
 from prepare.evaluate import Evaluation
 from prepare.words import command_line, printable
 
-from .audit import Score, audit
 from .budget import Budget
-from .checkpoint import Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .clock import Stops, clock_of, seconds_since_start
 from .config import TrainConfig
 from .curves import draw_curves
 from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
-from .failure import explain
-from .loop import TrainingError, train
+from .loop import train
 from .memory import (
     check_fits,
     fit_default,
@@ -34,19 +31,22 @@ from .memory import (
     is_out_of_memory,
     out_of_memory_is_input_error,
 )
-from .metrics import Value, utilisation
 from .optimizer import Optimizer
 from .precompile import Precompiler, stamp
-from .progress import Reporter, announce, announce_resume, print_summary
-from .record import Record
-from .resume import check_same
-from .runs import RunFolder, environment
+from .resilience.checkpoint import Checkpointer, checkpoint_folders, newest_checkpoint, step_of
+from .resilience.failure import explain
+from .resilience.resume import check_same
+from .resilience.signals import Interrupted, Signals
+from .resilience.state import RunState
+from .resilience.watchdog import HangError, Watchdog
+from .results.audit import Score, audit
+from .results.metrics import Value, utilisation
+from .results.progress import Reporter, announce, announce_resume, print_summary
+from .results.record import Record
+from .results.run_folder import RunFolder, environment
+from .results.tensorboard import EventWriter, check_tensorboard
 from .schedule import step_values
-from .signals import Interrupted, Signals
-from .state import RunState
-from .step import TrainStep
-from .tensorboard import EventWriter, check_tensorboard
-from .watchdog import HangError, Watchdog
+from .step import TrainingError, TrainStep
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).

@@ -4,11 +4,13 @@ locks. A file system that can do neither is said to be one, and is taken as it i
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prepare.files import sealed
 from prepare.words import say_once
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -99,3 +101,18 @@ def replace_file(path: Path, *pieces: bytes | memoryview) -> None:
         part.unlink(missing_ok=True)
         raise
     rename_synced(part, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Sealed, for `read_sealed`."""
+    replace_file(path, (json.dumps(sealed(value), indent=2) + "\n").encode())
+
+
+def lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed, and until the process ends however it ends; None
+    where another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    if hold_lock(descriptor, folder, wait=False):
+        return descriptor
+    os.close(descriptor)
+    return None

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import replace_file
+from ..resilience.durable import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

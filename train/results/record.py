@@ -16,17 +16,17 @@ from prepare.errors import one_line
 from prepare.evaluate import Evaluation
 from prepare.words import printable
 
-from .budget import Budget
-from .clock import seconds_since_start
-from .config import TrainConfig
+from ..budget import Budget
+from ..clock import seconds_since_start
+from ..config import TrainConfig
+from ..resilience.signals import UNREAD, Interrupted
+from ..resilience.watchdog import HangError
+from ..step import TrainingError
 from .judge import Judgement, described, judge, other_code
 from .ledger import RUN, Ledger, name_of
-from .loop import TrainingError
 from .metrics import Value, jsonable
 from .provenance import evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
-from .runs import default_run_dir
-from .signals import UNREAD, Interrupted
-from .watchdog import HangError
+from .run_folder import default_run_dir
 
 
 class Record:

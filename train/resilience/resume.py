@@ -8,10 +8,10 @@ from typing import Any
 from prepare import InputError
 from prepare.files import read_json
 
+from ..config import RUNS, TrainConfig, parse_given
 from . import failure
 from .checkpoint import checkpoint_folders
-from .config import TrainConfig, parse_given
-from .runs import RUNS, lock
+from .durable import lock
 
 # A run that goes on is one run: what makes it several, or part of a group, was settled when it began.
 OF_A_GROUP = ("repeat", "confirm", "group", "confirms")

@@ -13,22 +13,16 @@ import torch
 from model import GPT, GPTConfig
 from model.gpt import parameter_shapes
 from prepare import InputError, Tokenizer
-from prepare.files import read_sealed, sealed
+from prepare.files import read_sealed
 
-from .config import TrainConfig
-from .files import hold_lock, replace_file, sync
+from ..config import RUNS, TrainConfig
+from ..resilience.durable import lock, replace_file, sync, write_json
+from ..resilience.tensors import load_tensors, save_tensors
 from .metrics import jsonable
 from .provenance import short_commit, source_state
 from .tensorboard import EventWriter
-from .tensors import load_tensors, save_tensors
 
-RUNS = Path("runs")  # where the folders of runs are by default
 _MEND = "train it again"
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Sealed, for `read_sealed`."""
-    replace_file(path, (json.dumps(sealed(value), indent=2) + "\n").encode())
 
 
 def source_commit() -> str | None:
@@ -167,16 +161,6 @@ def _step_of(line: bytes) -> int | None:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed, and until the process ends however it ends; None
-    where another holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    if hold_lock(descriptor, folder, wait=False):
-        return descriptor
-    os.close(descriptor)
-    return None
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prepare.words import printable
 
-from .files import hold_lock
+from ..resilience.durable import hold_lock
 
 TSV, JSONL, LOCK = "results.tsv", "results.jsonl", "results.lock"
 # The first five are those of the published system, whose scripts cut them by position.

@@ -27,7 +27,7 @@ from prepare import InputError
 from prepare.files import library_path, sha256_of
 from prepare.words import printable
 
-from .files import rename_synced, sync, write_synced
+from .durable import rename_synced, sync, write_synced
 from .state import RunState
 from .tensors import header
 

@@ -9,20 +9,6 @@ from model import GPTConfig, flops_per_token, flops_per_token_causal
 from model.flops import H100_PEAK, device_peak
 
 
-@dataclass
-class DebiasedAverage:
-    """Exponential moving average, divided by 1 − βⁿ so that it starts at the first value and not at 0."""
-
-    beta: float = 0.9
-    sum: float = 0.0
-    count: int = 0
-
-    def update(self, value: float) -> float:
-        self.sum = self.beta * self.sum + (1 - self.beta) * value
-        self.count += 1
-        return self.sum / (1 - self.beta**self.count)
-
-
 @dataclass(frozen=True)
 class Utilisation:
     """Model FLOP/s over a peak, in percent, by each of the accountings; None where there is no peak to divide by."""

@@ -9,10 +9,23 @@ from torch import Tensor
 
 from prepare import InputError, Loader
 
-from .budget import Budget
-from .clock import seconds_since_start
-from .metrics import DebiasedAverage
-from .optimizer import Optimizer
+from ..budget import Budget
+from ..clock import seconds_since_start
+from ..optimizer import Optimizer
+
+
+@dataclass
+class DebiasedAverage:
+    """Exponential moving average, divided by 1 − βⁿ so that it starts at the first value and not at 0."""
+
+    beta: float = 0.9
+    sum: float = 0.0
+    count: int = 0
+
+    def update(self, value: float) -> float:
+        self.sum = self.beta * self.sum + (1 - self.beta) * value
+        self.count += 1
+        return self.sum / (1 - self.beta**self.count)
 
 
 @dataclass

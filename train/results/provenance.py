@@ -19,11 +19,11 @@ import torch
 
 from prepare.words import quoted
 
-from .step import TrainStep
+from ..config import ROOT
+from ..step import TrainStep
 
-ROOT = Path(__file__).parent.parent
 # With `prepare/` and `TrainStep.token_losses`: the code that evaluates, and the one that checks it.
-EVALUATING_FILES = ("kernels/linear_cross_entropy.py", "train/audit.py")
+EVALUATING_FILES = ("kernels/linear_cross_entropy.py", "train/results/audit.py")
 PACKAGES = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch", "triton")
 
 

@@ -25,7 +25,7 @@ from model import GPT
 from prepare import Dataset, InputError, evaluate_bpb
 from prepare.packing import pack_evaluation
 
-from .step import TrainStep
+from ..step import TrainStep
 
 Score = Callable[[Tensor, Tensor], Tensor]
 

@@ -14,14 +14,14 @@ from model.gpt import count_parameters
 from prepare import Dataset, default_folder
 from prepare.words import command_line, printable
 
-from .budget import Budget
-from .checkpoint import Checkpoint
-from .config import TrainConfig
-from .device import gpu_name
-from .files import DISK_FULL
+from ..budget import Budget
+from ..config import TrainConfig
+from ..device import gpu_name
+from ..resilience.checkpoint import Checkpoint
+from ..resilience.durable import DISK_FULL
+from ..schedule import StepValues
 from .metrics import Value, log_line, shown, utilisation
-from .runs import RunFolder
-from .schedule import StepValues
+from .run_folder import RunFolder
 
 EPOCHS_WORTH_A_WARNING = 4
 
@@ -33,7 +33,7 @@ class Reporter:
         self, folder: RunFolder, model: GPTConfig, device: torch.device, tokens_per_step: int,
         out: TextIO | None = None, beat: Callable[[], None] = lambda: None, unread: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        """`beat` is called after each step (train/watchdog.py), `unread` where nobody reads what is printed."""
+        """`beat` is called after each step, for the watchdog; `unread` where nobody reads what is printed."""
         self.folder, self.model, self.device, self.tokens_per_step = folder, model, device, tokens_per_step
         self.out, self.beat, self.unread = out or sys.stdout, beat, unread
         self.redraw = self.out.isatty()

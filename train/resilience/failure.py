@@ -19,12 +19,10 @@ from prepare import Batch, InputError
 from prepare.files import read_sealed
 from prepare.words import command_line, printable
 
-from .files import rename_synced
-from .loop import Sent
-from .memory import is_out_of_memory
-from .optimizer import MAX_LOSS
-from .runs import write_json
-from .step import TrainStep
+from ..memory import is_out_of_memory
+from ..optimizer import MAX_LOSS
+from ..step import Sent, TrainStep
+from .durable import rename_synced, write_json
 from .tensors import load_tensors, save_tensors
 
 FOLDER, STATE, PARAMETERS, BATCHES = "failure", "failure.json", "parameters.safetensors", "batches.safetensors"

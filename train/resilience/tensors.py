@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from prepare import InputError
 from prepare.files import SEAL, library_path
 
-from .files import replace_file
+from .durable import replace_file
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # as the format spells them
 
