@@ -17,13 +17,18 @@ require_device
 ops=(triton compile reference)
 long=(--time-budget 60 --eval-tokens 5242880)
 short=(--time-budget 20 --eval-tokens 1048576 --device-batch-size 16)
-# The same micro-batches for all three: plain attention keeps some 13 GB a layer at the default ones.
-agree=(--steps 15 --device-batch-size 16 --total-batch-size 65536 --eval-tokens 262144)
+# Runs to be compared step by step leave the scalars alone: bench/runs.py says why.
+same=(--scalar-lr 0 --eval-tokens 262144)
+# Small micro-batches: plain attention keeps some 13 GB a layer at the default ones.
+agree=("${same[@]}" --steps 15 --device-batch-size 16 --total-batch-size 65536)
+# The default ones: the graphs that run-compile has compiled come from PyTorch's cache.
+full=("${same[@]}" --steps 11)
 if [ "$DEVICE" = cpu ]; then
   ops=(reference reference reference)
   long=(--time-budget 2 --eval-tokens 4096)
   short=(--time-budget 1 --eval-tokens 4096)
-  agree=(--steps 3 --eval-tokens 4096)
+  agree=(--scalar-lr 0 --steps 3 --eval-tokens 4096)
+  full=("${agree[@]}")
 fi
 run() { # NAME LIMIT OPS ARGUMENTS...
   local name=$1 limit=$2 ops=$3
@@ -35,15 +40,16 @@ run() { # NAME LIMIT OPS ARGUMENTS...
 run run-triton 120 "${ops[0]}" "${long[@]}"
 run agree-triton 45 "${ops[0]}" "${agree[@]}"
 run agree-reference 50 "${ops[2]}" "${agree[@]}"
+run full-triton 45 "${ops[0]}" "${full[@]}"
 part profile 45 "$PY" -m bench.profile --ops "${ops[0]}" --rows 30 --save "$OUT/trace.json"
 run run-reference 65 "${ops[2]}" "${short[@]}"
 # It compiles for some two minutes: the step, the update, the evaluation, the audit's shapes.
 run run-compile 260 "${ops[1]}" "${long[@]}"
 part agreement 10 "$PY" -m bench.runs --agree -- "$OUT"/agree-*/
-# In the untimed first steps the schedules stand still, so that they are the same steps at any speed.
-part agreement-compile 10 "$PY" -m bench.runs --agree --steps 11 -- "$OUT"/run-triton "$OUT"/run-compile
 part table 10 "$PY" -m bench.runs "$OUT"/run-*/
+run full-compile 60 "${ops[1]}" "${full[@]}"
+part agreement-compile 10 "$PY" -m bench.runs --agree -- "$OUT"/full-*/
 
 echo
-cat "$OUT/profile.log" "$OUT/agreement.log" "$OUT/agreement-compile.log" "$OUT/table.log"
+cat "$OUT"/{profile,agreement,agreement-compile,table}.log
 finish

@@ -2,8 +2,13 @@
 
 Prints what the summaries of the runs' folders hold; of a run that did not come to its end, its steps and their usual
 pace. With `--agree` also their losses step by step, the first run's against each other's: exit code 1 where two differ
-by more than NATS at a step that both have. Runs to compare so are made with `--steps`, one seed and one data folder;
-what differs between them then is rounding, and it grows. What cannot be read or compared is said and left out.
+by more than NATS at a step that both have. Runs to compare so are made with `--steps`, one seed, one data folder and
+`--scalar-lr 0`; what differs between them then is rounding, and it grows. What cannot be read or compared is said and
+left out.
+
+Why `--scalar-lr 0`: at the initial weights the layers add nothing to the stream yet, and the norm after them takes
+every factor out again. The gradients of the scalars λ are then nothing but rounding, and AdamW, which divides them by
+their own size, makes a whole step of ±lr out of that. Runs that train λ may part with nothing wrong, which a note says.
 """
 
 import json
@@ -68,6 +73,14 @@ def read_runs(folders: list[Path], at_least: int) -> dict[str, tuple[dict, list[
     return runs
 
 
+def trains_scalars(folder: Path) -> bool:
+    """Whether the run's configuration says so: without one nothing is known."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["scalar_lr"] != 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def summary_table(runs: dict[str, dict]) -> list[str]:
     """Aligned lines, a header first."""
     cells = [["run", *COLUMNS.values()]]
@@ -107,8 +120,12 @@ def main(args: list[str] | None = None) -> int:
         difference, step = largest_difference(losses[0], other)
         worst = max(worst, difference)
         print(f"{names[0]} and {name} differ most at step {step}: {difference:.6f} nats")
-    print(f"{'agree' if worst <= options.agree else 'DISAGREE'} within {options.agree:g} nats")
-    return 0 if worst <= options.agree else 1
+    agree = worst <= options.agree
+    unsteady = sorted({printable(folder.name) for folder in options.runs if trains_scalars(folder)} & runs.keys())
+    if unsteady and not agree:
+        print(f"note: {', '.join(unsteady)}: without --scalar-lr 0 rounding alone may be the cause (--help says why)")
+    print(f"{'agree' if agree else 'DISAGREE'} within {options.agree:g} nats")
+    return 0 if agree else 1
 
 
 if __name__ == "__main__":

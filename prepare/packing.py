@@ -4,8 +4,14 @@ Every row starts with BOS, and so does every document in it. From a buffer of do
 placed; where none fits, the shortest is cut to fill the row. What happens to a cut-off tail is the `packing`:
 
     lossless   it goes back into the buffer, with a BOS of its own; a document longer than a row enters in pieces
-    published  it is thrown away, as the published system does, and counted (`cropped_share`): where nothing but a BOS
-               fits, a whole document
+    published  it is thrown away, and counted (`cropped_share`): where nothing but a BOS fits, a whole document
+
+From the same documents in the same order, `published` makes the rows of the published loader (prepare.py of
+karpathy/autoresearch, nanochat/dataloader.py of karpathy/nanochat) for as long as a pass lasts: documents enter by
+batches, which no shard or row group of its data leaves short, and of equal lengths the oldest is taken and cut.
+Three things stay our own: training shuffles the documents (`seed`), a pass ends before the next one begins, where that
+loader reads on, and evaluation takes evenly spaced rows (`pack_evaluation`). So no number is comparable with one that
+was published.
 """
 
 from bisect import bisect_right, insort
@@ -17,6 +23,7 @@ from .errors import InputError
 
 PACKINGS = ("lossless", "published")
 BUFFER_DOCUMENTS = 1_000
+PUBLISHED_BATCH = 128  # documents that enter together while the buffer holds fewer than that: it then holds more
 # Pieces are shuffled within so many documents: else the pieces of one long document would fill whole batches.
 BLOCK_DOCUMENTS = 4_096
 _COUNTERS = ("epoch", "block", "next_piece", "entered", "placed", "cropped")
@@ -94,15 +101,19 @@ class Packer:
         if largest_that_fits >= 0:
             length, _, start = self.buffer.pop(largest_that_fits)
             return start, length
-        length, entry, start = self.buffer.pop(0)
         if self.lossless:
+            length, entry, start = self.buffer.pop(0)
             insort(self.buffer, (length - room, entry, start + room))
         else:
+            oldest_of_the_shortest = bisect_right(self.buffer, self.buffer[0][0], key=_length) - 1
+            length, _, start = self.buffer.pop(oldest_of_the_shortest)
             self.cropped += length - room
         return start, room
 
     def _refill(self) -> None:
-        while (missing := BUFFER_DOCUMENTS - len(self.buffer)) > 0:
+        at_once = 1 if self.lossless else PUBLISHED_BATCH
+        missing = -(-(BUFFER_DOCUMENTS - len(self.buffer)) // at_once) * at_once
+        while missing > 0:
             stop = self.next_piece + missing
             lengths = self._lengths[self.next_piece : stop].tolist()
             starts = self._starts[self.next_piece : stop].tolist()
@@ -110,7 +121,8 @@ class Packer:
                 self.entered += 1
                 insort(self.buffer, (length, -self.entered, start))
             self.next_piece += len(lengths)
-            if len(lengths) < missing:
+            missing -= len(lengths)
+            if missing > 0:
                 if (self.block + 1) * BLOCK_DOCUMENTS >= self.split.num_documents:
                     return  # the epoch has been read
                 self.block += 1
@@ -138,7 +150,7 @@ class Packer:
         self._starts, self._lengths = starts, lengths
 
     def state_dict(self) -> dict:
-        """What the rows to come depend on, about 25 kB as JSON."""
+        """What the rows to come depend on, about 30 kB as JSON."""
         return {name: getattr(self, name) for name in _COUNTERS} | {"buffer": self.buffer.copy()}
 
     def load_state_dict(self, state: dict) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import compare, gpu_tests, profile, runs
+from model import GPT, GPTConfig
+from model.gpt import SCALARS
 from prepare import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +209,37 @@ def test_a_run_that_did_not_finish_shows_its_pace_and_hides_no_other(tmp_path, c
     assert runs.main([str(tmp_path / name) for name in ("empty", "cut", "whole")] + ["--agree"]) == 0
 
 
+def test_at_the_initial_weights_no_gradient_but_the_scalars_is_rounding():
+    """What `--scalar-lr 0` rests on: every other gradient is exactly 0, or one that fp32 and fp64 agree on."""
+
+    def gradients(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = GPT(GPTConfig(vocab_size=97, seq_len=32, depth=4, d_model=64, head_dim=32))
+        model.init_weights(1)
+        model.to(dtype)
+        tokens = torch.randint(97, (4, 33), generator=torch.Generator().manual_seed(0))
+        model(tokens[:, :-1], tokens[:, 1:].contiguous()).backward()
+        return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+
+    single, true = gradients(torch.float32), gradients(torch.float64)
+    for name, grad in true.items():
+        if name in SCALARS:
+            assert grad.abs().max() < 1e-5 * true["wte"].abs().max()
+        else:
+            assert (single[name] - grad).abs().max() <= 1e-3 * grad.abs().max()
+
+
+def test_a_disagreement_names_the_runs_that_rounding_alone_may_part(tmp_path, capsys):
+    first, other = (make_run(tmp_path / name, losses) for name, losses in (("a", [9.0, 8.0]), ("b", [9.0, 8.5])))
+    for scalar_lrs, noted in (((0.5, 0.5), "a, b"), ((0, 0.5), "b"), ((0.0, 0), "")):
+        for folder, scalar_lr in zip((first, other), scalar_lrs, strict=True):
+            (Path(folder) / "config.json").write_text(json.dumps({"config": {"scalar_lr": scalar_lr}}))
+        assert runs.main([first, other, "--agree"]) == 1
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        assert [note.split(": ")[1] for note in notes] == [noted] * bool(noted)
+        assert runs.main([first, other, "--agree", "0.6"]) == 0
+        assert "note" not in capsys.readouterr().out
+
+
 def shell(script: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", script], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
@@ -317,6 +350,41 @@ def test_first_runs_wants_a_prepared_folder(tmp_path):
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
     assert " -m prepare --source " in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_first_runs_compares_runs_that_leave_the_scalars_alone(tmp_path, device):
+    """With a Python that writes down what it is asked for, and makes the folders."""
+    python, commands, out = tmp_path / "python", tmp_path / "commands", tmp_path / "out"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        echo "$@" >> {commands}
+        while [ $# -gt 0 ]; do [ "$1" != --run-dir ] || mkdir -p "$2"; shift; done
+        """
+    )
+    python.chmod(0o755)
+    (tmp_path / "manifest.json").touch()
+    done = shell(f"bench/first_runs.sh {tmp_path}", PY=str(python), OUT=str(out), DEVICE=device, DEADLINE="60")
+    assert done.returncode == 0, done.stdout
+    trained, compared = {}, []
+    for command in map(str.split, commands.read_text().splitlines()):
+        if "--run-dir" in command:
+            options = dict(zip(command[2::2], command[3::2], strict=True))
+            trained[options.pop("--run-dir")] = options
+        if "--agree" in command:
+            assert set(command[command.index("--") + 1 :]) <= trained.keys() | {f"{name}/" for name in trained}
+            compared.append([trained[name.rstrip("/")] for name in command[command.index("--") + 1 :]])
+    assert [len(group) for group in compared] == [2, 2]
+    for group in compared:
+        assert {options["--scalar-lr"] for options in group} == {"0"}
+        assert all("--steps" in options for options in group)  # by time the schedules would differ
+        first, other = ({key: value for key, value in options.items() if key != "--ops"} for options in group)
+        assert first == other
+    of_ops = [{options["--ops"] for options in group} for group in compared]
+    assert of_ops == ([{"triton", "reference"}, {"triton", "compile"}] if device == "cuda" else [{"reference"}] * 2)
+    timed = [options for options in trained.values() if "--time-budget" in options]
+    assert len(timed) == 3
+    assert not any("--scalar-lr" in options for options in timed)
 
 
 def test_a_trace_without_kernels_or_operators():

@@ -74,38 +74,6 @@ def test_lossless_rows_hold_every_document_exactly_once(tmp_path_factory, length
     assert max(map(len, pieces)) <= seq_len
 
 
-def published_rows(documents: list[list[int]], seq_len: int) -> list[list[int]]:
-    """What the published loader does, over one pass: a document is its BOS and its tokens, searched for one by one."""
-    buffer = [[BOS, *document] for document in documents]
-    rows = []
-    while buffer:
-        row = []
-        while buffer and (room := seq_len + 1 - len(row)):
-            fitting = [document for document in buffer if len(document) <= room]
-            chosen = max(fitting, key=len) if fitting else min(buffer, key=len)
-            buffer.remove(chosen)
-            row += chosen[:room]
-        rows.append(row + [BOS] * (seq_len + 1 - len(row)))
-    return rows
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=40, unique=True),  # of equal ones either may be taken
-    seq_len=st.sampled_from([1, 2, 8, 33, 256]),
-)
-def test_published_rows_are_those_of_the_published_loader(tmp_path_factory, lengths, seq_len):
-    split = make_split(tmp_path_factory.mktemp("split"), [lengths])
-    packer = Packer(split, seq_len, bos=BOS, packing="published", seed=None, epochs=1)
-    rows = []
-    while packer.fill(row := np.empty(seq_len + 1, dtype=np.int32)):
-        rows.append(row.tolist())
-    assert rows == published_rows(documents_of(split), seq_len)
-    placed = sum(map(len, pieces_of(rows)))
-    assert (packer.placed, packer.cropped) == (placed, split.num_tokens - placed)
-    assert packer.cropped_share == pytest.approx(1 - placed / split.num_tokens)
-
-
 @pytest.mark.parametrize("packing", ["lossless", "published"])
 def test_best_fit(tmp_path, packing):
     """Room for 10: the largest that fits is 7, then of the remaining (2) nothing fits, the shortest (3) is cut to 1."""
@@ -218,6 +186,7 @@ def test_batches(tmp_path):
 def test_resume_goes_on_right_after_the_last_batch(tmp_path, packing, handed_out, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_DOCUMENTS", 5)
     monkeypatch.setattr(module, "BUFFER_DOCUMENTS", 4)
+    monkeypatch.setattr(module, "PUBLISHED_BATCH", 3)
     split = make_split(tmp_path, LENGTHS)
     with Loader(split, 3, 16, bos=BOS, packing=packing, prefetch=4) as loader:
         for _ in range(handed_out):

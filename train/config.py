@@ -104,7 +104,9 @@ class TrainConfig:
 
     device_batch_size: int | None = option(None, "rows of a micro-step")
     total_batch_size: int | None = option(None, "tokens of a step, a multiple of device_batch_size x seq_len")
-    packing: str = option("lossless", "how documents fill rows", choices=("lossless", "published"))
+    packing: str = option("lossless", "how documents fill rows; published: tails are thrown away, and val_bpb is"
+                          " comparable with no published one all the same (on one text 1.899 against 1.798)",
+                          choices=("lossless", "published"))  # fmt: skip
     eval_tokens: int | None = option(None, "validation tokens of the final evaluation; 0: all of them")
     autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
 
