@@ -243,7 +243,7 @@ def _norm_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
 
 def _head_and_embedding_targets(config: TrainConfig, model: GPTConfig) -> list[Target]:
     M, V, D = config.micro_batch_tokens, model.vocab_size, model.d_model
-    rows = min(M, head._chunk_rows(V, torch.device("cuda")))
+    rows = min(M, head._chunk_rows(V, torch.empty(0, device="meta")))  # stands for a tensor on a GPU
     tables = 1 + len(model.ve_layers)
 
     def softmax(randn: Random) -> Call:
