@@ -210,13 +210,19 @@ OPS: dict[str, Function] = {
 }
 
 
+def norm_factors(*inputs):
+    s, y, x0 = kernels.norm_factors(*inputs)
+    return s, *y, x0
+
+
 def norm_qkv_projection(x, weight, gate_weight=None, *, rstd):
     """Gradients come multiplied by rstd, from attention."""
-    return [out for out in kernels.qkv_projection(x, weight, gate_weight, rstd, grads_scaled=True) if out is not None]
+    outs = kernels.qkv_projection(kernels.Factors(x, rstd), weight, gate_weight)
+    return [out.tensor for out in outs if out is not None]
 
 
 FUSED: dict[str, Function] = {
-    "norm_factors": kernels.norm_factors,
+    "norm_factors": norm_factors,
     "norm_qkv_projection": norm_qkv_projection,
     "norm_mlp": kernels.norm_relu2_mlp,
 }

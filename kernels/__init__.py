@@ -1,7 +1,7 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import EPS, compiles, layer_weight, ops_in_force, recomputed, set_ops
+from .common import EPS, Factors, GradScaled, compiles, layer_weight, ops_in_force, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import SOFTCAP, linear_cross_entropy, softcapped_logits
@@ -25,6 +25,8 @@ __all__ = [
     "MAX_WIDTH",
     "ROTARY_BASE",
     "SOFTCAP",
+    "Factors",
+    "GradScaled",
     "adamw_update",
     "compiled_attention",
     "compiles",

@@ -56,6 +56,7 @@ class GPT(nn.Module):
         recompute: the backward makes the largest tensors of each layer again instead of keeping them: the same
             gradients, bit by bit, in less memory and more time.
         fused_norms: inside the layers, norms live in the epilogues of the kernels' products; references do not differ.
+            A layer is the same code: its norms come as `kernels.Factors`, an error where they are read as a tensor.
     """
 
     def __init__(self, config: GPTConfig, device=None, recompute: bool = False, fused_norms: bool = False):
@@ -142,26 +143,22 @@ class GPT(nn.Module):
         w_qkv, w_fc, w_proj = weight(self.w_qkv, i), weight(self.w_fc, i), weight(self.w_proj, i)
         ve, look_up = value or (None, None)
         w_gate = None if value is None else weight(self.w_gate, config.ve_layers.index(i))
-        if self.fused_norms:
-            x, y, rstd, x0 = kernels.norm_factors(*streams)
-            with _forgetting(y, lambda: kernels.norm_factors(*streams)[1], recompute):
-                qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate, rstd, grads_scaled=True)
-        else:
-            rstd = None
-            x, y, x0 = kernels.rms_norm(*streams)
-            with _forgetting(y, lambda: kernels.rms_norm(*streams, y_only=True)[1], recompute):
-                qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate)
+        # Fused, a norm comes as factors, which only the ops that have it in their epilogues can read.
+        norm = kernels.norm_factors if self.fused_norms else kernels.rms_norm
+        x, y, x0 = norm(*streams)
+        with _forgetting(y, lambda: norm(*streams, y_only=True)[1], recompute):
+            qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate)
         with _forgetting(ve, lambda: look_up()[0], recompute and value is not None):
             attn = kernels.rotary_attention(
-                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True, grad_scale=rstd
+                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True
             )
-        # The stream in two factors is also what the products before attention have kept.
+        # A factor is also what the products before attention have kept.
         x = kernels.linear(attn, weight(self.w_out, i), residual=x, overwrite=not self.fused_norms)
-        if self.fused_norms:
-            return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute), x0
-        x, y = kernels.rms_norm(x)
+        x, y = norm(x)
         return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute, overwrite=True), x0
 
 
-def _forgetting(tensor: Tensor | None, again: Callable[[], Tensor], when: bool) -> AbstractContextManager:
+def _forgetting(
+    tensor: Tensor | kernels.Factors | None, again: Callable[[], Tensor | kernels.Factors], when: bool
+) -> AbstractContextManager:
     return kernels.recomputed(tensor, again) if when else nullcontext()

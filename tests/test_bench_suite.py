@@ -101,13 +101,18 @@ def not_a_number(*inputs, **constants):
 def factors_of_a_written_norm(x, x0, lambda_r, lambda_0):
     """The gradient of y = rstd ⊙ s where that of rstd ⊙ y is due."""
     s, y, x0 = kernels.rms_norm(x, x0, lambda_r, lambda_0)
-    return [s, s.detach() + y - y.detach(), kernels.norm_factors(x, x0, lambda_r, lambda_0)[2].detach(), x0]
+    return [s, s.detach() + y - y.detach(), problems.norm_factors(x, x0, lambda_r, lambda_0)[2].detach(), x0]
+
+
+def scaled_twice(*inputs, rstd):
+    return [rstd[..., None] * out + (1 - rstd[..., None]) * out.detach()
+            for out in problems.norm_qkv_projection(*inputs, rstd=rstd)]  # fmt: skip
 
 
 MUTANTS = {
-    "rstd": ("norm_factors", "forward", lambda *x: [*kernels.norm_factors(*x)[:2], x[0][:, 0] + 1, x[1]]),
+    "rstd": ("norm_factors", "forward", lambda *x: [*problems.norm_factors(*x)[:2], x[0][:, 0] + 1, x[1]]),
     "gradient of a factor": ("norm_factors", "both", factors_of_a_written_norm),
-    "gradient scaled twice": ("norm_qkv_projection", "both", lambda *x, rstd: kernels.qkv_projection(*x, rstd)),
+    "gradient scaled twice": ("norm_qkv_projection", "both", scaled_twice),
     "no rstd": ("norm_qkv_projection", "forward", lambda *x, rstd: kernels.qkv_projection(*x)),
     "no norm": ("norm_mlp", "forward", lambda x, *weights: kernels.relu2_mlp(x, *weights, x)),
     "gradient of a product": ("linear", "both", scaled_gradient(kernels.linear)),

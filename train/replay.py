@@ -27,6 +27,15 @@ OPS = (
 )  # fmt: skip
 
 
+def tensors_of(result: object) -> Iterator[Tensor]:
+    """Those that an op returned, also as `kernels.Factors` or `kernels.GradScaled`."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for part in result:
+            yield from tensors_of(part)
+
+
 @contextmanager
 def watching(see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Every tensor that an op of the forward returns is shown to `see`, with the name of the op."""
@@ -35,9 +44,8 @@ def watching(see: Callable[[str, Tensor], None]) -> Iterator[None]:
     def watched(name, op):
         def call(*args, **kwargs):
             result = op(*args, **kwargs)
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, Tensor):
-                    see(name, tensor)
+            for tensor in tensors_of(result):
+                see(name, tensor)
             return result
 
         return call
