@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from bench.roofline import Op
+from bench.ops import Op
 from kernels.common import EPS
 from kernels.rotary_attention import rotary_tables
 from train.config import cpu_has_bf16

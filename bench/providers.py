@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from bench.ops import Op
 from bench.problems import FUSED, OPS, TRUTHS, Function, assert_close, forward, forward_backward, kind, truth_of
-from bench.roofline import Op
 from kernels.common import EPS
 from kernels.linear_cross_entropy import IGNORED, SOFTCAP
 from kernels.rotary_attention import rotary_attention_ref

@@ -13,10 +13,10 @@ import torch
 
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
+from bench.ops import Op, micro_step_ops, update_ops
 from bench.problems import build, directions, is_update, kind, runner
 from bench.providers import COMPILE, assert_right, providers
 from bench.results import row
-from bench.roofline import Op, micro_step_ops, update_ops
 from bench.timing import device_time, replay, time_call
 from model import GPT
 from train.config import TrainConfig, resolve

@@ -1,6 +1,7 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
+from .calls import op_names, watched
 from .common import EPS, Factors, GradScaled, compiles, layer_weight, ops_in_force, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
@@ -37,6 +38,7 @@ __all__ = [
     "muon_update",
     "norm_factors",
     "norm_relu2_mlp",
+    "op_names",
     "ops_in_force",
     "polar_express",
     "prepare_compiled_attention",
@@ -49,4 +51,5 @@ __all__ = [
     "second_moment_shape",
     "set_ops",
     "softcapped_logits",
+    "watched",
 ]

@@ -2,7 +2,8 @@
 
 Parameters of one kind are one tensor for all layers, [L, rows, cols]: the optimizer updates each stack as a batch.
 A new weight is one line in `parameter_shapes`, one in `init_weights`, its use in `features` or `_layer`, and its name
-where it is updated: in `BLOCK_WEIGHTS`, or in a group of the optimizer.
+where it is updated: in `BLOCK_WEIGHTS`, or in a group of the optimizer. It counts as a matrix that multiplies every
+token, in MFU too, unless `LOOKED_UP` or `SCALARS` names it.
 """
 
 import math
@@ -19,7 +20,7 @@ from .config import GATE_CHANNELS, GPTConfig
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by name. Those of three dimensions in `BLOCK_WEIGHTS` are stacks of matrices."""
+    """Shape of every parameter by name. Those of three dimensions are stacks: of matrices, but for `LOOKED_UP`."""
     L, D, V = config.depth, config.d_model, config.vocab_size
     return {
         "wte": (V, D),
@@ -35,17 +36,31 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-BLOCK_WEIGHTS = ("w_qkv", "w_out", "w_fc", "w_proj", "w_gate")
+# What a parameter does in the forward: of these a token reads its row, or one number. Every other multiplies it.
+LOOKED_UP = ("wte", "value_embeddings")
 SCALARS = ("lambda_r", "lambda_0")
+
+BLOCK_WEIGHTS = ("w_qkv", "w_out", "w_fc", "w_proj", "w_gate")  # updated by Muon, as batches of matrices
 
 
 def count_parameters(config: GPTConfig) -> dict[str, int]:
-    """Parameters by kind: wte, value_embeddings, lm_head and every other table, blocks, scalars, and their total."""
-    size = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    counts = {name: n for name, n in size.items() if name not in BLOCK_WEIGHTS + SCALARS}
-    counts["blocks"] = sum(size[name] for name in BLOCK_WEIGHTS)
-    counts["scalars"] = sum(size[name] for name in SCALARS)
+    """Parameters by kind: blocks (the stacks of matrices), scalars, every other by its name, and their total."""
+    counts, stacks, scalars = {}, 0, 0
+    for name, shape in parameter_shapes(config).items():
+        if name in SCALARS:
+            scalars += math.prod(shape)
+        elif len(shape) == 3 and name not in LOOKED_UP:
+            stacks += math.prod(shape)
+        else:
+            counts[name] = math.prod(shape)
+    counts |= {"blocks": stacks, "scalars": scalars}
     return {**counts, "total": sum(counts.values())}
+
+
+def matrix_parameters(config: GPTConfig) -> int:
+    """Parameters that multiply every token: all but the tables that are looked up and the scalars."""
+    shapes = parameter_shapes(config)
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in LOOKED_UP + SCALARS)
 
 
 class GPT(nn.Module):

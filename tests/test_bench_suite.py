@@ -22,9 +22,9 @@ from bench import providers as providers_module
 from bench import test_ops as suite
 from bench.ceilings import Ceilings
 from bench.conftest import out_of_time
+from bench.ops import Op
 from bench.providers import COMPILE, EAGER, TRITON, Provider, assert_right, providers
 from bench.results import relative_speeds, row, step_table, table
-from bench.roofline import Op
 from bench.timing import Timing, _captured, device_time, replay, time_call
 from kernels.common import use_kernels
 from kernels.rotary_attention.reference import window_attention_ref
