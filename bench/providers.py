@@ -73,7 +73,7 @@ def liger() -> dict[str, Function]:
 
     return {
         "rms_norm": partial(mixed_norm, norm),
-        "mlp": lambda x, w_fc, w_proj, residual: residual + F.linear(relu2(F.linear(x, w_fc)), w_proj),
+        "relu2_mlp": lambda x, w_fc, w_proj, residual: residual + F.linear(relu2(F.linear(x, w_fc)), w_proj),
         "linear_cross_entropy": linear_cross_entropy,
     }
 
@@ -101,7 +101,7 @@ def quack() -> dict[str, Function]:
         "rms_norm": partial(mixed_norm, partial(rms_norm, eps=EPS)),
         "linear": linear,
         "qkv_projection": qkv_projection,
-        "mlp": lambda x, w_fc, w_proj, residual: residual + block(x, w_fc, w_proj, activation="relu_sq"),
+        "relu2_mlp": lambda x, w_fc, w_proj, residual: residual + block(x, w_fc, w_proj, activation="relu_sq"),
         "linear_cross_entropy": linear_cross_entropy,
     }
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-# Public functions in the files of ops that compute nothing of a step.
-HELPERS = ("compiled_attention", "prepare_compiled_attention", "rotary_tables", "second_moment_shape")
+# Public functions in the files of ops that compute nothing of a training step.
+HELPERS = (
+    "compiled_attention", "prepare_compiled_attention", "rotary_tables", "second_moment_shape", "softcapped_logits",
+)  # fmt: skip
 
 
 def op_names() -> list[str]:
