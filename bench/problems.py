@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from bench.roofline import Op
+from bench.ops import Op
 from kernels.common import EPS
 from kernels.rotary_attention import rotary_tables
 from train.config import cpu_has_bf16
@@ -37,11 +37,12 @@ def is_update(op: Op) -> bool:
 
 
 def kind(op: Op) -> str:
-    """Its name in `OPS` or `FUSED`: the module in kernels/, but for the ops of `--fused-norms`."""
+    """Its name in `OPS` or `FUSED`: the public function's, but for a `qkv_projection` of factors."""
     flags = dict(op.flags)
     if op.module == "rms_norm" and not flags.get("has_y", True):
         return "norm_factors"
-    return f"norm_{op.module}" if flags.get("norm") else op.module
+    public = {"mlp": "relu2_mlp", "muon": "muon_update", "adamw": "adamw_update"}.get(op.module, op.module)
+    return f"norm_{public}" if flags.get("norm") else public
 
 
 def directions(op: Op) -> tuple[str, ...]:
@@ -195,30 +196,36 @@ def adamw_update(master, grad, exp_avg, exp_avg_sq, copy=None, *, hyper, apply):
     return [master, exp_avg, exp_avg_sq, *([] if copy is None else [copy])]
 
 
-# By the module in kernels/. With `kernels.set_ops` these are the kernels, the references, or the references compiled.
+# By the public function. With `kernels.set_ops` these are the kernels, the references, or the references compiled.
 OPS: dict[str, Function] = {
     "rms_norm": kernels.rms_norm,
     "linear": kernels.linear,
     "qkv_projection": qkv_projection,
     "rotary_attention": rotary_attention,
-    "mlp": kernels.relu2_mlp,
+    "relu2_mlp": kernels.relu2_mlp,
     "linear_cross_entropy": kernels.linear_cross_entropy,
     "embedding": embedding,
     "polar_express": kernels.polar_express,
-    "muon": muon_update,
-    "adamw": adamw_update,
+    "muon_update": muon_update,
+    "adamw_update": adamw_update,
 }
+
+
+def norm_factors(*inputs):
+    s, y, x0 = kernels.norm_factors(*inputs)
+    return s, *y, x0
 
 
 def norm_qkv_projection(x, weight, gate_weight=None, *, rstd):
     """Gradients come multiplied by rstd, from attention."""
-    return [out for out in kernels.qkv_projection(x, weight, gate_weight, rstd, grads_scaled=True) if out is not None]
+    outs = kernels.qkv_projection(kernels.Factors(x, rstd), weight, gate_weight)
+    return [out.tensor for out in outs if out is not None]
 
 
 FUSED: dict[str, Function] = {
-    "norm_factors": kernels.norm_factors,
+    "norm_factors": norm_factors,
     "norm_qkv_projection": norm_qkv_projection,
-    "norm_mlp": kernels.norm_relu2_mlp,
+    "norm_relu2_mlp": kernels.norm_relu2_mlp,
 }
 
 

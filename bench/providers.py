@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from bench.ops import Op
 from bench.problems import FUSED, OPS, TRUTHS, Function, assert_close, forward, forward_backward, kind, truth_of
-from bench.roofline import Op
 from kernels.common import EPS
 from kernels.linear_cross_entropy import IGNORED, SOFTCAP
 from kernels.rotary_attention import rotary_attention_ref
@@ -73,7 +73,7 @@ def liger() -> dict[str, Function]:
 
     return {
         "rms_norm": partial(mixed_norm, norm),
-        "mlp": lambda x, w_fc, w_proj, residual: residual + F.linear(relu2(F.linear(x, w_fc)), w_proj),
+        "relu2_mlp": lambda x, w_fc, w_proj, residual: residual + F.linear(relu2(F.linear(x, w_fc)), w_proj),
         "linear_cross_entropy": linear_cross_entropy,
     }
 
@@ -101,7 +101,7 @@ def quack() -> dict[str, Function]:
         "rms_norm": partial(mixed_norm, partial(rms_norm, eps=EPS)),
         "linear": linear,
         "qkv_projection": qkv_projection,
-        "mlp": lambda x, w_fc, w_proj, residual: residual + block(x, w_fc, w_proj, activation="relu_sq"),
+        "relu2_mlp": lambda x, w_fc, w_proj, residual: residual + block(x, w_fc, w_proj, activation="relu_sq"),
         "linear_cross_entropy": linear_cross_entropy,
     }
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterable
 
 from bench.ceilings import Ceilings, datasheet
+from bench.ops import Op
 from bench.problems import cost, shape_label, tokens_of
-from bench.roofline import Op
 from bench.timing import Timing
 
 OURS = "triton"

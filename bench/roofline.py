@@ -3,24 +3,22 @@
 `python -m bench.roofline [--gpu h100|h200] [--depth N] [--vocab-size V] [--config RUN/config.json]` prints a line for
 an op and direction: what binds it, its share, and the MFU that the sum would give. An op takes the longer of its two
 times, as if bytes and FLOPs overlapped wholly: no launch gaps, no tails, every fusion that `cost` counts on. It is a
-bound to measure against, not a prediction.
+bound to measure against, not a prediction. The ops are those that the model calls (bench/ops.py); one without a known
+cost is an error.
 
 `--measured FILE` sets beside it what bench/test_step.py measured: the gap of each op, where the next millisecond is.
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from bench.ceilings import Ceilings
+from bench.ops import Op, micro_step_ops, recomputed_ops, update_ops
 from model import GPTConfig, flops_per_token
-from model.config import GATE_CHANNELS
 from model.flops import H100_PEAK
-from model.gpt import BLOCK_WEIGHTS, parameter_shapes
 from prepare import InputError
 from prepare.arguments import Parser, command
 from train.config import TrainConfig, resolve
@@ -47,94 +45,24 @@ class Line:
         return "bytes" if self.bytes / gpu.bandwidth > self.flops / gpu.flops else "FLOPs"
 
 
-@dataclass(frozen=True)
-class Op:
-    """An op of the model at its sizes, `count` times in a micro-step, or in a step where it belongs to the update."""
-
-    name: str
-    count: int
-    module: str  # of kernels/; its `cost` takes the sizes and flags
-    sizes: tuple
-    flags: tuple[tuple[str, bool], ...] = ()
-    shape: tuple[int, ...] = ()  # of Muon's matrices, of which `cost` wants the number of elements alone
-
-    def cost(self, backward: bool = False, itemsize: int = 2) -> tuple[float, float]:
-        """Bytes and FLOPs; `itemsize` is that of the activations, in bytes. Where they are fp32 the forward reads the
-        masters, and an update writes no copy. An update has no backward, and Polar Express its own dtype."""
-        more = {
-            "polar_express": {},
-            "adamw": {"copy_itemsize": itemsize % 4},
-            "muon": {"copy_itemsize": itemsize % 4},
-        }.get(self.module, {"itemsize": itemsize, "backward": backward})
-        # Not by attribute: the door of `kernels` has the op under the module's name.
-        return import_module(f"kernels.{self.module}").cost(*self.sizes, **dict(self.flags), **more)
-
-    def line(self, direction: str, itemsize: int = 2) -> Line:
-        """`direction` is "forward", "backward" or "" for an update."""
-        return Line(f"{self.name} {direction}".strip(), self.count, *self.cost(direction == "backward", itemsize))
-
-
-def micro_step_ops(config: TrainConfig, model: GPTConfig) -> list[Op]:
-    """Every op of a forward and backward, in the order of the forward."""
-    rows, D = config.micro_batch_tokens, model.d_model
-    ve, fused = len(model.ve_layers), config.fused_norms
-    qkv = rows, D, D + 2 * model.kv_width
-    heads = (config.device_batch_size, model.seq_len, model.num_heads, model.kv_heads, model.head_dim)
-    attention = []
-    for window in sorted(set(model.windows)):
-        layers = [i for i, w in enumerate(model.windows) if w == window]
-        for has_ve in (False, True):
-            count = sum((i in model.ve_layers) == has_ve for i in layers)
-            name = f"attention, window {window}{', value embedding' if has_ve else ''}"
-            attention.append(Op(name, count, "rotary_attention", (*heads, window), (("has_ve", has_ve),)))
-    ops = [
-        Op("embedding", 1, "embedding", (rows, model.vocab_size, (D, *[model.kv_width] * ve))),
-        Op("norm", 2 if fused else model.depth + 2, "rms_norm", (rows, D)),
-        Op("λ-mix and norm", model.depth, "rms_norm", (rows, D), (("has_x0", True), *[("has_y", False)] * fused)),
-        Op("qkv", model.depth - ve, "qkv_projection", qkv, (("norm", True),) * fused),
-        Op("qkv and value gate", ve, "qkv_projection", (*qkv, model.kv_heads, GATE_CHANNELS),
-           (("norm", True),) * fused),
-        *attention,
-        Op("attention output", model.depth, "linear", (rows, D, D), (("residual", True),)),
-        Op("relu² MLP", model.depth, "mlp", (rows, D, 4 * D), (("norm", True),) * fused),
-        Op("head and loss", 1, "linear_cross_entropy", (rows, D, model.vocab_size)),
-    ]  # fmt: skip
-    return [op for op in ops if op.count]
+def line(op: Op, direction: str, itemsize: int = 2) -> Line:
+    """`direction` is "forward", "backward", "again" for a forward in the backward, or "" for an update."""
+    return Line(f"{op.name} {direction}".strip(), op.count, *op.cost(direction == "backward", itemsize))
 
 
 def micro_step(config: TrainConfig, model: GPTConfig) -> Iterator[Line]:
     """Every op in its forward, then every op in its backward, then what `--recompute` does again."""
+    ops = micro_step_ops(config, model)
     for direction in ("forward", "backward"):
-        for op in micro_step_ops(config, model):
-            yield op.line(direction)
-    if config.recompute:  # on every layer but the last
-        rows, D, again = config.micro_batch_tokens, model.d_model, model.depth - 1
-        yield Op("post-activation", again, "linear", (rows, D, 4 * D)).line("again")
-        yield Op("λ-mix and norm", again, "rms_norm", (rows, D), (("has_x0", True), ("has_s", False))).line("again")
-        yield Op("value embedding", len(model.ve_layers) - 1, "embedding",
-                 (rows, model.vocab_size, (model.kv_width,))).line("again")  # fmt: skip
-
-
-def update_ops(model: GPTConfig) -> list[Op]:
-    """Every op of the optimizer, once a step."""
-    ops = []
-    for name, shape in parameter_shapes(model).items():
-        if name not in BLOCK_WEIGHTS:
-            ops.append(Op(f"AdamW {name}", 1, "adamw", (math.prod(shape),)))
-            continue
-        L, rows, cols = shape
-        # q, k and v are three matrices to Muon: one batch where they are alike.
-        sizes = [model.d_model, model.kv_width, model.kv_width] if name == "w_qkv" else [rows]
-        alike = len(set(sizes)) == 1
-        for matrices in [(L * len(sizes), sizes[0], cols)] if alike else [(L, size, cols) for size in sizes]:
-            ops.append(Op(f"Polar Express {name}", 1, "polar_express", matrices))
-            ops.append(Op(f"Muon {name}", 1, "muon", (math.prod(matrices),), shape=matrices))
-    return [op for op in ops if op.sizes[0]]
+        for op in ops:
+            yield line(op, direction)
+    for op in recomputed_ops(config, model):
+        yield line(op, "again")
 
 
 def update(model: GPTConfig, itemsize: int = 2) -> Iterator[Line]:
     for op in update_ops(model):
-        yield op.line("", itemsize)
+        yield line(op, "", itemsize)
 
 
 def report(config: TrainConfig, model: GPTConfig, gpu: Ceilings) -> tuple[float, float]:
@@ -198,8 +126,8 @@ def parts_of(step: dict, gpu: Ceilings) -> list[Part]:
             raise InputError(f"the measured step lacks {op.name!r}: measure it again with this version")
         forward_ms, both_ms = times[op.name]["forward_ms"], times[op.name]["both_ms"]
         for direction, measured in (("forward", forward_ms), ("backward", both_ms - forward_ms)):
-            line = op.line(direction, itemsize)
-            parts.append(Part(line.name, line.milliseconds(gpu), op.count * measured))
+            bound = line(op, direction, itemsize)
+            parts.append(Part(bound.name, bound.milliseconds(gpu), op.count * measured))
     share = 1 / config.grad_accum_steps
     bound = sum(line.milliseconds(gpu) for line in update(model, itemsize))
     parts.append(Part("update, a micro-step's share", bound * share, step["update_ms"] * share))
@@ -252,10 +180,10 @@ def main(args: list[str] | None = None) -> int:
         else:
             config = resolve(TrainConfig(depth=options.depth), "cuda")
             model = config.model_config(options.vocab_size or 8192)
+        report(config, model, GPUS[options.gpu or "h200"])
     except (ValueError, KeyError, TypeError, InputError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    report(config, model, GPUS[options.gpu or "h200"])
     return 0
 
 

@@ -3,7 +3,8 @@
 What each computes is compared with the reference in fp64 before its time is taken; a wrong result has no time. On a GPU
 the ops are those of the default configuration, at V = 8,192 and 32,768, and some at other sizes, in bf16; on a CPU
 those of its own defaults, in fp32. Those of `--fused-norms` are the kernels' alone. Where a provider runs out of memory
-it gets half the rows, again and again: its row says so, and what is compared is the time of a token.
+it gets half the rows, again and again: its row says so, and what is compared is the time of a token. A case is named
+after the public function: `-k rms_norm` takes its cases alone.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ import torch
 
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
+from bench.ops import Op, micro_step_ops, update_ops
 from bench.problems import build, directions, is_update, kind, runner
-from bench.providers import COMPILE, assert_right, providers
+from bench.providers import COMPILE, Provider, assert_right, providers
 from bench.results import row
-from bench.roofline import Op, micro_step_ops, update_ops
 from bench.timing import device_time, replay, time_call
 from model import GPT
 from train.config import TrainConfig, resolve
@@ -30,15 +31,15 @@ HAS_VE, WITHOUT = (("has_ve", True),), (("has_ve", False),)
 # head_dim 64, fewer key-value heads, sizes that are no multiple of any tile.
 OTHER_SIZES = {
     "cuda": (
-        Op("norm", 1, "rms_norm", (65536, 768)),
-        Op("norm, odd", 1, "rms_norm", (12345, 500)),
-        Op("attention, head_dim 64", 1, "rotary_attention", (128, 2048, 8, 8, 64, 1024), HAS_VE),
-        Op("attention, grouped", 1, "rotary_attention", (64, 2048, 8, 2, 128, 2048), WITHOUT),
-        Op("attention, odd", 1, "rotary_attention", (65, 1999, 4, 4, 128, 777), HAS_VE),
-        Op("relu² MLP, wider", 1, "mlp", (131072, 768, 3072)),
-        Op("head and loss, wider", 1, "linear_cross_entropy", (65536, 768, 50257)),
+        Op("rms_norm", 1, "rms_norm", (65536, 768)),
+        Op("rms_norm, odd", 1, "rms_norm", (12345, 500)),
+        Op("rotary_attention, head_dim 64", 1, "rotary_attention", (128, 2048, 8, 8, 64, 1024), HAS_VE),
+        Op("rotary_attention, grouped", 1, "rotary_attention", (64, 2048, 8, 2, 128, 2048), WITHOUT),
+        Op("rotary_attention, odd", 1, "rotary_attention", (65, 1999, 4, 4, 128, 777), HAS_VE),
+        Op("relu2_mlp, wider", 1, "mlp", (131072, 768, 3072)),
+        Op("linear_cross_entropy, wider", 1, "linear_cross_entropy", (65536, 768, 50257)),
     ),
-    "cpu": (Op("attention, grouped", 1, "rotary_attention", (3, 100, 4, 2, 32, 37), WITHOUT),),
+    "cpu": (Op("rotary_attention, grouped", 1, "rotary_attention", (3, 100, 4, 2, 32, 37), WITHOUT),),
 }
 
 
@@ -65,15 +66,28 @@ def cases() -> list:
         if provider.missing is None and kind(op) in provider.functions
     ]
     runnable.sort(key=lambda case: case[2].name == COMPILE.name)
-    params = [
-        pytest.param(op, direction, provider, id=f"{op.name}-{direction}-{provider.name}".replace(" ", "_"))
-        for op, direction, provider in runnable
-    ]
+    params = [pytest.param(*case, id=_id(*case)) for case in runnable]
+    # What nobody here can run is found by its name all the same, and says why not.
+    for op in ops:
+        absent = [provider for provider in found if kind(op) in provider.functions]
+        if all(provider.missing for provider in absent):
+            params += [
+                pytest.param(op, direction, provider, id=_id(op, direction, provider), marks=_skip(provider))
+                for direction in directions(op)
+                for provider in absent
+            ]
     for provider in found:
         if provider.missing:
-            mark = pytest.mark.skip(reason=f"{provider.name}: {provider.missing}")
-            params.append(pytest.param(None, None, provider, id=f"none-{provider.name}", marks=mark))
+            params.append(pytest.param(None, None, provider, id=f"none-{provider.name}", marks=_skip(provider)))
     return params
+
+
+def _id(op: Op, direction: str, provider: Provider) -> str:
+    return f"{op.name}-{direction}-{provider.name}".replace(" ", "_")
+
+
+def _skip(provider: Provider) -> pytest.MarkDecorator:
+    return pytest.mark.skip(reason=f"{provider.name}: {provider.missing}")
 
 
 def timed(provider, op: Op, direction: str):

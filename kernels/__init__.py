@@ -1,7 +1,8 @@
 """The ops, one file each, and the only door to them."""
 
 from .adamw import adamw_update
-from .common import EPS, compiles, layer_weight, ops_in_force, recomputed, set_ops
+from .calls import op_names, watched
+from .common import EPS, Factors, GradScaled, compiles, layer_weight, ops_in_force, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
 from .linear_cross_entropy import SOFTCAP, linear_cross_entropy, softcapped_logits
@@ -25,6 +26,8 @@ __all__ = [
     "MAX_WIDTH",
     "ROTARY_BASE",
     "SOFTCAP",
+    "Factors",
+    "GradScaled",
     "adamw_update",
     "compiled_attention",
     "compiles",
@@ -35,6 +38,7 @@ __all__ = [
     "muon_update",
     "norm_factors",
     "norm_relu2_mlp",
+    "op_names",
     "ops_in_force",
     "polar_express",
     "prepare_compiled_attention",
@@ -47,4 +51,5 @@ __all__ = [
     "second_moment_shape",
     "set_ops",
     "softcapped_logits",
+    "watched",
 ]

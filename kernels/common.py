@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,33 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=int)
 
 __all__ = [
-    "EPS", "compiles", "device_type", "gpu_arch", "graph_is_kept", "layer_weight", "ops_in_force", "recomputed",
-    "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad",
+    "EPS", "Factors", "GradScaled", "compiles", "device_type", "gpu_arch", "graph_is_kept", "layer_weight",
+    "ops_in_force", "recomputed", "set_ops", "tl", "triton", "upcast", "use_kernels", "weight_grad",
 ]  # fmt: skip
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
+
+
+class Factors(NamedTuple):
+    """A norm that nobody writes, y = rstd ⊙ stream, for an op that has it in its epilogue. No tensor: to every other op
+    it is an error, where the stream itself would be another model without a word.
+
+    Args:
+        stream: [..., D].
+        rstd: [...] in fp32, without a gradient of its own: what reaches the stream through it `norm_factors` adds. None
+            where the op that reads y takes rstd itself, and all of the norm's backward.
+    """
+
+    stream: Tensor
+    rstd: Tensor | None
+
+
+class GradScaled(NamedTuple):
+    """A tensor [..., N] of which the kernels want the gradient multiplied by `scale` [...], row by row. No tensor, so
+    that it reaches none but an op that does so. References want it as it is."""
+
+    tensor: Tensor
+    scale: Tensor
 
 
 _ops: str | None = None
@@ -124,11 +147,17 @@ def layer_weight(parameter: Tensor, layer: int | None = None) -> Tensor:
     return weight
 
 
+def _stream(y: Tensor | Factors) -> Tensor:
+    return y.stream if isinstance(y, Factors) else y
+
+
 @contextmanager
-def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+def recomputed(tensor: Tensor | Factors, again: Callable[[], Tensor | Factors]) -> Iterator[None]:
     """Inside, an op that keeps `tensor` or a view of it for its backward keeps `again` instead, which makes the same
     bits: once, however many ops ask for them. References keep what they keep: their intermediates are not known here.
+    Of factors it is the stream.
     """
+    tensor = _stream(tensor)
     if not use_kernels(tensor):
         yield
         return
@@ -149,7 +178,7 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
             return outer_unpack(kept)
         if made is None:
             with torch.no_grad():
-                made = again()
+                made = _stream(again())
         return made.as_strided(*view)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

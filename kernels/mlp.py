@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .common import EPS, graph_is_kept, tl, triton, upcast, use_kernels, weight_grad
+from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_kernels, weight_grad
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_index, tile_offsets
 
 
@@ -258,12 +258,14 @@ def _run(
 
 
 def relu2_mlp(
-    x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompute: bool = False, overwrite: bool = False
-) -> Tensor:
+    x: Tensor | Factors, w_fc: Tensor, w_proj: Tensor, residual: Tensor, recompute: bool = False,
+    overwrite: bool = False,
+) -> Tensor:  # fmt: skip
     """The feed-forward block with its residual.
 
     Args:
-        x: [..., D], the normed stream.
+        x: [..., D], the normed stream; or the factors of it from `norm_factors`, without rstd: then this is
+            `norm_relu2_mlp` of their stream, which is to be `residual` too, and stays as it is.
         w_fc: [F, D]; w_proj: [D, F]. Where one carries `main_grad`, its gradient is added there.
         residual: [..., D], the stream itself.
         recompute: keep nothing of width F for the backward, and make it again there: the same bits.
@@ -273,8 +275,12 @@ def relu2_mlp(
         [..., D].
 
     Raises:
-        ValueError: shapes, dtypes or strides that the kernels do not take.
+        ValueError: shapes, dtypes or strides that the kernels do not take; factors of another stream, or with rstd.
     """
+    if isinstance(x, Factors):
+        if x.rstd is not None or x.stream is not residual:
+            raise ValueError("x: only the factors that `norm_factors(residual)` returns, without x0")
+        return norm_relu2_mlp(residual, w_fc, w_proj, recompute)
     return _run(relu2_mlp_ref, x, w_fc, w_proj, residual, recompute, overwrite)
 
 

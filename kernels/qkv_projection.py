@@ -5,13 +5,14 @@ by itself it would come back as a tensor of x's size, zero elsewhere, for autogr
 
     dx = dqkv·W, and dgate·W_gate on the first G channels;  dW = dqkvᵀ·x;  dW_gate = dgateᵀ·x[..., :G]
 
-With rstd [...] of `norm_factors`, x is the stream itself and the norm is in the epilogue: qkv = rstd ⊙ (x·Wᵀ), and so
+With the factors of `norm_factors`, x is the stream itself and the norm is in the epilogue: qkv = rstd ⊙ (x·Wᵀ), and so
 the gate. RMSNorm has no weight, so that these are the products of norm(x), which is never written. Its backward is the
-same with rstd ⊙ dqkv for dqkv. That comes as it is from `rotary_attention(..., grad_scale=rstd)`: nothing passes over
-dqkv only to scale it. What reaches x through rstd is c = ⟨dqkv, qkv⟩ a row, and c = ⟨(rstd ⊙ dqkv)·W, x⟩ too:
-`norm_factors` takes it from dx, which it has to read anyway. Source: the derivative of x·rstd.
+same with rstd ⊙ dqkv for dqkv. That comes as it is from `rotary_attention`, which is given qkv and gate as
+`GradScaled`: nothing passes over dqkv only to scale it. What reaches x through rstd is c = ⟨dqkv, qkv⟩ a row, and
+c = ⟨(rstd ⊙ dqkv)·W, x⟩ too: `norm_factors` takes it from dx, which it has to read anyway. Source: the derivative of
+x·rstd.
 
-The vendor's GEMM multiplies, but for qkv with rstd. Saved: x, rstd, W, W_gate. Bytes per token in 16 bits: 2(K + N)
+The vendor's GEMM multiplies, but for qkv with rstd. Saved: x, W, W_gate. Bytes per token in 16 bits: 2(K + N)
 forward; 4(K + N) backward. FLOPs per token: 2KN forward, 4KN backward.
 """
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import tl, triton, use_kernels, weight_grad
+from .common import Factors, GradScaled, tl, triton, use_kernels, weight_grad
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
 
 
@@ -77,7 +78,7 @@ def _check(x: Tensor, weight: Tensor, gate_weight: Tensor | None, rstd: Tensor |
 
 class _QKVProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, gate_weight, rstd, main_grad, main_grad_gate, grads_scaled):
+    def forward(ctx, x, weight, gate_weight, rstd, main_grad, main_grad_gate):
         _check(x, weight, gate_weight, rstd)
         ctx.set_materialize_grads(False)
         rows = x.reshape(-1, x.shape[-1])
@@ -88,19 +89,16 @@ class _QKVProjection(torch.autograd.Function):
             if rstd is not None:
                 gate.mul_(rstd.view(-1, 1))
             gate = gate.view(*x.shape[:-1], -1)
-        ctx.save_for_backward(rows, weight, gate_weight, rstd)
+        ctx.save_for_backward(rows, weight, gate_weight)
         ctx.main_grads, ctx.x_shape = (main_grad, main_grad_gate), x.shape
-        ctx.to_scale = rstd is not None and not grads_scaled
         return qkv.view(*x.shape[:-1], -1), gate
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dqkv, dgate):
-        x, weight, gate_weight, rstd = ctx.saved_tensors
+        x, weight, gate_weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_dw_gate, *_ = ctx.needs_input_grad
         main_grad, main_grad_gate = ctx.main_grads
-        if ctx.to_scale:
-            dqkv, dgate = (None if d is None else (rstd[..., None] * d).to(d.dtype) for d in (dqkv, dgate))
         dx = torch.zeros_like(x) if needs_dx and dqkv is None else None
         dw = dw_gate = None
         if dqkv is not None:
@@ -116,35 +114,36 @@ class _QKVProjection(torch.autograd.Function):
                 dw_gate = weight_grad(dgate, x[:, :channels], main_grad_gate)
             if needs_dx:
                 dx[:, :channels].addmm_(dgate, gate_weight)
-        return None if dx is None else dx.view(ctx.x_shape), dw, dw_gate, None, None, None, None
+        return None if dx is None else dx.view(ctx.x_shape), dw, dw_gate, None, None, None
 
 
 def qkv_projection(
-    x: Tensor,
-    weight: Tensor,
-    gate_weight: Tensor | None = None,
-    rstd: Tensor | None = None,
-    grads_scaled: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor | Factors, weight: Tensor, gate_weight: Tensor | None = None
+) -> tuple[Tensor | GradScaled, Tensor | GradScaled | None]:
     """The product with one matrix and, of the first channels, with another.
 
     Args:
-        x: [..., K]. Without `rstd` the normed stream; with it, [...] in fp32, the stream itself, both from
-            `norm_factors`: the kernels give rstd no gradient of its own.
+        x: the normed stream, [..., K], or the factors of it from `norm_factors`.
         weight: [N, K]; gate_weight: [KVH, G ≤ K] or None. Where one carries `main_grad`, its gradient is added there.
-        grads_scaled: the gradients of the results will come multiplied by rstd, row by row, as `rotary_attention`
-            gives them with `grad_scale`. References take them as they are, and never come scaled.
 
     Returns:
-        qkv [..., N] and gate [..., KVH] or None.
+        qkv [..., N] and gate [..., KVH] or None; of factors as `GradScaled`, for `rotary_attention` alone.
 
     Raises:
-        ValueError: shapes or dtypes that the kernels do not take.
+        ValueError: shapes or dtypes that the kernels do not take, or factors without rstd.
     """
-    if not use_kernels(x):
-        return qkv_projection_ref(x, weight, gate_weight, rstd)
-    main_grads = getattr(weight, "main_grad", None), getattr(gate_weight, "main_grad", None)
-    return _QKVProjection.apply(x, weight, gate_weight, rstd, *main_grads, grads_scaled)
+    factored = isinstance(x, Factors)
+    x, rstd = x if factored else (x, None)
+    if factored and rstd is None:
+        raise ValueError("x: factors without rstd, which `norm_factors` gives with x0")
+    if use_kernels(x):
+        main_grads = getattr(weight, "main_grad", None), getattr(gate_weight, "main_grad", None)
+        qkv, gate = _QKVProjection.apply(x, weight, gate_weight, rstd, *main_grads)
+    else:
+        qkv, gate = qkv_projection_ref(x, weight, gate_weight, rstd)
+    if not factored:
+        return qkv, gate
+    return GradScaled(qkv, rstd), None if gate is None else GradScaled(gate, rstd)
 
 
 def cost(

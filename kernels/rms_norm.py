@@ -11,8 +11,8 @@ x, x₀, s, y: [..., D]; λᵣ, λ₀: scalars. Source: Zhang & Sennrich, arXiv 
 Backward, with x̂ = s·rstd:  g = ds + rstd·(dy − x̂·mean(dy·x̂));  dx = λᵣ·g;  dx₀ = λ₀·g + the gradient of the x₀ that was
 returned;  dλᵣ = Σ g·x;  dλ₀ = Σ g·x₀, per block of rows first and then over the blocks, in a fixed order.
 
-`norm_factors` does not write y = rstd ⊙ s: it returns the two factors, and the product that reads y multiplies by rstd
-in its epilogue. The gradient that this product sends back for s is rstd ⊙ dy, and g = ds + rstd·dy − x̂·mean(rstd·dy·x̂)
+`norm_factors` does not write y = rstd ⊙ s: it returns the two factors, and the op that reads y multiplies by rstd in
+its epilogue. The gradient that this product sends back for s is rstd ⊙ dy, and g = ds + rstd·dy − x̂·mean(rstd·dy·x̂)
 needs no more.
 
 Saved: rstd in fp32, and with x₀ the tensors that s is made of. Without x₀ there is no λ whose gradient needs them: y is
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import EPS, gpu_arch, tl, triton, upcast, use_kernels
+from .common import EPS, Factors, gpu_arch, tl, triton, upcast, use_kernels
 
 
 def rms_norm_ref(
@@ -273,24 +273,35 @@ def norm_factors_ref(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) 
     return s.to(x.dtype), s.to(x.dtype), rstd, x0
 
 
-def norm_factors(x: Tensor, x0: Tensor, lambda_r: Tensor, lambda_0: Tensor) -> tuple[Tensor, ...]:
-    """The mixed stream s, and its norm y = rstd ⊙ s as two factors for `qkv_projection`.
+def norm_factors(
+    x: Tensor,
+    x0: Tensor | None = None,
+    lambda_r: Tensor | None = None,
+    lambda_0: Tensor | None = None,
+    y_only: bool = False,
+) -> tuple[Tensor | Factors | None, ...]:
+    """`rms_norm` with a y that is not written but left to the op that reads it, as `Factors`.
 
     Args:
         x, x0, lambda_r, lambda_0: those of `rms_norm`.
+        y_only: s is not wanted for itself. It is made all the same: it is a factor.
 
     Returns:
-        (s, factor, rstd, x0). s: for the residual stream. factor: s again, for the product; the kernels take its
-        gradient to be rstd ⊙ dy, and add by themselves what reaches x through rstd. rstd: [...] in fp32, without a
-        gradient. x0: for the next layer, as from `rms_norm`.
+        (s, y), and with `x0` also a view of it, as `rms_norm` does. With `x0` y is for `qkv_projection`: the kernels
+        take the gradient of its stream to be rstd ⊙ dy, and add by themselves what reaches x through rstd. Without it y
+        is for `relu2_mlp`, which takes rstd itself: nothing is left to do here.
 
     Raises:
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
-    if not use_kernels(x):
-        return norm_factors_ref(x, x0, lambda_r, lambda_0)
-    dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
-    return _RMSNorm.apply(x, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "factors")
+    if x0 is None:
+        return None if y_only else x, Factors(x, None)
+    if use_kernels(x):
+        dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
+        s, factor, rstd, x0 = _RMSNorm.apply(x, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "factors")
+    else:
+        s, factor, rstd, x0 = norm_factors_ref(x, x0, lambda_r, lambda_0)
+    return None if y_only else s, Factors(factor, rstd), x0
 
 
 def cost(

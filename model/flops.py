@@ -2,13 +2,14 @@
 
 `flops_per_token` is the convention that published MFU figures use: attention is charged for a whole window at every
 position, causal or not. `flops_per_token_causal` charges only for the query-key pairs that exist. Both count forward
-plus backward as three times the forward, and a multiply-add as two.
+plus backward as three times the forward, and a multiply-add as two. Which parameters multiply a token is a property of
+the model (`model.gpt.LOOKED_UP`), whoever updates them; N is the number of those.
 """
 
 import re
 
 from .config import GPTConfig
-from .gpt import count_parameters
+from .gpt import matrix_parameters
 
 H100_PEAK = 989.5e12  # dense bf16 FLOP/s, SXM datasheet: what `mfu` divides by, on any GPU
 
@@ -37,14 +38,8 @@ def device_peak(name: str) -> float | None:
     return next((peak for key, peak in DEVICE_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
-def matrix_parameters(config: GPTConfig) -> int:
-    """Parameters that multiply every token: all but the embeddings (looked up) and the scalars."""
-    counts = count_parameters(config)
-    return counts["lm_head"] + counts["blocks"]
-
-
 def flops_per_token(config: GPTConfig) -> int:
-    """6·(matrix parameters) + Σ_layers 12·heads·head_dim·min(window, T)."""
+    """6·N + Σ_layers 12·heads·head_dim·min(window, T)."""
     attention = sum(12 * config.d_model * min(window, config.seq_len) for window in config.windows)
     return 6 * matrix_parameters(config) + attention
 
@@ -56,6 +51,6 @@ def visited_pairs(seq_len: int, window: int) -> int:
 
 
 def flops_per_token_causal(config: GPTConfig) -> float:
-    """6·(matrix parameters) + Σ_layers 12·heads·head_dim·(visited pairs / T)."""
+    """6·N + Σ_layers 12·heads·head_dim·(visited pairs / T)."""
     pairs = sum(visited_pairs(config.seq_len, window) for window in config.windows)
     return 6 * matrix_parameters(config) + 12 * config.d_model * pairs / config.seq_len

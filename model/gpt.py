@@ -2,7 +2,8 @@
 
 Parameters of one kind are one tensor for all layers, [L, rows, cols]: the optimizer updates each stack as a batch.
 A new weight is one line in `parameter_shapes`, one in `init_weights`, its use in `features` or `_layer`, and its name
-where it is updated: in `BLOCK_WEIGHTS`, or in a group of the optimizer.
+where it is updated: in `BLOCK_WEIGHTS`, or in a group of the optimizer. It counts as a matrix that multiplies every
+token, in MFU too, unless `LOOKED_UP` or `SCALARS` names it.
 """
 
 import math
@@ -19,7 +20,7 @@ from .config import GATE_CHANNELS, GPTConfig
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by name. Those of three dimensions in `BLOCK_WEIGHTS` are stacks of matrices."""
+    """Shape of every parameter by name. Those of three dimensions are stacks: of matrices, but for `LOOKED_UP`."""
     L, D, V = config.depth, config.d_model, config.vocab_size
     return {
         "wte": (V, D),
@@ -35,17 +36,31 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-BLOCK_WEIGHTS = ("w_qkv", "w_out", "w_fc", "w_proj", "w_gate")
+# What a parameter does in the forward: of these a token reads its row, or one number. Every other multiplies it.
+LOOKED_UP = ("wte", "value_embeddings")
 SCALARS = ("lambda_r", "lambda_0")
+
+BLOCK_WEIGHTS = ("w_qkv", "w_out", "w_fc", "w_proj", "w_gate")  # updated by Muon, as batches of matrices
 
 
 def count_parameters(config: GPTConfig) -> dict[str, int]:
-    """Parameters by kind: wte, value_embeddings, lm_head and every other table, blocks, scalars, and their total."""
-    size = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    counts = {name: n for name, n in size.items() if name not in BLOCK_WEIGHTS + SCALARS}
-    counts["blocks"] = sum(size[name] for name in BLOCK_WEIGHTS)
-    counts["scalars"] = sum(size[name] for name in SCALARS)
+    """Parameters by kind: blocks (the stacks of matrices), scalars, every other by its name, and their total."""
+    counts, stacks, scalars = {}, 0, 0
+    for name, shape in parameter_shapes(config).items():
+        if name in SCALARS:
+            scalars += math.prod(shape)
+        elif len(shape) == 3 and name not in LOOKED_UP:
+            stacks += math.prod(shape)
+        else:
+            counts[name] = math.prod(shape)
+    counts |= {"blocks": stacks, "scalars": scalars}
     return {**counts, "total": sum(counts.values())}
+
+
+def matrix_parameters(config: GPTConfig) -> int:
+    """Parameters that multiply every token: all but the tables that are looked up and the scalars."""
+    shapes = parameter_shapes(config)
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in LOOKED_UP + SCALARS)
 
 
 class GPT(nn.Module):
@@ -56,6 +71,7 @@ class GPT(nn.Module):
         recompute: the backward makes the largest tensors of each layer again instead of keeping them: the same
             gradients, bit by bit, in less memory and more time.
         fused_norms: inside the layers, norms live in the epilogues of the kernels' products; references do not differ.
+            A layer is the same code: its norms come as `kernels.Factors`, an error where they are read as a tensor.
     """
 
     def __init__(self, config: GPTConfig, device=None, recompute: bool = False, fused_norms: bool = False):
@@ -142,26 +158,22 @@ class GPT(nn.Module):
         w_qkv, w_fc, w_proj = weight(self.w_qkv, i), weight(self.w_fc, i), weight(self.w_proj, i)
         ve, look_up = value or (None, None)
         w_gate = None if value is None else weight(self.w_gate, config.ve_layers.index(i))
-        if self.fused_norms:
-            x, y, rstd, x0 = kernels.norm_factors(*streams)
-            with _forgetting(y, lambda: kernels.norm_factors(*streams)[1], recompute):
-                qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate, rstd, grads_scaled=True)
-        else:
-            rstd = None
-            x, y, x0 = kernels.rms_norm(*streams)
-            with _forgetting(y, lambda: kernels.rms_norm(*streams, y_only=True)[1], recompute):
-                qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate)
+        # Fused, a norm comes as factors, which only the ops that have it in their epilogues can read.
+        norm = kernels.norm_factors if self.fused_norms else kernels.rms_norm
+        x, y, x0 = norm(*streams)
+        with _forgetting(y, lambda: norm(*streams, y_only=True)[1], recompute):
+            qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate)
         with _forgetting(ve, lambda: look_up()[0], recompute and value is not None):
             attn = kernels.rotary_attention(
-                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True, grad_scale=rstd
+                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True
             )
-        # The stream in two factors is also what the products before attention have kept.
+        # A factor is also what the products before attention have kept.
         x = kernels.linear(attn, weight(self.w_out, i), residual=x, overwrite=not self.fused_norms)
-        if self.fused_norms:
-            return kernels.norm_relu2_mlp(x, w_fc, w_proj, recompute=recompute), x0
-        x, y = kernels.rms_norm(x)
+        x, y = norm(x)
         return kernels.relu2_mlp(y, w_fc, w_proj, residual=x, recompute=recompute, overwrite=True), x0
 
 
-def _forgetting(tensor: Tensor | None, again: Callable[[], Tensor], when: bool) -> AbstractContextManager:
+def _forgetting(
+    tensor: Tensor | kernels.Factors | None, again: Callable[[], Tensor | kernels.Factors], when: bool
+) -> AbstractContextManager:
     return kernels.recomputed(tensor, again) if when else nullcontext()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import compare, gpu_tests, profile, runs
 from model import GPT, GPTConfig

@@ -22,9 +22,9 @@ from bench import providers as providers_module
 from bench import test_ops as suite
 from bench.ceilings import Ceilings
 from bench.conftest import out_of_time
+from bench.ops import Op
 from bench.providers import COMPILE, EAGER, TRITON, Provider, assert_right, providers
 from bench.results import relative_speeds, row, step_table, table
-from bench.roofline import Op
 from bench.timing import Timing, _captured, device_time, replay, time_call
 from kernels.common import use_kernels
 from kernels.rotary_attention.reference import window_attention_ref
@@ -34,26 +34,26 @@ ROOT = Path(__file__).parent.parent
 VE = (("has_ve", True),)
 # Small enough for the interpreter.
 SMALL = {
-    "rms_norm": Op("λ-mix and norm", 1, "rms_norm", (9, 24), (("has_x0", True),)),
+    "rms_norm": Op("rms_norm, mix", 1, "rms_norm", (9, 24), (("has_x0", True),)),
     "linear": Op("linear", 1, "linear", (9, 24, 16), (("residual", True),)),
-    "qkv_projection": Op("qkv", 1, "qkv_projection", (9, 24, 16, 2, 8)),
-    "rotary_attention": Op("attention", 1, "rotary_attention", (2, 19, 4, 2, 16, 7), VE),
-    "mlp": Op("mlp", 1, "mlp", (9, 16, 64)),
-    "norm_factors": Op("λ-mix and norm", 1, "rms_norm", (9, 24), (("has_x0", True), ("has_y", False))),
-    "norm_qkv_projection": Op("qkv", 1, "qkv_projection", (9, 24, 16, 2, 8), (("norm", True),)),
-    "norm_mlp": Op("mlp", 1, "mlp", (9, 16, 64), (("norm", True),)),
-    "linear_cross_entropy": Op("head and loss", 1, "linear_cross_entropy", (9, 16, 50)),
+    "qkv_projection": Op("qkv_projection", 1, "qkv_projection", (9, 24, 16, 2, 8)),
+    "rotary_attention": Op("rotary_attention", 1, "rotary_attention", (2, 19, 4, 2, 16, 7), VE),
+    "relu2_mlp": Op("relu2_mlp", 1, "mlp", (9, 16, 64)),
+    "norm_factors": Op("norm_factors", 1, "rms_norm", (9, 24), (("has_x0", True), ("has_y", False))),
+    "norm_qkv_projection": Op("qkv_projection, norm", 1, "qkv_projection", (9, 24, 16, 2, 8), (("norm", True),)),
+    "norm_relu2_mlp": Op("norm_relu2_mlp", 1, "mlp", (9, 16, 64), (("norm", True),)),
+    "linear_cross_entropy": Op("linear_cross_entropy", 1, "linear_cross_entropy", (9, 16, 50)),
     "embedding": Op("embedding", 1, "embedding", (30, 11, (16, 8))),
-    "polar_express": Op("Polar Express", 1, "polar_express", (2, 16, 24)),
-    "muon": Op("Muon", 1, "muon", (2 * 16 * 24,), shape=(2, 16, 24)),
-    "adamw": Op("AdamW", 1, "adamw", (96,)),
+    "polar_express": Op("polar_express", 1, "polar_express", (2, 16, 24)),
+    "muon_update": Op("muon_update", 1, "muon", (2 * 16 * 24,), shape=(2, 16, 24)),
+    "adamw_update": Op("adamw_update", 1, "adamw", (96,)),
 }
 
 
 @pytest.mark.parametrize("op", SMALL.values(), ids=SMALL.keys())
 def test_kernels_and_references_pass_their_check(monkeypatch, op):
     exact_bfloat16(monkeypatch)  # Polar Express iterates in it
-    assert EAGER.functions.keys() == SMALL.keys() - {"norm_factors", "norm_qkv_projection", "norm_mlp"}
+    assert EAGER.functions.keys() == SMALL.keys() - {"norm_factors", "norm_qkv_projection", "norm_relu2_mlp"}
     for provider in [TRITON, *[EAGER] * (problems.kind(op) in EAGER.functions)]:
         for direction in problems.directions(op):
             assert_right(provider, op, direction, DEVICE, torch.float32)
@@ -101,22 +101,27 @@ def not_a_number(*inputs, **constants):
 def factors_of_a_written_norm(x, x0, lambda_r, lambda_0):
     """The gradient of y = rstd ⊙ s where that of rstd ⊙ y is due."""
     s, y, x0 = kernels.rms_norm(x, x0, lambda_r, lambda_0)
-    return [s, s.detach() + y - y.detach(), kernels.norm_factors(x, x0, lambda_r, lambda_0)[2].detach(), x0]
+    return [s, s.detach() + y - y.detach(), problems.norm_factors(x, x0, lambda_r, lambda_0)[2].detach(), x0]
+
+
+def scaled_twice(*inputs, rstd):
+    return [rstd[..., None] * out + (1 - rstd[..., None]) * out.detach()
+            for out in problems.norm_qkv_projection(*inputs, rstd=rstd)]  # fmt: skip
 
 
 MUTANTS = {
-    "rstd": ("norm_factors", "forward", lambda *x: [*kernels.norm_factors(*x)[:2], x[0][:, 0] + 1, x[1]]),
+    "rstd": ("norm_factors", "forward", lambda *x: [*problems.norm_factors(*x)[:2], x[0][:, 0] + 1, x[1]]),
     "gradient of a factor": ("norm_factors", "both", factors_of_a_written_norm),
-    "gradient scaled twice": ("norm_qkv_projection", "both", lambda *x, rstd: kernels.qkv_projection(*x, rstd)),
+    "gradient scaled twice": ("norm_qkv_projection", "both", scaled_twice),
     "no rstd": ("norm_qkv_projection", "forward", lambda *x, rstd: kernels.qkv_projection(*x)),
-    "no norm": ("norm_mlp", "forward", lambda x, *weights: kernels.relu2_mlp(x, *weights, x)),
+    "no norm": ("norm_relu2_mlp", "forward", lambda x, *weights: kernels.relu2_mlp(x, *weights, x)),
     "gradient of a product": ("linear", "both", scaled_gradient(kernels.linear)),
-    "gradient of the mlp": ("mlp", "both", scaled_gradient(kernels.relu2_mlp)),
+    "gradient of the mlp": ("relu2_mlp", "both", scaled_gradient(kernels.relu2_mlp)),
     "window": ("rotary_attention", "forward", one_key_less),
     "softcap": ("linear_cross_entropy", "forward", without_softcap),
     "mix": ("rms_norm", "forward", without_mix),
-    "momentum": ("muon", "update", without_momentum),
-    "bias correction": ("adamw", "update", lambda *x, hyper, apply: problems.adamw_update(
+    "momentum": ("muon_update", "update", without_momentum),
+    "bias correction": ("adamw_update", "update", lambda *x, hyper, apply: problems.adamw_update(
         *x, hyper=hyper * torch.tensor([1.0, 0.9, 1.0]), apply=apply)),
     "orthogonality": ("polar_express", "update", lambda g, dtype: kernels.polar_express(g, dtype) * 1.1),
     "NaN": ("embedding", "forward", not_a_number),
@@ -140,10 +145,10 @@ def test_bytes_and_flops_are_the_ops_own():
     assert problems.cost(attention, "both") == (forward[0] + backward[0], forward[1] + backward[1])
     assert problems.cost(attention, "forward", itemsize=4)[0] == 2 * forward[0]
     # Muon holds Polar Express; in fp32 neither it nor AdamW writes a copy: 2 bytes an element less.
-    muon, polar = SMALL["muon"], SMALL["polar_express"].cost()
+    muon, polar = SMALL["muon_update"], SMALL["polar_express"].cost()
     assert problems.cost(muon, "update")[0] == muon.sizes[0] * 30 + polar[0]
     assert problems.cost(muon, "update", itemsize=4)[0] == muon.sizes[0] * 28 + polar[0]
-    assert problems.cost(SMALL["adamw"], "update") == (96 * 30, 96 * 13)
+    assert problems.cost(SMALL["adamw_update"], "update") == (96 * 30, 96 * 13)
 
 
 def test_fewer_tokens_are_whole_rows():
@@ -151,11 +156,11 @@ def test_fewer_tokens_are_whole_rows():
     assert problems.with_tokens(op, 250).sizes == (2, 100, 4, 4, 16, 50)
     assert problems.with_tokens(op, 10).sizes[0] == 1
     assert problems.tokens_of(op) == 800
-    assert problems.with_tokens(SMALL["mlp"], 4).sizes == (4, 16, 64)
+    assert problems.with_tokens(SMALL["relu2_mlp"], 4).sizes == (4, 16, 64)
 
 
 def test_want_of_memory_halves_the_rows(monkeypatch):
-    op, built = Op("norm", 1, "rms_norm", (12, 24)), []
+    op, built = Op("rms_norm", 1, "rms_norm", (12, 24)), []
 
     def build(op, *rest):
         built.append(op.sizes[0])
@@ -176,7 +181,7 @@ def test_want_of_memory_halves_the_rows(monkeypatch):
 
 
 def figures(provider: str, milliseconds: float, direction: str = "forward") -> dict:
-    op = Op("norm", 1, "rms_norm", (1000, 100))
+    op = Op("rms_norm", 1, "rms_norm", (1000, 100))
     took = Timing([milliseconds / 1e3] * 3, "events")
     return row(op, op, direction, provider, took, 2, Ceilings(1e12, 2e9), "NVIDIA H200", None)
 
@@ -205,9 +210,9 @@ def test_the_table_keeps_what_is_compared_together():
     assert relative_speeds(rows) == [1.0, 1.0, 0.5, 2.0]
     lines = table(rows)
     assert [line.split()[:4] for line in lines[1:]] == [
-        ["norm", "1000x100", "forward", "triton"],
+        ["rms_norm", "1000x100", "forward", "triton"],
         ["eager", "1.00", "0.404", "0.000400"],
-        ["norm", "1000x100", "both", "triton"],
+        ["rms_norm", "1000x100", "both", "triton"],
         ["eager", "1.00", "1.21", "0.00130"],
     ]
     assert [line.rstrip().split()[-1] for line in lines[1:]] == ["1.00x", "0.50x", "1.00x", "2.00x"]
@@ -332,26 +337,35 @@ def fake_flash_attention(monkeypatch):
 @pytest.mark.parametrize("fake", [fake_liger, fake_quack, fake_flash_attention])
 def test_what_is_put_around_a_peer_makes_it_our_op(monkeypatch, fake):
     functions = fake(monkeypatch)
-    plain = [Op("norm", 1, "rms_norm", (9, 24)), Op("attention", 1, "rotary_attention", (2, 19, 4, 4, 16, 19))]
+    attention = Op("rotary_attention", 1, "rotary_attention", (2, 19, 4, 4, 16, 19))
+    plain = [Op("rms_norm", 1, "rms_norm", (9, 24)), attention]
     for op in [*(op for op in plain if op.module in functions), *(SMALL[module] for module in functions)]:
         for direction in problems.directions(op):
             assert_right(Provider("peer", "reference", functions), op, direction, "cpu", torch.float32)
 
 
+def test_cases_are_named_after_the_public_ops():
+    """Each op at the door of `kernels` is found by its name, also where it cannot be run."""
+    ids = [case.id for case in suite.cases() if not case.id.startswith("none-")]
+    for name in kernels.op_names():
+        assert any(case.startswith(name) for case in ids), f"-k {name} finds nothing"
+    assert all(case.startswith(tuple(kernels.op_names())) for case in ids)
+
+
 def test_the_suite_from_outside(tmp_path):
     """Times in JSON and table are the same; what cannot run is one line a provider."""
     path = tmp_path / "ops.json"
-    command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "--benchmark-only", "-k", "AdamW_lambda_r or none"]
-    command += ["--benchmark-json", str(path)]
+    command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "--benchmark-only"]
+    command += ["-k", "adamw_update_lambda_r or none", "--benchmark-json", str(path)]
     # Told that it is one of several processes, pytest measures nothing.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     benchmarks = json.loads(path.read_text())["benchmarks"]
-    assert [b["extra_info"]["op"] for b in benchmarks] == ["AdamW lambda_r"]
+    assert [b["extra_info"]["op"] for b in benchmarks] == ["adamw_update lambda_r"]
     for b in benchmarks:
         assert 1e3 * b["stats"]["median"] == pytest.approx(b["extra_info"]["ms"])
-        assert any(line.startswith("AdamW lambda_r") for line in done.stdout.splitlines())
+        assert any(line.startswith("adamw_update lambda_r") for line in done.stdout.splitlines())
     lines = [line for line in done.stdout.splitlines() if line.startswith("not measured")]
     assert len(lines) == 3, lines
 

@@ -171,9 +171,9 @@ def test_the_bad_gradient_is_named(monkeypatch, value, text):
 
 def test_watching_leaves_the_ops_as_they_were():
     step = make_step()
-    before = {name: getattr(replay.kernels, name) for name in replay.OPS}
+    before = {name: getattr(replay.kernels, name) for name in replay.kernels.op_names()}
     rows = [line.split() for line in replay.activations(step, next(endless_batches()).tokens)]
-    assert before == {name: getattr(replay.kernels, name) for name in replay.OPS}
+    assert before == {name: getattr(replay.kernels, name) for name in before}
     names = [name for name, *_ in rows]
     assert names[:2] == ["embedding", "embedding"]
     assert names.count("relu2_mlp[0]") == names.count("relu2_mlp[1]") == names.count("rotary_attention[1]") == 1
@@ -191,8 +191,8 @@ def test_what_an_op_returned_is_seen_before_another_writes_over_it(fused_norms):
         seen[ops] = [line.split() for line in replay.activations(step, tokens)]
     replay.kernels.set_ops(None)
     names = [name for name, *_ in seen["triton"]]
-    norm, block = ("norm_factors", "norm_relu2_mlp") if fused_norms else ("rms_norm", "relu2_mlp")
-    assert {f"{norm}[0]", f"{norm}[1]", f"{block}[0]", f"{block}[1]"} <= {*names}
+    norm = "norm_factors" if fused_norms else "rms_norm"
+    assert {f"{name}[{i}]" for name in (norm, "qkv_projection", "relu2_mlp") for i in range(2)} <= {*names}
     assert names[-2:] == ["rms_norm", "linear_cross_entropy"]
     for reference, kernel in zip(*seen.values(), strict=True):
         assert kernel[:4] == reference[:4]

@@ -1,10 +1,14 @@
 """Parameter and FLOP counts: the published configuration, and brute force."""
 
-import pytest
+import math
 
+import pytest
+import torch
+
+import kernels
 from model import GPT, GPTConfig, flops_per_token, flops_per_token_causal, gpt, visited_pairs
-from model.flops import device_peak, matrix_parameters
-from model.gpt import count_parameters
+from model.flops import device_peak
+from model.gpt import count_parameters, matrix_parameters
 
 
 def test_parameters_by_kind_of_the_default():
@@ -20,15 +24,43 @@ def test_count_is_what_the_module_holds():
     assert count_parameters(config)["total"] == sum(p.numel() for p in GPT(config).parameters())
 
 
-def test_a_new_table_is_counted_and_not_charged(monkeypatch):
+@pytest.mark.parametrize("shape", [(1000, 512), (8, 125, 512)])
+def test_a_new_parameter_is_counted_and_charged_unless_it_is_looked_up(monkeypatch, shape):
+    """What no list names is a matrix: it never goes uncounted without a word."""
     config = GPTConfig()
     shapes = gpt.parameter_shapes(config)
     without = count_parameters(config), flops_per_token(config)
-    monkeypatch.setattr(gpt, "parameter_shapes", lambda config: shapes | {"bigrams": (1000, 512)})
+    monkeypatch.setattr(gpt, "parameter_shapes", lambda config: shapes | {"new": shape})
     counts = count_parameters(config)
-    assert counts["bigrams"] == 512_000
-    assert counts["total"] == without[0]["total"] + 512_000
+    assert counts.get("new", counts["blocks"] - without[0]["blocks"]) == math.prod(shape)
+    assert counts["total"] == without[0]["total"] + math.prod(shape)
+    assert flops_per_token(config) == without[1] + 6 * math.prod(shape)
+    monkeypatch.setattr(gpt, "LOOKED_UP", (*gpt.LOOKED_UP, "new"))
+    assert count_parameters(config)["new"] == math.prod(shape)
     assert flops_per_token(config) == without[1]
+
+
+def test_who_updates_a_matrix_does_not_change_what_it_costs(monkeypatch):
+    config = GPTConfig()
+    before = count_parameters(config), flops_per_token(config), flops_per_token_causal(config)
+    monkeypatch.setattr(gpt, "BLOCK_WEIGHTS", tuple(name for name in gpt.BLOCK_WEIGHTS if name != "w_out"))
+    assert (count_parameters(config), flops_per_token(config), flops_per_token_causal(config)) == before
+
+
+def test_what_is_looked_up_is_what_the_model_looks_up():
+    config = GPTConfig(vocab_size=300, seq_len=16, depth=3, d_model=64, head_dim=32)
+    model, read = GPT(config), set()
+    model.init_weights(0)
+
+    def call(name, op, args, kwargs):
+        if name == "embedding":
+            read.update(table.untyped_storage().data_ptr() for table in args[1])
+        return op(*args, **kwargs)
+
+    with kernels.watched(call):
+        model(torch.zeros(1, 16, dtype=torch.int32))
+    names = {name for name, p in model.named_parameters() if p.untyped_storage().data_ptr() in read}
+    assert names == {*gpt.LOOKED_UP}
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 16])

@@ -9,7 +9,7 @@ import kernels
 from kernels.common import upcast
 from kernels.gemm import gemm_config
 from kernels.rotary_attention import rotary_attention_ref, rotary_tables
-from model import GPTConfig
+from model import GPT, GPTConfig
 from tests.kernel_checks import DEVICE, assert_as_good, compared, mutant, outputs_and_gradients
 from tests.test_kernels_together import check_step, loss_and_gradients
 from tests.test_mlp_kernel import SMALL_TILES
@@ -121,10 +121,10 @@ def attention_ref(x, x0, lambda_r, lambda_0, w_qkv, w_gate, ve):
 
 def attention_of(factors, products, attention=kernels.rotary_attention):
     def function(x, x0, lambda_r, lambda_0, w_qkv, w_gate, ve):
-        s, y, rstd, _ = factors(x, x0, upcast(lambda_r), upcast(lambda_0))
-        qkv, gate = products(y, w_qkv, w_gate, rstd, grads_scaled=True)
+        s, y, _ = factors(x, x0, upcast(lambda_r), upcast(lambda_0))
+        qkv, gate = products(y, w_qkv, w_gate)
         cos, sin = rotary_tables(x.shape[1], HEAD_DIM, device=DEVICE)
-        return s, attention(qkv, cos, sin, H, WINDOW, ve, gate, overwrite=True, grad_scale=rstd)
+        return s, attention(qkv, cos, sin, H, WINDOW, ve, gate, overwrite=True)
 
     return function
 
@@ -152,7 +152,7 @@ def test_references_do_not_need_scaled_gradients():
 CHAIN_MUTANTS = {
     "no rstd in the product": (projection, ("(acc * rstd[:, None])", "acc")),
     "no rstd in the gate": (projection, ("gate.mul_(rstd.view(-1, 1))", "pass")),
-    "gradients scaled twice": (projection, ("if ctx.to_scale", "if True")),
+    "gradients not scaled": (projection, ("GradScaled(qkv, rstd)", "GradScaled(qkv, torch.ones_like(rstd))")),
     "the gate's dx is lost": (projection, ("dx[:, :channels].addmm_(dgate, gate_weight)", "pass")),
     "a row past the end": (projection, ("offs_m, mask=offs_m < M,", "offs_m, mask=offs_m < M - 1,")),
     "no projection": (rms_norm, ("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", "")),
@@ -174,29 +174,20 @@ def test_chain_mutants_fail(name, tmp_path):
         check_attention(function)
 
 
-def test_the_projection_scales_gradients_by_itself_where_nobody_has():
-    x, rstd, w, w_gate = draw(((3, 17, 40), 1.0), ((3, 17), 0.2), ((53, 40), 0.2), ((3, 8), 0.3))
-    rstd = rstd.exp()
-
-    def given(f):
-        return lambda x, w, w_gate: f(x, w, w_gate, rstd.to(x.dtype))
-
-    for gate in (w_gate, None):
-        functions = given(kernels.qkv_projection), given(projection.qkv_projection_ref)
-        for values in compared(*functions, [[x, w, gate]], torch.float32):
-            assert_as_good("qkv_projection", *values)
-
-
 @pytest.mark.parametrize("has_ve", [True, False])
 def test_attention_scales_the_gradients_of_qkv_and_gate_alone(has_ve):
     qkv, ve, gate, scale = draw(((2, 21, 64), 1.0), ((2, 21, 16), 1.0), ((2, 21, 1), 1.0), ((2, 21), 1.0))
     cos, sin = rotary_tables(21, HEAD_DIM, device=DEVICE)
     inputs = [qkv, ve, gate] if has_ve else [qkv]
 
+    def wanted(tensor, scale):
+        return tensor if None in (tensor, scale) else kernels.GradScaled(tensor, scale)
+
     def gradients(scale):
         return outputs_and_gradients(
-            lambda qkv, *value: kernels.rotary_attention(qkv, cos, sin, H, WINDOW, *value, grad_scale=scale),
-            inputs, torch.float32,
+            lambda qkv, ve=None, gate=None: kernels.rotary_attention(
+                wanted(qkv, scale), cos, sin, H, WINDOW, ve, wanted(gate, scale)
+            ), inputs, torch.float32,
         )  # fmt: skip
 
     plain, scaled = gradients(None), gradients(scale)
@@ -220,17 +211,77 @@ def test_the_whole_model(monkeypatch):
 def test_errors_name_the_argument():
     x, rstd, w, w_gate = draw(((4, 8), 1.0), ((4,), 1.0), ((6, 8), 1.0), ((2, 4), 1.0))
     for named, arguments in {
-        "weight": (x, w.half(), w_gate, rstd),
-        "gate_weight": (x, w, w_gate[0], rstd),
-        "fit": (x, w[:, :5], w_gate, rstd),
-        "rstd": (x, w, w_gate, rstd[:2]),
-        "float64": (x.double(), w, w_gate, rstd),
+        "weight": (x, rstd, w.half(), w_gate),
+        "gate_weight": (x, rstd, w, w_gate[0]),
+        "fit": (x, rstd, w[:, :5], w_gate),
+        "rstd": (x, rstd[:2], w, w_gate),
+        "without rstd": (x, None, w, w_gate),
+        "float64": (x.double(), rstd, w, w_gate),
     }.items():
         with pytest.raises(ValueError, match=named):
-            kernels.qkv_projection(*arguments)
+            kernels.qkv_projection(kernels.Factors(*arguments[:2]), *arguments[2:])
     cos, sin = rotary_tables(4, HEAD_DIM, device=DEVICE)
+    qkv, ve, gate = draw(((1, 4, 64), 1.0), ((1, 4, 16), 1.0), ((1, 4, 1), 1.0))
     with pytest.raises(ValueError, match="grad_scale"):
-        kernels.rotary_attention(draw(((1, 4, 64), 1.0))[0], cos, sin, H, WINDOW, grad_scale=rstd)
+        kernels.rotary_attention(kernels.GradScaled(qkv, rstd), cos, sin, H, WINDOW)
+    scaled = kernels.GradScaled(qkv, rstd[None])
+    with pytest.raises(ValueError, match="both as GradScaled"):
+        kernels.rotary_attention(scaled, cos, sin, H, WINDOW, ve, gate)
+    w_fc, w_proj = draw(((16, 8), 1.0), ((8, 16), 1.0))
+    for wrong in (kernels.Factors(x, rstd), kernels.Factors(x.clone(), None)):
+        with pytest.raises(ValueError, match="norm_factors"):
+            kernels.relu2_mlp(wrong, w_fc, w_proj, x)
+
+
+@pytest.mark.parametrize("ops", ["reference", "triton"])
+def test_what_does_not_know_a_fused_norm_is_an_error(ops):
+    """Neither a norm's factors nor what wants a scaled gradient passes for a tensor: not in an op, not in PyTorch."""
+    kernels.set_ops(ops)
+    x, x0, w, w_proj = draw(((3, 4, 8), 1.0), ((3, 4, 8), 1.0), ((24, 8), 1.0), ((8, 24), 1.0))
+    lambdas = [torch.tensor(value, device=DEVICE) for value in (1.25, -0.375)]
+    qkv, _ = kernels.qkv_projection(kernels.norm_factors(x, x0, *lambdas)[1], w)
+    for strange in (kernels.norm_factors(x)[1], kernels.norm_factors(x, x0, *lambdas)[1], qkv):
+        for reads in (
+            lambda y: kernels.linear(y, w), lambda y: torch.nn.functional.linear(y, w), lambda y: y @ w.mT,
+            lambda y: y[..., :4], lambda y: x + y, lambda y: y.relu(), lambda y: kernels.rms_norm(y),
+            lambda y: kernels.linear(x, w_proj[:, :8], residual=y),
+        ):  # fmt: skip
+            with pytest.raises((TypeError, AttributeError)):
+                reads(strange)
+
+
+class _OtherMLP(GPT):
+    """Its feed-forward block is another one."""
+
+    def _layer(self, i, x, x0, value):
+        block = kernels.relu2_mlp
+
+        def silu_mlp(y, w_fc, w_proj, residual, **options):
+            return kernels.linear(torch.nn.functional.silu(kernels.linear(y, w_fc)), w_proj, residual=residual)
+
+        kernels.relu2_mlp = silu_mlp
+        try:
+            return super()._layer(i, x, x0, value)
+        finally:
+            kernels.relu2_mlp = block
+
+
+def test_another_block_never_trains_as_the_old_one():
+    """A layer has one call of its feed-forward block. One that knows no factors is an error with --fused-norms, and its
+    loss without them is not that of the old block."""
+    kernels.set_ops("reference")
+    shape = GPTConfig(vocab_size=50, seq_len=8, depth=2, d_model=32, head_dim=16)
+    tokens = torch.arange(9)[None]
+    losses = []
+    for kind in (GPT, _OtherMLP):
+        model = kind(shape)
+        model.init_weights(0)
+        torch.nn.init.normal_(model.w_proj, generator=torch.Generator().manual_seed(0))
+        losses.append(model(tokens[:, :-1], tokens[:, 1:]).item())
+    assert losses[0] != losses[1]
+    model.fused_norms = True
+    with pytest.raises((TypeError, AttributeError)):
+        model(tokens[:, :-1], tokens[:, 1:])
 
 
 def test_costs_count_what_is_no_longer_written():

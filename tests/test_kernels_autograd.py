@@ -22,12 +22,12 @@ def attention(qkv, ve, gate):
 
 
 def normed_products(x, weight, gate_weight):
-    return kernels.qkv_projection(x, weight, gate_weight, draw(5).exp())
+    return [out.tensor for out in kernels.qkv_projection(kernels.Factors(x, draw(5).exp()), weight, gate_weight)]
 
 
 def factors(*inputs):
-    s, again, _, x0 = kernels.norm_factors(*inputs)
-    return s, again, x0
+    s, y, x0 = kernels.norm_factors(*inputs)
+    return s, y.stream, x0
 
 
 def in_place(x, weight, residual):

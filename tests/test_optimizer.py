@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import problems
-from bench.roofline import Op
+from bench.ops import Op
 from kernels.muon import muon_update_ref, second_moment_shape
 from kernels.polar_express import COEFFICIENTS
 from model import GPT, GPTConfig

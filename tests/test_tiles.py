@@ -16,7 +16,7 @@ from small_targets import DTYPE, SMALL, TOLERANCE, config_of, small_targets
 import kernels
 from bench import tiles
 from bench.offline import Usage
-from bench.roofline import micro_step_ops
+from bench.ops import micro_step_ops
 from bench.targets import polar_express
 from bench.tiles import compile_all, launches_of, prepared, tiled
 from bench.tune import difference, nan_filled

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,49 +20,41 @@ from .resilience.failure import find, layers, read_failure
 from .results.run_folder import build_model, read_config
 from .step import TrainStep
 
-OPS = (
-    "embedding", "rms_norm", "norm_factors", "qkv_projection", "rotary_attention", "linear", "relu2_mlp",
-    "norm_relu2_mlp", "linear_cross_entropy",
-)  # fmt: skip
 
-
-@contextmanager
-def watching(see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Every tensor that an op of the forward returns is shown to `see`, with the name of the op."""
-    ops = {name: getattr(kernels, name) for name in OPS}
-
-    def watched(name, op):
-        def call(*args, **kwargs):
-            result = op(*args, **kwargs)
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, Tensor):
-                    see(name, tensor)
-            return result
-
-        return call
-
-    for name, op in ops.items():
-        setattr(kernels, name, watched(name, op))
-    try:
-        yield
-    finally:
-        for name, op in ops.items():
-            setattr(kernels, name, op)
+def tensors_of(result: object) -> Iterator[Tensor]:
+    """Those that an op returned, also as `kernels.Factors` or `kernels.GradScaled`."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for part in result:
+            yield from tensors_of(part)
 
 
 def activations(step: TrainStep, tokens: Tensor) -> list[str]:
     """What each op of the forward of `tokens` [B, T + 1] returns, in its order, with the layer it belongs to: a line a
     tensor, taken at once, because a later op may write over it."""
     seen: list[str] = []
-    tokens, depth, layer = tokens.to(step.device), step.model.config.depth, 0
+    tokens, layer, run_layer = tokens.to(step.device), None, step.model._layer
 
-    def see(op: str, tensor: Tensor) -> None:
+    def call(name: str, op: Callable, args: tuple, kwargs: dict) -> object:
+        result = op(*args, **kwargs)
+        label = name if layer is None else f"{name}[{layer}]"
+        seen.extend(line(label, tensor) for tensor in tensors_of(result))
+        return result
+
+    def in_layer(i: int, *args) -> object:
         nonlocal layer
-        seen.append(line(f"{op}[{layer}]" if layer < depth and op != "embedding" else op, tensor))
-        layer += op.endswith("relu2_mlp")  # the last op of each
+        layer = i
+        result = run_layer(i, *args)
+        layer = None
+        return result
 
-    with torch.no_grad(), step.precision(), watching(see):
-        step.model(tokens[:, :-1], tokens[:, 1:])
+    step.model._layer = in_layer
+    try:
+        with torch.no_grad(), step.precision(), kernels.watched(call):
+            step.model(tokens[:, :-1], tokens[:, 1:])
+    finally:
+        del step.model._layer
     return seen
 
 

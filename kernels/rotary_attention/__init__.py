@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common import use_kernels
+from ..common import GradScaled, use_kernels
 from .backward import attention_bwd
 from .compiled import compiled_attention, compiled_window_attention, prepare_compiled_attention
 from .forward import attention_fwd
@@ -111,15 +111,14 @@ class _RotaryAttention(torch.autograd.Function):
 
 
 def rotary_attention(
-    qkv: Tensor,
+    qkv: Tensor | GradScaled,
     cos: Tensor,
     sin: Tensor,
     num_heads: int,
     window: int,
     ve: Tensor | None = None,
-    gate: Tensor | None = None,
+    gate: Tensor | GradScaled | None = None,
     overwrite: bool = False,
-    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention over the packed projections of one layer.
 
@@ -130,8 +129,9 @@ def rotary_attention(
         window: keys back that a query sees, besides its own.
         ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
         overwrite: the caller needs qkv no more, and the kernels may work in its memory instead of in a copy.
-        grad_scale: [B, T], fp32. The kernels multiply the gradients of qkv and gate by it, token by token, while they
-            have them in registers: for a `qkv_projection` with rstd. References give them as they are.
+
+    Where qkv and gate come as `GradScaled`, from a `qkv_projection` of factors, the kernels multiply their gradients by
+    its scale, [B, T] in fp32, token by token, while they have them in registers. References give them as they are.
 
     Returns:
         [B, T, H·head_dim], in the dtype of `qkv`.
@@ -139,6 +139,11 @@ def rotary_attention(
     Raises:
         ValueError: the kernels do not take these shapes, dtypes or strides (each last dimension must be contiguous).
     """
+    scaled = isinstance(qkv, GradScaled)
+    if gate is not None and (isinstance(gate, GradScaled) != scaled or (scaled and gate.scale is not qkv.scale)):
+        raise ValueError("qkv and gate come from one qkv_projection: both as GradScaled, or neither")
+    qkv, grad_scale = qkv if scaled else (qkv, None)
+    gate = gate.tensor if scaled and gate is not None else gate
     if use_kernels(qkv):
         return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale)
     if torch.compiler.is_compiling():
