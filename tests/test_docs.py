@@ -312,7 +312,7 @@ def test_files_and_options_that_a_page_names_are_there(page):
 
 
 def test_the_rooms_of_the_tree_are_there():
-    tree = next(block for language, block in blocks(ROOT / "README.md") if language == "text" and "kernels/" in block[0])
+    tree = next(block for _, block in blocks(ROOT / "README.md") if block[0].startswith("kernels/"))
     assert len(tree) >= 7
     room = ROOT
     for line in tree:
@@ -326,7 +326,7 @@ def known_options() -> set[str]:
     parsers = []
 
     class Gathered(Parser):
-        def parse_args(self, args=None, namespace=None):
+        def parse_known_args(self, args=None, namespace=None):
             parsers.append(self)
             raise Stopped
 
