@@ -1,4 +1,5 @@
 # `make train`, `make test`, `make bench`: each makes .venv first if it is missing or older than pyproject.toml.
+# `make dev` makes it with all that every command of the documentation needs, and says how `python` becomes its Python.
 # Pass arguments on with ARGS: make train ARGS="--time-budget 10"
 PYTHON ?= python3
 VENV := .venv
@@ -9,11 +10,14 @@ ifeq ($(origin PYTHON)$(wildcard $(PY)),command line$(PY))
 $(info note: $(VENV) is there and keeps its Python; for one with $(PYTHON): make clean, then this again)
 endif
 
-.PHONY: train test bench lint clean
+.PHONY: train dev test bench lint clean
 .DEFAULT_GOAL := train
 
 train: $(VENV)/.runtime
 	$(PY) -m train $(ARGS)
+
+dev: $(VENV)/.dev
+	@echo "python is $(PY) in every shell that has run: source $(VENV)/bin/activate"
 
 # A process a core, at most four: each holds a GB. What takes a GPU runs after it, where there is one.
 test: $(VENV)/.dev

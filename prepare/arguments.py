@@ -5,7 +5,7 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from .errors import lost_output
@@ -14,11 +14,21 @@ from .words import printable
 
 class Parser(argparse.ArgumentParser):
     """argparse with exit code 2 and one line for an error, which names the nearest known option. Options are spelled
-    out, and the description keeps its lines."""
+    out, and the description keeps its lines.
 
-    def __init__(self, module: str, description: str):
-        super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False,
+    Args:
+        module: what follows `python -m`.
+        description: the first lines of the help.
+        meant: options of ours, by what people who know other programs call them.
+        usage: the first line of the help, where the list of all options would fill a screen.
+    """
+
+    def __init__(
+        self, module: str, description: str, meant: Mapping[str, Sequence[str]] | None = None, usage: str | None = None
+    ):
+        super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False, usage=usage,
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        self.meant = meant or {}
 
     def error(self, message: str):
         self.exit(2, f"error: {printable(message)}\n")
@@ -26,11 +36,22 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
             name = unknown[0].partition("=")[0]
-            near = [k for k in known if k.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ": --help lists all"))
+            near = " or ".join(self.near(name))
+            self.error(f"unknown argument {name}" + (f": did you mean {near}?" if near else ": --help lists all"))
         return parsed
+
+    def near(self, name: str) -> list[str]:
+        """At most three options that somebody may have meant by `name`: what it is called elsewhere, what it begins,
+        what has all its words (`--budget`), what it misspells. A guess that is often wrong is worse than none."""
+        known = [option for action in self._actions for option in action.option_strings]
+        if name in self.meant:
+            return list(self.meant[name])
+        words = set(name.split("-")) - {""}
+        if not words:
+            return []
+        found = [k for k in known if k.startswith(name)] or [k for k in known if words <= set(k.split("-"))]
+        return found[:3] or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
 
 
 def begin() -> None:

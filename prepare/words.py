@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from shutil import which
 
@@ -62,9 +62,11 @@ def command_line(module: str, *arguments: object) -> str:
 
 def install_line(*arguments: str) -> str:
     """What to type to install packages into this Python; a virtual environment of uv's has no pip of its own."""
-    if find_spec("pip") is None and which("uv"):
+    # Asked in the usual way, setuptools takes it that pip is about to run, and cannot be imported itself any more.
+    pip = PathFinder.find_spec("pip")
+    if pip is None and which("uv"):
         return " ".join(["uv pip install --python", interpreter(), *map(quoted, arguments)])
-    first = "" if find_spec("pip") else f"{command_line('ensurepip')} && "
+    first = "" if pip else f"{command_line('ensurepip')} && "
     return first + command_line("pip", "install", *arguments)
 
 

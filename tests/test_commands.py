@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,19 @@ def test_make_says_that_a_venv_keeps_its_python(tmp_path):
     for asked, count in (([], 0), (["PYTHON=python3.12"], 1)):
         done = subprocess.run([*make, *asked], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.count("note: .venv is there and keeps its Python") == count
+
+
+def test_make_dev_says_how_python_becomes_that_of_the_venv(tmp_path):
+    """The line that it prints, obeyed, makes `python` the one it has installed everything for."""
+    venv.create(tmp_path / ".venv", with_pip=False)
+    (tmp_path / "pyproject.toml").touch()
+    for stamp in (".runtime", ".dev"):
+        (tmp_path / ".venv" / stamp).touch()
+    made = subprocess.run(["make", "-f", str(ROOT / "Makefile"), "dev"], cwd=tmp_path, capture_output=True, text=True)
+    _, _, activate = made.stdout.strip().rpartition(": ")
+    asked = f"{activate} && command -v python"
+    done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/.venv/bin/python\n"
 
 
 # In place of a virtual environment's Python: has a pip once it is given one, and says what it was asked for.

@@ -168,7 +168,7 @@ def test_the_code_that_evaluates_is_hashed(monkeypatch, tmp_path):
     before = evaluating_code_sha256()
     for name in ("prepare/evaluate.py", "prepare/tokenizer.py", *provenance.EVALUATING_FILES):
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((provenance.ROOT / name).read_bytes())
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     copied = evaluating_code_sha256()
@@ -257,7 +257,7 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(corpus, tmp_pat
     names = ["20261129-120000-run", "20261129-120000-run-2", "20261129-120000-run-3", "20261129-120000-other"]
     assert [row["run"] for row in rows(tmp_path / "runs")] == names
     for name, seed in zip(names, (42, 42, 50, 42), strict=True):
-        assert json.loads((tmp_path / "runs" / name / "summary.json").read_text())["seed"] == str(seed)
+        assert json.loads((tmp_path / "runs" / name / "summary.json").read_text())["seed"] == seed
 
 
 def test_groups_that_begin_in_one_second_have_names_of_their_own(tmp_path, monkeypatch):

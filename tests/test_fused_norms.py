@@ -152,7 +152,7 @@ def test_references_do_not_need_scaled_gradients():
 CHAIN_MUTANTS = {
     "no rstd in the product": (projection, ("(acc * rstd[:, None])", "acc")),
     "no rstd in the gate": (projection, ("gate.mul_(rstd.view(-1, 1))", "pass")),
-    "gradients not scaled": (projection, ("GradScaled(qkv, rstd)", "GradScaled(qkv, torch.ones_like(rstd))")),
+    "gradients not scaled": (projection, ("return GradScaled(qkv,", "rstd = rstd * 0 + 1; return GradScaled(qkv,")),
     "the gate's dx is lost": (projection, ("dx[:, :channels].addmm_(dgate, gate_weight)", "pass")),
     "a row past the end": (projection, ("offs_m, mask=offs_m < M,", "offs_m, mask=offs_m < M - 1,")),
     "no projection": (rms_norm, ("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", "")),

@@ -234,6 +234,9 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path, monkeypatch, cap
     assert command_line("prepare") in found.remedy
     monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_driver", lambda: "535.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert doctor.gpu().state == doctor.NOTE  # hidden on purpose, it may be
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert wrong(doctor.gpu())
     monkeypatch.setattr(doctor, "available_bytes", lambda device: 40 * 2**20)
     assert wrong(doctor.batch("cpu", 1024))

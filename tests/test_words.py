@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -76,9 +77,15 @@ def test_the_interpreter_is_the_one_that_runs(tmp_path, monkeypatch):
     (False, False, "PY -m ensurepip && PY -m pip install -e ."),
 ])  # fmt: skip
 def test_how_packages_come_into_this_python(monkeypatch, pip, uv, said):
-    monkeypatch.setattr("prepare.words.find_spec", lambda name: pip or None)
+    monkeypatch.setattr("prepare.words.PathFinder", SimpleNamespace(find_spec=lambda name: pip or None))
     monkeypatch.setattr("prepare.words.which", lambda name: "/bin/uv" if uv else None)
     assert install_line("-e", ".") == said.replace("PY", interpreter())
+
+
+def test_asking_for_pip_does_not_keep_setuptools_from_being_imported():
+    """Which PyTorch's compiler imports."""
+    asked = "from prepare.words import install_line; install_line('x'); import setuptools"
+    subprocess.run([sys.executable, "-c", asked], cwd=ROOT, check=True)
 
 
 def test_no_command_is_spelled_without_its_interpreter():

@@ -53,10 +53,30 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What people who know other programs call an option of ours.
+MEANT = {
+    "--lr": ("--matrix-lr", "--embedding-lr"),
+    "--learning-rate": ("--matrix-lr", "--embedding-lr"),
+    "--unembedding-lr": ("--lm-head-lr",),
+    "--wandb": ("--tensorboard",),
+    "--micro-batch-size": ("--device-batch-size",),
+    "--eval-batch-size": ("--device-batch-size",),
+    "--gradient-accumulation-steps": ("--total-batch-size",),
+    "--max-steps": ("--steps",),
+    "--max-iters": ("--steps",),
+    "--epochs": ("--steps", "--time-budget"),
+    "--eval-steps": ("--eval-tokens",),
+    "--layers": ("--depth",),
+    "--block-size": ("--seq-len",),
+    "--output-dir": ("--run-dir",),
+    "--compile": ("--ops",),
+}
+
+
 def option(default, text: str, **metadata):
-    """A field of TrainConfig. Its metadata: `help`, `choices`, `kind` where a given word is not taken as it is, and
-    `free` where a resumed run may have another value: no result depends on it, or what it stands for is compared by
-    itself, as the data's hashes are."""
+    """A field of TrainConfig. Its metadata: `help`, `choices`, `kind` where a given word is not taken as it is,
+    `begins` where a group of the help begins, and `free` where a resumed run may have another value: no result depends
+    on it, or what it stands for is compared by itself, as the data's hashes are."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -64,52 +84,32 @@ def option(default, text: str, **metadata):
 class TrainConfig:
     """Everything that a run depends on. `resolve` fills in what depends on the device, and checks the rest."""
 
-    data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)", free=True)
-    name: str = option("run", "name of the run, part of its folder's name", kind=printable)
-    description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken);"
-                                 " the ledger is beside it")  # fmt: skip
+    time_budget: float | None = option(None, "seconds of timed training", begins="run")
+    steps: int | None = option(None, "train this many steps instead, and let them drive the schedules")
+    untimed_steps: int = option(10, "first steps that do not count; 0: warm up on dummy data, then time every step")
+    seed: int = option(42, "seed of the initial weights and of the order of the data")
     repeat: int = option(1, "runs on so many seeds, --seed and those after it: without, noise is unknown", free=True)
     confirm: bool = option(False, "run a new best again on fresh seeds, three or as many as --repeat", free=True)
-    group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
-                               kind=printable)  # fmt: skip
-    confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True, kind=printable)
-    tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
-    device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"))
-    ops: str | None = option(None, "triton kernels, PyTorch reference, or the reference under torch.compile"
-                             " (default: triton on a GPU, else reference)",
-                             choices=("triton", "reference", "compile"))  # fmt: skip
-    graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
-    seed: int = option(42, "seed of the initial weights and of the order of the data")
-
     resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/",
                                 free=True)  # fmt: skip
     checkpoint_every: float = option(60.0, "seconds between checkpoints; 0: as often as one can be written", free=True)
-    keep_checkpoints: bool = option(False, "keep the last two, also after the evaluation", free=True)
-
-    time_budget: float | None = option(None, "seconds of timed training")
-    steps: int | None = option(None, "train this many steps instead, and let them drive the schedules")
-    untimed_steps: int = option(10, "first steps that do not count; 0: warm up on dummy data, then time every step")
     hang_timeout: float = option(600.0, "seconds without a step after which the run is ended; 0: never", free=True)
 
-    depth: int | None = option(None, "layers")
+    data: str | None = option(None, "prepared folder (default: the embedded corpus, prepared on first use)", free=True,
+                              begins="data")  # fmt: skip
+    packing: str = option("lossless", "how documents fill rows; published: tails are thrown away, and val_bpb is"
+                          " comparable with no published one all the same (on one text 1.899 against 1.798)",
+                          choices=("lossless", "published"))  # fmt: skip
+
+    depth: int | None = option(None, "layers", begins="model")
     d_model: int | None = option(None, "model width (default: 64 x depth, rounded up to a multiple of head_dim)")
     head_dim: int | None = option(None, "width of a head")
     num_kv_heads: int = option(0, "key-value heads; 0: as many as heads")
     seq_len: int | None = option(None, "tokens a row")
-    recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,759"
-                                    " instead of 25,487 MiB at the GPU's defaults; not yet timed")  # fmt: skip
-    fused_norms: bool = option(False, "norms in the epilogues of the kernels' products: not yet measured")
     window_pattern: str = option("SSSL", "attention windows, repeated over the layers: S half, L all; the last is L")
 
-    device_batch_size: int | None = option(None, "rows of a micro-step")
-    total_batch_size: int | None = option(None, "tokens of a step, a multiple of device_batch_size x seq_len")
-    packing: str = option("lossless", "how documents fill rows; published: tails are thrown away, and val_bpb is"
-                          " comparable with no published one all the same (on one text 1.899 against 1.798)",
-                          choices=("lossless", "published"))  # fmt: skip
-    eval_tokens: int | None = option(None, "validation tokens of the final evaluation; 0: all of them")
-    autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
-
+    total_batch_size: int | None = option(None, "tokens of a step, a multiple of device_batch_size x seq_len",
+                                         begins="optimizer")  # fmt: skip
     lm_head_lr: float = option(0.004, "AdamW, scaled by (d_model/768)^-0.5")
     embedding_lr: float | None = option(None, "AdamW, wte and value embeddings, scaled by (d_model/768)^-0.5")
     scalar_lr: float | None = option(None, "AdamW, lambda_0; lambda_r takes a hundredth of it")
@@ -118,6 +118,31 @@ class TrainConfig:
     warmup_ratio: float = option(0.0, "share of the budget in which the learning rate rises")
     warmdown_ratio: float = option(0.5, "share of the budget in which it falls")
     final_lr_frac: float = option(0.0, "what it falls to, as a share of the full rate")
+
+    eval_tokens: int | None = option(None, "validation tokens of the final evaluation; 0: all of them",
+                                    begins="evaluation")  # fmt: skip
+
+    name: str = option("run", "name of the run, part of its folder's name", kind=printable, begins="record")
+    description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken);"
+                                 " the ledger is beside it")  # fmt: skip
+    group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
+                               kind=printable)  # fmt: skip
+    confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True, kind=printable)
+    tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
+    keep_checkpoints: bool = option(False, "keep the last two, also after the evaluation", free=True)
+
+    device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"),
+                                begins="machine")  # fmt: skip
+    ops: str | None = option(None, "triton kernels, PyTorch reference, or the reference under torch.compile"
+                             " (default: triton on a GPU, else reference)",
+                             choices=("triton", "reference", "compile"))  # fmt: skip
+    graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
+    device_batch_size: int | None = option(None, "rows of a micro-step")
+    autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
+    recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,759"
+                                    " instead of 25,487 MiB at the GPU's defaults; not yet timed")  # fmt: skip
+    fused_norms: bool = option(False, "norms in the epilogues of the kernels' products: not yet measured")
 
     @classmethod
     def from_json(cls, saved: dict) -> "TrainConfig":
@@ -237,10 +262,12 @@ def to_args(config: TrainConfig) -> list[str]:
 
 def parse_given(args: list[str] | None = None) -> dict[str, Any]:
     """The options that a command line spells, and none that it leaves out."""
-    description = "Trains a language model inside a time budget."
-    parser = Parser("train", description)
+    parser = Parser("train", "Trains a language model inside a time budget.", MEANT, usage="%(prog)s [options]")
     hints = get_type_hints(TrainConfig)
+    group = None
     for f in dataclasses.fields(TrainConfig):
+        if title := f.metadata.get("begins"):
+            group = parser.add_argument_group(title)
         kind = next((t for t in get_args(hints[f.name]) if t is not type(None)), hints[f.name])
         text = f.metadata["help"]
         by_device = [f"{device} {d[f.name]:.10g}" for device, d in DEVICE_DEFAULTS.items() if f.name in d]
@@ -250,9 +277,9 @@ def parse_given(args: list[str] | None = None) -> dict[str, Any]:
             text += f" (default: {f.default})"
         flag = "--" + f.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             choices = f.metadata.get("choices")
-            parser.add_argument(flag, type=f.metadata.get("kind", kind), default=argparse.SUPPRESS, choices=choices,
+            group.add_argument(flag, type=f.metadata.get("kind", kind), default=argparse.SUPPRESS, choices=choices,
                                 help=text, metavar=None if choices else kind.__name__.upper())  # fmt: skip
     return vars(parser.parse_args(args))
