@@ -219,7 +219,7 @@ def pytest_lines() -> list[list[str]]:
         folder, words = command[3], command[3:]
         part = words[words.index("-k") + 1]
         files = [str(path) for path in (ROOT / folder).rglob("test_*.py") if part in path.name]
-        assert files, f"no test file's name has {part!r}"
+        files = files or [str(ROOT / folder)]  # it names cases
         found.append([*files, *words[1:]])
     return found
 
@@ -233,7 +233,9 @@ def test_pytest_takes_what_is_given_to_it(tmp_path):
         common = ["--collect-only", "-qq", "-c", {str(ROOT / "pyproject.toml")!r}]
         codes = [pytest.main([*words, *common]) for words in {given!r}]
         assert not any(codes), codes"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    # Not as one of several processes of this session: with those pytest-benchmark measures nothing.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
