@@ -24,6 +24,10 @@ from prepare.limits import num_cores
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# `make test` is a make: one that a test starts is none of its, and has neither its options nor its ARGS.
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
+    os.environ.pop(name, None)
+
 # A shell's background job ignores SIGINT, and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
