@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .build import prepare
     from .dataset import Dataset
     from .errors import InputError
-    from .evaluate import evaluate_bpb
     from .home import default_folder
     from .loader import Batch, Loader
+    from .scoring import evaluate_bpb
     from .tokenizer import Tokenizer
 
 _HOME_OF = {
@@ -24,7 +24,7 @@ _HOME_OF = {
     "Loader": "loader",
     "Tokenizer": "tokenizer",
     "default_folder": "home",
-    "evaluate_bpb": "evaluate",
+    "evaluate_bpb": "scoring",
     "prepare": "build",
 }
 

@@ -166,14 +166,14 @@ def test_the_code_that_evaluates_is_hashed(monkeypatch, tmp_path):
     import train.results.provenance as provenance
 
     before = evaluating_code_sha256()
-    for name in ("prepare/evaluate.py", "prepare/tokenizer.py", *provenance.EVALUATING_FILES):
+    for name in ("prepare/scoring.py", "prepare/tokenizer.py", *provenance.EVALUATING_FILES):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((provenance.ROOT / name).read_bytes())
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     copied = evaluating_code_sha256()
     assert copied != before  # files are missing
-    for name in ("prepare/evaluate.py", "prepare/tokenizer.py", *provenance.EVALUATING_FILES):
+    for name in ("prepare/scoring.py", "prepare/tokenizer.py", *provenance.EVALUATING_FILES):
         path = tmp_path / name
         honest = path.read_bytes()
         path.write_bytes(honest + b"# edited\n")
