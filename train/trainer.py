@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
-from prepare.evaluate import Evaluation
+from prepare.scoring import Evaluation
 from prepare.words import command_line, printable
 
 from .budget import Budget
@@ -33,7 +34,7 @@ from .memory import (
 )
 from .optimizer import Optimizer
 from .precompile import Precompiler, stamp
-from .resilience.checkpoint import Checkpointer, checkpoint_folders, newest_checkpoint, step_of
+from .resilience.checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .resilience.failure import explain
 from .resilience.resume import check_same
 from .resilience.signals import Interrupted, Signals
@@ -99,124 +100,166 @@ def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class Decided:
+    """What is settled before anything is allocated."""
+
+    config: TrainConfig  # complete
+    shape: GPTConfig
+    data: Dataset
+    fingerprint: dict[str, str]  # of the data
+    checkpoint: Checkpoint | None  # that the run goes on from
+    folder: RunFolder | None  # of a run that goes on; a new one is made when there is something to write
+
+
+@dataclass(frozen=True)
+class Built:
+    """What holds memory, and changes from step to step."""
+
+    step: TrainStep
+    state: RunState
+
+
 def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Value]:
     """Trains, evaluates, writes the run's folder and its row, and prints the summary.
 
     Raises InputError, TrainingError and, after a signal, Interrupted.
     """
-    folder = checkpoint = None
+    with ExitStack() as stack:
+        decided = decide(config, record, stack)
+        built = build(decided, record, stack)
+        folder = begin(decided, record, stack)
+        watchdog, ready = go(decided, built, folder, signals, record, stack)
+        return conclude(decided, built, folder, record, watchdog, ready)
+
+
+def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
+    """From what was asked for to what will be trained, on which data; raises InputError where that cannot be."""
     if config.tensorboard:
         check_tensorboard(record.folder)
-    with ExitStack() as stack:
-        if config.resume:
-            folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
-            stack.enter_context(saying_how_to_go_on(folder))
-            checkpoint = newest_checkpoint(folder.checkpoints)
-            check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
-            record.goes_on_from(checkpoint.values)
-        keep_to_the_cores_allowed()
-        default_batch = config.device_batch_size is None
-        config = complete(config)
-        device = config.device
-        if device == "cpu":
-            keep_freed_memory()
-        data = open_data(config.data, device)
-        model_config = config.model_config(data.vocab_size)
-        fingerprint = {
-            "source": data.source,
-            "tokenizer_sha256": data.tokenizer.fingerprint,
-            "train_sha256": data.split("train").sha256,
-            "val_sha256": data.split("val").sha256,
-        }
-        if checkpoint:
-            mend = "name the folder it was trained on with --data"
-            check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
-        if default_batch:
-            config = fit_default(config, model_config)
-        check_fits(config, model_config)
-        if kernels_compile := precompiler(config, data.vocab_size):
-            stack.enter_context(closing(kernels_compile))
+    folder = checkpoint = None
+    if config.resume:
+        folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
+        stack.enter_context(saying_how_to_go_on(folder))
+        checkpoint = newest_checkpoint(folder.checkpoints)
+        check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
+        record.goes_on_from(checkpoint.values)
+    keep_to_the_cores_allowed()
+    default_batch = config.device_batch_size is None
+    config = complete(config)
+    if config.device == "cpu":
+        keep_freed_memory()
+    data = open_data(config.data, config.device)
+    shape = config.model_config(data.vocab_size)
+    fingerprint = {
+        "source": data.source,
+        "tokenizer_sha256": data.tokenizer.fingerprint,
+        "train_sha256": data.split("train").sha256,
+        "val_sha256": data.split("val").sha256,
+    }
+    if checkpoint:
+        mend = "name the folder it was trained on with --data"
+        check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
+    if default_batch:
+        config = fit_default(config, shape)
+    check_fits(config, shape)
+    return Decided(config, shape, data, fingerprint, checkpoint, folder)
 
-        torch.manual_seed(config.seed)
-        model = GPT(model_config, device=device, **config.model_options)
-        model.init_weights(config.seed)
-        optimizer = Optimizer(model, config, forward_dtype(device))
-        step = TrainStep(model, optimizer, config.autocast)
-        with record.timed("compile"):
-            if kernels_compile and (why := kernels_compile.wait()):
-                print(f"note: kernels were not compiled ahead ({why}): each is when first launched", file=sys.stderr)
-        stack.enter_context(out_of_memory_is_input_error(config, step))
-        loader = stack.enter_context(closing(Loader(
-            data.split("train"), config.device_batch_size, config.seq_len,
-            bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=device,
-        )))  # fmt: skip
-        if folder is None:
-            folder = stack.enter_context(closing(RunFolder(record.folder, bool(config.run_dir))))
-            record.folder = folder.path
-            stack.enter_context(saying_how_to_go_on(folder))
-            folder.write_config(
-                dataclasses.asdict(config), dataclasses.asdict(model_config),
-                {"folder": str(Path(data.folder).resolve()), **fingerprint}, data.tokenizer_file,
-            )  # fmt: skip
-        record.begin(config, dataclasses.asdict(model_config), fingerprint)
-        if config.tensorboard:
-            folder.watchers.append(EventWriter(folder.path))
-        counted = checkpoint.values["budget"] if checkpoint else {}
-        budget = Budget(config.time_budget, config.steps, config.untimed_steps, **counted)
-        state = RunState(optimizer, loader, budget)
-        origin = {
-            "config": config.fixed(), "data": fingerprint, "environment": environment(), "sources": record.sources
-        }  # fmt: skip
-        announce(config, model_config, data, folder)
-        if checkpoint:
-            announce_resume(checkpoint, origin["environment"], record.doubts())
 
-        def hangs(reason: HangError) -> str:
-            record.fail(reason)
-            return how_to_go_on(folder)
+def build(decided: Decided, record: Record, stack: ExitStack) -> Built:
+    """Model, optimizer, loader, and the kernels that they launch."""
+    config, data = decided.config, decided.data
+    if kernels_compile := precompiler(config, data.vocab_size):
+        stack.enter_context(closing(kernels_compile))
+    torch.manual_seed(config.seed)
+    model = GPT(decided.shape, device=config.device, **config.model_options)
+    model.init_weights(config.seed)
+    optimizer = Optimizer(model, config, forward_dtype(config.device))
+    step = TrainStep(model, optimizer, config.autocast)
+    with record.timed("compile"):
+        if kernels_compile and (why := kernels_compile.wait()):
+            print(f"note: kernels were not compiled ahead ({why}): each is when first launched", file=sys.stderr)
+    stack.enter_context(out_of_memory_is_input_error(config, step))
+    loader = stack.enter_context(closing(Loader(
+        data.split("train"), config.device_batch_size, config.seq_len,
+        bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=config.device,
+    )))  # fmt: skip
+    counted = decided.checkpoint.values["budget"] if decided.checkpoint else {}
+    budget = Budget(config.time_budget, config.steps, config.untimed_steps, **counted)
+    return Built(step, RunState(optimizer, loader, budget))
 
-        watchdog = stack.enter_context(Watchdog(config.hang_timeout, hangs))
-        plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
-        with record.timed("compile"):
-            if config.graphs:
-                step.capture(*plan)
-            elif budget.next_step_counts:  # kernels compile, memory is touched for the first time
-                step.rehearse(*plan)
-        if checkpoint:
-            state.restore(checkpoint.values, checkpoint.tensors())
-            folder.cut_metrics(state.step)
-        checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin)
-        stack.callback(checkpoints.wait)
-        report = Reporter(
-            folder, model_config, model.wte.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread
-        )
-        stops = stack.enter_context(Stops())
-        ready = seconds_since_start()
-        with signals.deferred():
-            try:
-                train(
-                    config, step, state, clock_of(device), report, checkpoints, lambda: signals.received is not None,
-                    stops,
-                )  # fmt: skip
-                watchdog.phase()
-                checkpoints.save()
-                checkpoints.wait()
-            except TrainingError as error:
-                watchdog.phase()
-                raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
-            finally:
-                report.end()
 
-        step.release()
-        return conclude(config, step, state, data, folder, record, watchdog, ready)
+def begin(decided: Decided, record: Record, stack: ExitStack) -> RunFolder:
+    """From here on there is a run: it has a folder, and will have a row."""
+    config, shape, data, folder = decided.config, decided.shape, decided.data, decided.folder
+    if folder is None:
+        folder = stack.enter_context(closing(RunFolder(record.folder, bool(config.run_dir))))
+        record.folder = folder.path
+        stack.enter_context(saying_how_to_go_on(folder))
+        folder.write_config(
+            dataclasses.asdict(config), dataclasses.asdict(shape),
+            {"folder": str(Path(data.folder).resolve()), **decided.fingerprint}, data.tokenizer_file,
+        )  # fmt: skip
+    record.begin(config, dataclasses.asdict(shape), decided.fingerprint)
+    if config.tensorboard:
+        folder.watchers.append(EventWriter(folder.path))
+    announce(config, shape, data, folder)
+    if decided.checkpoint:
+        announce_resume(decided.checkpoint, environment(), record.doubts())
+    return folder
+
+
+def go(
+    decided: Decided, built: Built, folder: RunFolder, signals: Signals, record: Record, stack: ExitStack
+) -> tuple[Watchdog, float]:
+    """Warms up, goes on from the checkpoint, and trains to the end. Returns the watchdog, which watches on, and the
+    seconds from the process's start to the first step."""
+    config, checkpoint, step, state = decided.config, decided.checkpoint, built.step, built.state
+
+    def hangs(reason: HangError) -> str:
+        record.fail(reason)
+        return how_to_go_on(folder)
+
+    watchdog = stack.enter_context(Watchdog(config.hang_timeout, hangs))
+    plan = (config.device_batch_size, config.seq_len + 1), config.grad_accum_steps, step_values(config, 0, 0.0)
+    with record.timed("compile"):
+        if config.graphs:
+            step.capture(*plan)
+        elif state.budget.next_step_counts:  # kernels compile, memory is touched for the first time
+            step.rehearse(*plan)
+    if checkpoint:
+        state.restore(checkpoint.values, checkpoint.tensors())
+        folder.cut_metrics(state.step)
+    origin = {
+        "config": config.fixed(), "data": decided.fingerprint, "environment": environment(), "sources": record.sources
+    }  # fmt: skip
+    checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin)
+    stack.callback(checkpoints.wait)
+    report = Reporter(
+        folder, decided.shape, step.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread
+    )
+    stops = stack.enter_context(Stops())
+    ready = seconds_since_start()
+    with signals.deferred():
+        try:
+            train(config, step, state, clock_of(config.device), report, checkpoints, signals.came, stops)
+            watchdog.phase()
+            checkpoints.save()
+            checkpoints.wait()
+        except TrainingError as error:
+            watchdog.phase()
+            raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
+        finally:
+            report.end()
+    return watchdog, ready
 
 
 def conclude(
-    config: TrainConfig, step: TrainStep, state: RunState, data: Dataset, folder: RunFolder, record: Record,
-    watchdog: Watchdog, ready: float,
-) -> dict[str, Value]:  # fmt: skip
-    """What comes after the last step: evaluation, audit, the row, the summary, the run's files. `ready`: seconds from
-    the process's start to the first step."""
+    decided: Decided, built: Built, folder: RunFolder, record: Record, watchdog: Watchdog, ready: float
+) -> dict[str, Value]:
+    """What comes after the last step: evaluation, audit, the row, the summary, the run's files."""
+    config, data, step, state = decided.config, decided.data, built.step, built.state
+    step.release()
     watchdog.phase()
     score = watchdog.watching(step.token_losses)
     with record.timed("evaluation"):

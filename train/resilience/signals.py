@@ -48,6 +48,9 @@ class Signals:
         with suppress(OSError):  # Ctrl-C ends also the `tee` that reads it
             os.write(2, line.encode())  # the handler may stand inside a print
 
+    def came(self) -> bool:
+        return self.received is not None
+
     def unread(self) -> None:
         """To be called inside `deferred` where a line could not be printed for want of a reader. Nothing is printed any
         more, and it is as if a signal had come, unless one has: Ctrl-C in `| tee` is a Ctrl-C first."""

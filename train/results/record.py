@@ -13,7 +13,7 @@ import torch
 
 from prepare import InputError
 from prepare.errors import one_line
-from prepare.evaluate import Evaluation
+from prepare.scoring import Evaluation
 from prepare.words import printable
 
 from ..budget import Budget
