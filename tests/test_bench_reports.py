@@ -1,5 +1,6 @@
 """What reads recorded measurements: compare, profile, runs, and the scripts that run it all. On synthetic records."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -391,3 +392,16 @@ def test_first_runs_compares_runs_that_leave_the_scalars_alone(tmp_path, device)
 def test_a_trace_without_kernels_or_operators():
     with pytest.raises(InputError):
         profile.analyse([event("timebox step", 0, 50, "user_annotation")])
+
+
+@pytest.mark.parametrize(("given", "rows"), [([], 2), (["--device-batch-size", "4"], 4)])
+def test_a_profile_takes_the_rows_that_fit_where_none_are_given(monkeypatch, given, rows):
+    """As training does on a GPU with too little memory for the default ones."""
+    taken = []
+    monkeypatch.setattr(profile, "fit_default", lambda config, shape: dataclasses.replace(config, device_batch_size=2))
+    monkeypatch.setattr(profile, "record", lambda config, *_: taken.append(config.device_batch_size))
+    monkeypatch.setattr(profile, "read_trace", lambda path: [])
+    monkeypatch.setattr(profile, "analyse", lambda events: None)
+    monkeypatch.setattr(profile, "report", lambda *_: None)
+    assert profile.main(given) == 0
+    assert taken == [rows]

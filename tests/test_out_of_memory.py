@@ -12,7 +12,9 @@ import train.trainer
 from train import evaluate, memory
 from train.config import TrainConfig, resolve
 from train.resilience.signals import Interrupted
+from train.resilience.watchdog import HangError
 from train.results.ledger import Ledger
+from train.results.record import Record
 from train.step import TrainStep
 
 TINY = {"depth": 2, "d_model": 64, "head_dim": 16, "seq_len": 32, "device_batch_size": 64, "total_batch_size": 2048}
@@ -168,6 +170,24 @@ def test_what_was_measured_outlives_an_audit_that_cannot_be_done(corpus, tmp_pat
     assert f"val_bpb:               {entry['val_bpb']:.6f}" in out
     assert float(json.loads((tmp_path / "run" / "summary.json").read_text())["val_bpb"]) > 2
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_what_was_measured_outlives_a_hang(corpus, tmp_path, monkeypatch):
+    """The watchdog's thread writes the row, and ends the process."""
+    measured = Record.measured
+
+    def hangs(self, *args):
+        measured(self, *args)
+        self.fail(HangError("no step for 600 s"))
+        raise SystemExit(1)
+
+    monkeypatch.setattr(Record, "measured", hangs)
+    with pytest.raises(SystemExit):
+        run_main(corpus, tmp_path / "run", "--steps", "2", "--eval-tokens", "1000")
+    (entry,) = Ledger(tmp_path).runs()
+    assert 2 < entry["val_bpb"] < 20
+    assert (entry["outcome"], entry["audit"]) == ("finished", "not done: no step for 600 s")
+    assert (entry["status"], entry["verdict"]) == ("discard", "not compared")
 
 
 def test_evaluating_a_finished_run(small_run, capsys, monkeypatch):
