@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import ceilings as measured_ceilings
-from bench.results import step_table, table
+from bench.suite.results import step_table, table
 from train.device import keep_to_the_cores_allowed
 from train.results.run_folder import source_commit
 

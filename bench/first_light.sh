@@ -12,7 +12,7 @@ require_device
 tests=(-m bench.gpu_tests)
 ops=(bench/test_ops.py --benchmark-only --bench-seconds 110 -vv)
 if [ "$DEVICE" = cpu ]; then
-  tests+=(tests/test_loader.py)
+  tests+=(tests/prepare/test_loader.py)
   ops+=(-k "rms_norm or none")
 fi
 
@@ -29,7 +29,7 @@ part step 140 "$PY" -m pytest bench/test_step.py --benchmark-only -vv --benchmar
 part roofline 15 "$PY" -m bench.roofline --measured "$OUT/step.json"
 part ops 150 "$PY" -m pytest "${ops[@]}" --benchmark-json "$OUT/ops.json"
 if [ "$DEVICE" = cuda ]; then
-  part compare 15 "$PY" -m bench.compare "$OUT/ops.json"
+  part regressions 15 "$PY" -m bench.regressions "$OUT/ops.json"
 fi
 
 echo

@@ -45,7 +45,7 @@ class Result:
 def files() -> list[Path]:
     """Those with a test that needs a GPU, the longest first."""
     marks = re.compile(r"mark\.gpu\n|@real_and_small\(|def test_\w+\(gpu\b")
-    found = [path for path in (ROOT / "tests").glob("test_*.py") if marks.search(path.read_text("utf-8"))]
+    found = [path for path in (ROOT / "tests").rglob("test_*.py") if marks.search(path.read_text("utf-8"))]
     order = {name: i for i, name in enumerate(LONGEST)}
     return sorted(found, key=lambda path: (order.get(path.name, len(order)), path.name))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from bench.steps import make_step
+from bench.suite.steps import make_step
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line

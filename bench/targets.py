@@ -33,8 +33,8 @@ from bench.grids import (
     elements,
     grid,
 )
-from bench.ops import update_ops
-from bench.problems import ADAMW_BETAS, ADAMW_EPS, BF16_ITERATES
+from bench.suite.ops import update_ops
+from bench.suite.problems import ADAMW_BETAS, ADAMW_EPS, BF16_ITERATES
 from kernels.common import triton
 from kernels.rotary_attention import cost as attention_cost
 from kernels.rotary_attention import rotary_tables, tiles

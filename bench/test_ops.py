@@ -14,10 +14,10 @@ import torch
 
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
-from bench.ops import Op, micro_step_ops, update_ops
-from bench.problems import build, directions, is_update, kind, runner
-from bench.providers import COMPILE, Provider, assert_right, providers
-from bench.results import row
+from bench.suite.ops import Op, micro_step_ops, update_ops
+from bench.suite.problems import build, directions, is_update, kind, runner
+from bench.suite.providers import COMPILE, Provider, assert_right, providers
+from bench.suite.results import row
 from bench.timing import device_time, replay, time_call
 from model import GPT
 from train.config import TrainConfig, resolve

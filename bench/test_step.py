@@ -15,10 +15,10 @@ import torch
 import kernels
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
-from bench.ops import micro_step_ops
-from bench.problems import build, directions, runner
-from bench.providers import EAGER, TRITON, assert_right
-from bench.steps import make_step
+from bench.suite.ops import micro_step_ops
+from bench.suite.problems import build, directions, runner
+from bench.suite.providers import EAGER, TRITON, assert_right
+from bench.suite.steps import make_step
 from bench.timing import device_time, replay, time_call, time_synchronised
 from model import GPTConfig
 from train.config import TrainConfig, resolve

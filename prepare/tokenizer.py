@@ -21,7 +21,7 @@ from .limits import num_cores
 from .words import command_line
 
 # How text is cut into pieces before any merge; a merge never crosses a piece. The possessive quantifiers mean the
-# same to `tokenizers` (training) and to `tiktoken` (encoding); tests/test_tokenizer.py compares the two.
+# same to `tokenizers` (training) and to `tiktoken` (encoding); tests/prepare/test_tokenizer.py compares the two.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"

@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from kernel_memory import watch_memory
-from payloads import Payload
-from prepare_corpus import write_corpus
 
 from prepare import limits, prepare
 from prepare.limits import num_cores
+from tests.helpers.kernel_memory import watch_memory
+from tests.helpers.payloads import Payload
+from tests.helpers.prepare_corpus import write_corpus
 
 # One thread here and in every process that a test starts: matrices are too small to share, and beside other processes
 # two threads that wait for each other take ten times as long (bench/LOG.md, 2026-11-28).
@@ -44,7 +44,7 @@ def pytest_configure(config):
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"
-    from quick_interpreter import quicken
+    from tests.helpers.quick_interpreter import quicken
 
     quicken()
 
@@ -149,9 +149,8 @@ def gpu(request, monkeypatch):
     if request.param == "real":
         yield
         return
-    from pretend_gpu import PretendGpu
-
     import kernels
+    from tests.helpers.pretend_gpu import PretendGpu
 
     with PretendGpu(monkeypatch) as device:
         kernels.set_ops("reference")
@@ -164,7 +163,7 @@ def kernels_everywhere(monkeypatch):
     """Every op runs its kernels: what they leave unwritten is NaN, interpreted bf16 is what a GPU's is, and an address
     that a GPU would not forgive is an error."""
     from kernels import set_ops  # imports Triton, which must know of its interpreter first
-    from tests.kernel_checks import exact_bfloat16, fill_empty_with_nan
+    from tests.helpers.kernel_checks import exact_bfloat16, fill_empty_with_nan
 
     watch_memory(monkeypatch)
     fill_empty_with_nan(monkeypatch)

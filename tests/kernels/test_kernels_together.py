@@ -1,0 +1,52 @@
+"""The whole model on its kernels against the whole model on its references: loss, every gradient, one update."""
+
+
+import pytest
+import torch
+
+import kernels
+from model import GPTConfig
+from tests.helpers.kernel_checks import exact_bfloat16, real_and_small
+from tests.helpers.whole_model import check_step, loss_and_gradients, random_step, update
+
+
+@pytest.fixture(autouse=True)
+def _restore_ops():
+    yield
+    kernels.set_ops(None)
+
+
+@pytest.mark.parametrize("kv_heads", [0, 1], ids=["as many kv heads", "one kv head"])
+def test_two_layers_on_kernels_are_two_layers_on_references(monkeypatch, kv_heads):
+    shape = GPTConfig(
+        vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32, num_kv_heads=kv_heads, window_pattern="S"
+    )
+    check_step(monkeypatch, shape, rows=2)
+
+
+SMALL = GPTConfig(vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32)
+REAL = [(GPTConfig(), 4), (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768), 2)]
+
+
+@real_and_small("shape, rows", REAL, [(SMALL, 2)])
+def test_in_bfloat16_kernels_are_as_near_to_the_truth_as_references(shape, rows, monkeypatch):
+    """The truth here is the references in fp32, of the same rounded parameters only nearly: so near is near enough."""
+    exact_bfloat16(monkeypatch)
+    # Of the one mean loss an error is luck: the losses of all tokens speak for it.
+    results, references = (loss_and_gradients(ops, shape, rows, torch.bfloat16)[1:] for ops in ("triton", "reference"))
+    truths = loss_and_gradients("reference", shape, rows)[1:]
+    names = ["losses", *(name for name, _ in random_step(shape, torch.float32).model.named_parameters())]
+    for name, value, reference, truth in zip(names, results, references, truths, strict=True):
+        error = (value - truth).norm() / truth.norm()
+        allowed = (reference - truth).norm() / truth.norm()
+        assert error <= 2 * allowed + 2**-8, f"{name}: {error:.2e}, the references' own {allowed:.2e}"
+        assert error > 0, f"{name}: the very bits of the truth, so nothing was compared"
+
+
+@real_and_small("shape, rows", REAL[:1], [(GPTConfig(vocab_size=100, seq_len=9, depth=1, d_model=64, head_dim=32), 1)])
+def test_a_step_gives_the_same_bits_twice(shape, rows, monkeypatch):
+    exact_bfloat16(monkeypatch)
+    once, again = (loss_and_gradients("triton", shape, rows, torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    once, again = (update("triton", shape, once[2:], torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
