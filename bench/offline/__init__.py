@@ -6,7 +6,7 @@ the step would launch it. Options of `train`, such as --depth 20 or --fused-norm
 each kernel costs on that architecture, and exits with 1 on a spill that `ALLOWED_SPILLS` does not name, on more shared
 memory than there is, and on sm_90 on a matrix product without wgmma, or whose wgmma wait for each other.
 Architectures are compiled side by side, a process each, and reported in the order in which they were named. `--loops`
-adds a row for every loop around products on sm_90: its instructions by class, and what bounds it (sass.py, beside this).
+adds a row for every loop around products on sm_90: its instructions by class, and what bounds it (sass.py).
 """
 
 import os

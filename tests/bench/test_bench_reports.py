@@ -341,7 +341,7 @@ def test_what_tests_time_comes_last_and_alone(monkeypatch):
 
 
 def test_every_kernel_has_tests_for_a_gpu(gpu_test_files):
-    """Where a file is in tests/, `bench.gpu_tests` finds it; what pytest marks in this session is among what it finds."""
+    """Where a file is in tests/, `bench.gpu_tests` finds it; what pytest marks is among what it finds."""
     names = [path.name for path in gpu_tests.files()]
     assert tuple(names[: len(gpu_tests.LONGEST)]) == gpu_tests.LONGEST
     assert sorted(names) == [
