@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import use_kernels, weight_grad
+from .common import use_kernels
+from .weight_grad import weight_grad
 
 
 def linear_ref(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:

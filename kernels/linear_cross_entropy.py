@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import device_type, tl, triton, upcast, use_kernels, weight_grad
+from .common import device_type, tl, triton, upcast, use_kernels
+from .weight_grad import weight_grad
 
 SOFTCAP = 15.0
 IGNORED = -1  # a target that contributes neither loss nor gradient, and is not counted in the mean

@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_kernels, weight_grad
+from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_kernels
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_index, tile_offsets
+from .weight_grad import weight_grad
 
 
 def relu2_mlp_ref(x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import Factors, GradScaled, tl, triton, use_kernels, weight_grad
+from .common import Factors, GradScaled, tl, triton, use_kernels
 from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
+from .weight_grad import weight_grad
 
 
 def qkv_projection_ref(

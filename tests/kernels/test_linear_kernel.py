@@ -220,5 +220,5 @@ def test_past_two_to_the_31_elements(rows):
 
 @pytest.mark.gpu
 def test_weight_gradients_are_added_by_the_gemm():
-    common = importlib.import_module("kernels.common")
-    assert common._has_accumulating_gemm(torch.device("cuda:0"), torch.bfloat16)
+    weight_grad = importlib.import_module("kernels.weight_grad")
+    assert weight_grad._has_accumulating_gemm(torch.device("cuda:0"), torch.bfloat16)
