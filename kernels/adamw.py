@@ -16,6 +16,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .choice import Choice, Tile, grid
 from .common import tl, triton, use_kernels
 
 # Columns of a row of hyperparameters (fp32, on the device: a captured step reads them anew at every replay).
@@ -86,7 +87,18 @@ def _adamw_kernel(
             tl.store(copy_ptr + offs, master.to(COPY_DTYPE), mask=mask & (copy_address != 0))
 
 
-BLOCK, NUM_WARPS = 1024, 8  # a vector of 16 bytes a thread and tensor
+
+
+def _config() -> Tile:
+    return {"BLOCK": 1024, "num_warps": 8}  # a vector of 16 bytes a thread and tensor
+
+
+def _candidates() -> list[Tile]:
+    return grid(lambda tile: 4 <= tile["BLOCK"] // (32 * tile["num_warps"]) <= 16, BLOCK=(512, 1024, 2048, 4096),
+                num_warps=(2, 4, 8, 16))  # fmt: skip
+
+
+ADAMW = Choice("adamw", lambda: _config(), _candidates)  # of whatever tensors
 ALIGNMENT = 16  # bytes: what a vector load needs
 
 
@@ -141,12 +153,13 @@ def _launch(
         addresses = [_check(f"{name}[{i}]", tensor, master) for name, tensor in named.items()]
         addresses.append(0 if copy is None else _check(f"copies[{i}]", copy, master, tuple(copy_dtypes)))
         rows.append((*addresses, master.numel()))
-    table, blocks = _address_table(tuple(rows), BLOCK, masters[0].device)
+    tile = ADAMW()
+    table, blocks = _address_table(tuple(rows), tile["BLOCK"], masters[0].device)
     copy_dtype = getattr(tl, _TL_DTYPES[copy_dtypes.pop()]) if copy_dtypes else None
     _adamw_kernel[(blocks,)](
         table, hyper, apply, len(rows), 1 - betas[0], 1 - betas[1], eps,
         COPY_DTYPE=copy_dtype, WHOLE_VECTORS=all(row[-1] % 16 == 0 for row in rows),
-        MAX_TENSORS=triton.next_power_of_2(len(rows)), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        MAX_TENSORS=triton.next_power_of_2(len(rows)), **tile,
     )  # fmt: skip
 
 

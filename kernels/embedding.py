@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import Choice, Tile, elements, grid
 from .common import tl, triton, use_kernels
 
 
@@ -97,10 +98,22 @@ def _embedding_bwd_kernel(
 SPLIT = 128  # rows of dout that one program sums
 
 
-def _config(D: int) -> dict[str, int]:
+def _config(D: int) -> Tile:
     """Tiles of 4,096 elements for four warps: four vectors of 16 bytes a thread in 16 bits."""
     block_d = min(triton.next_power_of_2(D), 512)
     return {"BLOCK": min(4096 // block_d, 32), "BLOCK_D": block_d, "num_warps": 4}
+
+
+def _candidates(D: int, dtype: torch.dtype) -> list[Tile]:
+    return grid(
+        elements(lambda tile: tile["BLOCK"] * tile["BLOCK_D"], 16, 32), BLOCK=(4, 8, 16, 32),
+        BLOCK_D=[block for block in (128, 256, 512) if block < 2 * D], num_warps=(1, 2, 4, 8),
+    )  # fmt: skip
+
+
+# Of a table's rows: (D, dtype).
+LOOK_UP = Choice("embedding-forward", lambda D, dtype: _config(D), _candidates)
+SUM_UP = Choice("embedding-backward", lambda D, dtype: _config(D), _candidates)
 
 
 def _check(tokens: Tensor, tables: Sequence[Tensor]) -> None:
@@ -140,7 +153,7 @@ def _add_segments(dout: Tensor, dtable: Tensor, segments: tuple[Tensor, Tensor, 
     """dtable [V, D] fp32 += Σ of the rows of dout [N, D], token by token."""
     order, starts, piece_ends, piece_token = segments
     V, D = dtable.shape
-    config = _config(D)
+    config = SUM_UP(D, dout.dtype)
     block = {"SPLIT": SPLIT, "BLOCK_R": config["BLOCK"], "BLOCK_D": config["BLOCK_D"], "num_warps": config["num_warps"]}
     blocks_d = triton.cdiv(D, config["BLOCK_D"])
     partial = torch.empty(piece_token.numel(), D, dtype=torch.float32, device=dout.device)
@@ -164,9 +177,9 @@ class _Embedding(torch.autograd.Function):
         for table in tables:
             V, D = table.shape
             out = torch.empty(*tokens.shape, D, dtype=table.dtype, device=table.device)
-            config = _config(D)
-            grid = (triton.cdiv(flat.numel(), config["BLOCK"]), triton.cdiv(D, config["BLOCK_D"]))
-            _embedding_fwd_kernel[grid](
+            config = LOOK_UP(D, table.dtype)
+            programs = (triton.cdiv(flat.numel(), config["BLOCK"]), triton.cdiv(D, config["BLOCK_D"]))
+            _embedding_fwd_kernel[programs](
                 flat, table, out, table.stride(0), flat.numel(), V, D,
                 BLOCK_N=config["BLOCK"], BLOCK_D=config["BLOCK_D"], num_warps=config["num_warps"],
             )  # fmt: skip

@@ -6,9 +6,10 @@ the same memory with its strides exchanged. Sums are fp32. Rows past M, N or K r
 
 import torch
 
+from .choice import Tile, product_tiles
 from .common import gpu_arch, tl, triton
 
-__all__ = ["gemm_config", "gemm_grid", "gemm_tile", "tile_index", "tile_offsets"]
+__all__ = ["gemm_candidates", "gemm_config", "gemm_grid", "gemm_tile", "tile_index", "tile_offsets"]
 
 GROUP_M = 8  # rows of tiles that share their columns of B while these are in the L2
 
@@ -61,7 +62,7 @@ def gemm_tile(
     return acc
 
 
-def gemm_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+def gemm_config(N: int, K: int, dtype: torch.dtype) -> Tile:
     """Tile sizes, warps and stages, so that nothing spills and the stages fit: no speed has been measured yet.
 
     Hopper has 227 KiB of shared memory a multiprocessor. A long K takes the largest tile (144 KiB, all registers); a
@@ -79,9 +80,18 @@ def gemm_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     return _tile(128, 128, 32, num_stages=4)  # at most 64 KiB: every chip from Ampere on has 99
 
 
-def _tile(block_m: int, block_n: int, block_k: int, num_stages: int) -> dict[str, int]:
+def _tile(block_m: int, block_n: int, block_k: int, num_stages: int) -> Tile:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": num_stages}
 
 
-def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int]:
+def gemm_candidates(N: int, K: int, dtype: torch.dtype, tight: bool = False) -> list[Tile]:
+    """To be tried in place of `gemm_config`. `tight`: the epilogue holds more than the sums."""
+    if dtype.itemsize > 2 or N % 16 or K % 16:
+        return []
+    sizes = (64, 128, 256)
+    tiles = product_tiles(((32, 5), (64, 3), (64, 4), (128, 2)), BLOCK_M=sizes, BLOCK_N=sizes)
+    return [tile for tile in tiles if not tight or tile["BLOCK_M"] * tile["BLOCK_N"] <= 64 * 32 * tile["num_warps"]]
+
+
+def gemm_grid(M: int, N: int, config: Tile) -> tuple[int]:
     return (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)

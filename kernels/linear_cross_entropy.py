@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import Choice, Tile, elements, grid
 from .common import device_type, tl, triton, upcast, use_kernels
 from .weight_grad import weight_grad
 
@@ -96,7 +97,7 @@ def _cross_entropy_kernel(
                 tl.store(logits_ptr + start + offs, dz.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-def _config(V: int) -> dict[str, int]:
+def _config(V: int) -> Tile:
     """A row of up to 16,384 is one block, whose tanh and exponentials stay in registers, 32 of each a thread; 64 would
     spill, so a longer row is read twice, the second time from the caches. Not yet measured."""
     block_v = triton.next_power_of_2(V)
@@ -105,20 +106,37 @@ def _config(V: int) -> dict[str, int]:
     return {"ONE_BLOCK": True, "BLOCK_V": block_v, "num_warps": max(4, min(16, block_v // 1024))}
 
 
+def _candidates(V: int, dtype: torch.dtype) -> list[Tile]:
+    whole = triton.next_power_of_2(V)
+    blocks = [block for block in (1024, 2048, 4096, 8192) if block < whole]
+    return [
+        *({"ONE_BLOCK": True, "BLOCK_V": whole, "num_warps": warps} for warps in (4, 8, 16, 32)),
+        *grid(elements(lambda tile: tile["BLOCK_V"], 4, 32), ONE_BLOCK=(False,), BLOCK_V=blocks, num_warps=(4, 8, 16)),
+    ]
+
+
+SOFTMAX = Choice("softmax", lambda V, dtype: _config(V), _candidates)
+# Logits that are there at once, on a GPU: 2²⁴ may stay in the L2 from the product to the softmax and the next product.
+# More of them are fewer and larger products.
+CHUNK = Choice(
+    "loss-chunk", lambda V, dtype: {"logits": 2**28}, lambda V, dtype: [{"logits": 2**n} for n in (23, 24, 25, 26, 28)]
+)
+
+
 def _cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, softcap: float, has_grad: bool) -> None:
     """Writes the losses of [rows, V] products z, and with `has_grad` their unscaled gradient in place of them."""
     rows, V = logits.shape
     _cross_entropy_kernel[(rows,)](
         logits, targets, losses, logits.stride(0), softcap,
-        V=V, IGNORED=IGNORED, HAS_GRAD=has_grad, **_config(V),
+        V=V, IGNORED=IGNORED, HAS_GRAD=has_grad, **SOFTMAX(V, logits.dtype),
     )
 
 
 def _chunk_rows(vocab_size: int, x: Tensor) -> int:
     # On a CPU a chunk of fp32 logits should stay in the last-level cache: 4 MiB is 3 times as fast as all rows at once
-    # (bench/LOG.md, 2026-11-23). On a GPU it only has to be large enough to fill the device.
-    elements = 2**20 if device_type(x) == "cpu" else 2**28
-    return max(64, elements // vocab_size)
+    # (bench/LOG.md, 2026-11-23). On a GPU it has to be large enough to fill the device.
+    logits = 2**20 if device_type(x) == "cpu" else CHUNK(vocab_size, x.dtype)["logits"]
+    return max(64, logits // vocab_size)
 
 
 def _chunked_losses(

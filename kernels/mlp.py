@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .choice import Choice, Tile
 from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_kernels
-from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_index, tile_offsets
+from .gemm import GROUP_M, gemm_candidates, gemm_config, gemm_grid, gemm_tile, tile_index, tile_offsets
 from .weight_grad import weight_grad
 
 
@@ -130,10 +131,33 @@ def _norm_fc_bwd_kernel(
     tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _config(N: int, K: int, dtype: torch.dtype, tight: bool = False) -> dict[str, int]:
-    """`tight`: the epilogue holds more than the sums, and the large tile of a long K would spill."""
-    config = gemm_config(N, min(K, 1024) if tight and K % 16 == 0 else K, dtype)
-    return {**config, "GROUP_M": GROUP_M, "EVEN_K": K % config["BLOCK_K"] == 0}
+def _config(N: int, K: int, dtype: torch.dtype) -> Tile:
+    return gemm_config(N, K, dtype)
+
+
+def _tight_config(N: int, K: int, dtype: torch.dtype) -> Tile:
+    """For an epilogue that holds more than the sums: there the large tile of a long K would spill."""
+    return gemm_config(N, min(K, 1024) if K % 16 == 0 else K, dtype)
+
+
+def _tight_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
+    return gemm_candidates(N, K, dtype, tight=True)
+
+
+# Of a product [rows, K]·[K, N]: (N, K, dtype). Those of the block with its norm inside have names of their own.
+FC_FORWARD = {
+    normed: Choice(name, _config, gemm_candidates)
+    for normed, name in ((False, "mlp-fc-forward"), (True, "norm-mlp-fc-forward"))
+}
+PROJ_BACKWARD = {
+    False: Choice("mlp-proj-backward", _config, gemm_candidates),
+    True: Choice("norm-mlp-proj-backward", _tight_config, _tight_candidates),
+}
+FC_BACKWARD = Choice("norm-mlp-fc-backward", _tight_config, _tight_candidates)
+
+
+def _launched(tile: Tile, K: int) -> Tile:
+    return {**tile, "GROUP_M": GROUP_M, "EVEN_K": K % tile["BLOCK_K"] == 0}
 
 
 def _rstd(x: Tensor) -> Tensor:
@@ -152,7 +176,7 @@ def _fc_fwd(x: Tensor, w_fc: Tensor, rstd: Tensor | None = None) -> Tensor:
     """relu(x·W_fcᵀ)² or relu(rstd ⊙ x·W_fcᵀ)²: [M, F]."""
     (M, K), N = x.shape, w_fc.shape[0]
     post = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = _config(N, K, x.dtype)
+    config = _launched(FC_FORWARD[rstd is not None](N, K, x.dtype), K)
     _fc_fwd_kernel[gemm_grid(M, N, config)](
         x, w_fc, rstd, post, x.stride(0), x.stride(1), w_fc.stride(1), w_fc.stride(0), M, N, K,
         HAS_NORM=rstd is not None, **config,
@@ -165,7 +189,7 @@ def _proj_bwd_(
 ) -> tuple[Tensor, Tensor | None]:
     """2·√post·(dout·W_proj), with rstd times it, in place of post: [M, F]; and with rstd the parts of c: [tiles, M]."""
     (M, K), N = dout.shape, w_proj.shape[1]
-    config = _config(N, K, post.dtype, tight=rstd is not None)
+    config = _launched(PROJ_BACKWARD[rstd is not None](N, K, post.dtype), K)
     c = None
     if rstd is not None:
         c = torch.empty(triton.cdiv(N, config["BLOCK_N"]), M, dtype=torch.float32, device=post.device)
@@ -181,7 +205,7 @@ def _norm_fc_bwd(dz: Tensor, w_fc: Tensor, x: Tensor, dout: Tensor, rstd: Tensor
     """dout + dz·W_fc − x·rstd²·c/D: [M, D]."""
     (M, K), N = dz.shape, w_fc.shape[1]
     dx = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = _config(N, K, x.dtype, tight=True)
+    config = _launched(FC_BACKWARD(N, K, x.dtype), K)
     _norm_fc_bwd_kernel[gemm_grid(M, N, config)](
         dz, w_fc, x, dout, rstd, c, dx, dz.stride(0), dz.stride(1), w_fc.stride(0), w_fc.stride(1), x.stride(0),
         dout.stride(0), M, N, K, c.shape[0], **config,

@@ -17,6 +17,7 @@ decay, Chen et al., arXiv 2510.12402.
 import torch
 from torch import Tensor
 
+from .choice import Choice, Tile, elements, grid
 from .common import tl, triton, use_kernels
 from .polar_express import polar_express, polar_express_ref
 
@@ -149,13 +150,35 @@ def _muon_kernel(
             tl.store(copy_ptrs, master.to(copy_ptr.dtype.element_ty), mask=mask)
 
 
-def _config(rows: int, cols: int) -> tuple[dict[str, int], dict[str, int]]:
+def _config(rows: int, cols: int) -> tuple[Tile, Tile]:
     """Tiles of the elementwise kernels and of the means: 2,048 elements for four warps, wide along the columns."""
     block_c = min(triton.next_power_of_2(cols), 512)
     tile = {"BLOCK_R": max(1, 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4}
     if rows >= cols:
         return tile, {"BLOCK_L": max(1, 2048 // block_c), "BLOCK_N": block_c, "num_warps": 4}
     return tile, {"BLOCK_L": 64, "BLOCK_N": 32, "num_warps": 4}
+
+
+def _candidates(rows: int, cols: int) -> list[Tile]:
+    return grid(
+        elements(lambda tile: tile["BLOCK_R"] * tile["BLOCK_C"], 8, 32), BLOCK_R=(2, 4, 8, 16),
+        BLOCK_C=(128, 256, 512), num_warps=(4, 8),
+    )  # fmt: skip
+
+
+def _means_candidates(rows: int, cols: int) -> list[Tile]:
+    if rows < cols:  # along the other side, where a tile has to be long the other way
+        return grid(elements(lambda tile: tile["BLOCK_L"] * tile["BLOCK_N"], 8, 32), BLOCK_L=(32, 64, 128),
+                    BLOCK_N=(16, 32, 64), num_warps=(2, 4, 8))  # fmt: skip
+    return grid(
+        elements(lambda tile: tile["BLOCK_L"] * tile["BLOCK_N"], 8, 32), BLOCK_L=(2, 4, 8, 16),
+        BLOCK_N=(128, 256, 512), num_warps=(2, 4, 8),
+    )  # fmt: skip
+
+
+# (rows, columns) of a matrix, however many there are.
+ELEMENTS = Choice("muon", lambda rows, cols: _config(rows, cols)[0], _candidates)
+MEANS = Choice("muon-means", lambda rows, cols: _config(rows, cols)[1], _means_candidates)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -188,7 +211,7 @@ def _launch(
         raise ValueError(f"hyper: {hyper.dtype} {tuple(hyper.shape)}, apply: {apply.dtype}; expected fp32 [3], bool")
 
     batch, rows, cols = master.shape
-    tile, means = _config(rows, cols)
+    tile, means = ELEMENTS(rows, cols), MEANS(rows, cols)
     grid = (triton.cdiv(rows, tile["BLOCK_R"]), triton.cdiv(cols, tile["BLOCK_C"]), batch)
     g = torch.empty(batch, rows, cols, dtype=torch.float32, device=master.device)
     _momentum_kernel[grid](

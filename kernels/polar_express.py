@@ -16,6 +16,7 @@ Bytes: G twice in fp32 and X once; then in each of the five steps four times X a
 import torch
 from torch import Tensor
 
+from .choice import Choice, Tile, product_tiles
 from .common import tl, triton, use_kernels
 
 COEFFICIENTS = (
@@ -126,7 +127,7 @@ def _apply_kernel(
 BLOCK, STEPS = 2048, 8  # elements of a program that scales; steps of one that sums squares
 
 
-def _config(M: int, N: int) -> tuple[dict[str, int], dict[str, int]]:
+def _config(M: int, N: int) -> tuple[Tile, Tile]:
     """Tiles of the symmetric products and of the last one, for a short side M and a long side N.
 
     A batch here is 8 to 24 matrices of at most 512 on the short side: tiles of 64 make enough programs to fill a GPU
@@ -139,6 +140,24 @@ def _config(M: int, N: int) -> tuple[dict[str, int], dict[str, int]]:
     symmetric = {"BLOCK": block, "num_warps": 4 if block == 64 and whole else 8, **common}
     block_n = 128 if N >= 128 and whole else 64
     return symmetric, {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4 if whole else 8, **common}
+
+
+def _symmetric_candidates(M: int, N: int, dtype: torch.dtype) -> list[Tile]:
+    if dtype.itemsize > 2 or M % 16 or N % 16:
+        return []
+    return product_tiles(((32, 4), (64, 2), (64, 3), (64, 4), (128, 2)), BLOCK=(64, 128))
+
+
+def _last_candidates(M: int, N: int, dtype: torch.dtype) -> list[Tile]:
+    if dtype.itemsize > 2 or M % 16 or N % 16:
+        return []
+    return product_tiles(((64, 3), (64, 4), (128, 2)), BLOCK_M=(64, 128), BLOCK_N=(64, 128, 256))
+
+
+# (short side, long side, dtype of the iterates). How many matrices there are is no part of it: a process that holds a
+# share of them takes the tile that all would have, and computes the same bits.
+SYMMETRIC = Choice("polar-symmetric", lambda M, N, dtype: _config(M, N)[0], _symmetric_candidates)
+LAST = Choice("polar-last", lambda M, N, dtype: _config(M, N)[1], _last_candidates)
 
 
 def _launch(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,7 +178,7 @@ def _launch(g: Tensor, dtype: torch.dtype) -> Tensor:
     M, N = min(rows, cols), max(rows, cols)
     strides = (size, cols, 1) if rows <= cols else (size, 1, cols)
     A, B = (torch.empty(batch, M, M, dtype=dtype, device=g.device) for _ in range(2))
-    symmetric, last = _config(M, N)
+    symmetric, last = SYMMETRIC(M, N, dtype), LAST(M, N, dtype)
     tiles = triton.cdiv(M, symmetric["BLOCK"])
     for a, b, c in COEFFICIENTS:
         _symmetric_kernel[(tiles, tiles, batch)](x, None, A, *strides, M, N, 1.0, 0.0, HAS_A=False, **symmetric)

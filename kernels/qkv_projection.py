@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import Choice, Tile
 from .common import Factors, GradScaled, tl, triton, use_kernels
-from .gemm import GROUP_M, gemm_config, gemm_grid, gemm_tile, tile_offsets
+from .gemm import GROUP_M, gemm_candidates, gemm_config, gemm_grid, gemm_tile, tile_offsets
 from .weight_grad import weight_grad
 
 
@@ -51,11 +52,18 @@ def _norm_qkv_fwd_kernel(
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
+def _config(N: int, K: int, dtype: torch.dtype) -> Tile:
+    return gemm_config(N, K, dtype)
+
+
+NORM_FORWARD = Choice("norm-qkv-forward", _config, gemm_candidates)  # of [rows, K]·[K, N]: (N, K, dtype)
+
+
 def _norm_qkv_fwd(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """rstd ⊙ (x·Wᵀ): [M, N]."""
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = gemm_config(N, K, x.dtype)
+    config = NORM_FORWARD(N, K, x.dtype)
     _norm_qkv_fwd_kernel[gemm_grid(M, N, config)](
         x, weight, rstd, y, x.stride(0), x.stride(1), weight.stride(1), weight.stride(0), M, N, K,
         **config, GROUP_M=GROUP_M, EVEN_K=K % config["BLOCK_K"] == 0,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import Choice, Tile, elements, grid
 from .common import EPS, Factors, gpu_arch, tl, triton, upcast, use_kernels
 
 
@@ -135,7 +136,7 @@ def _dlambda_kernel(
 MAX_WIDTH = 8192  # a row is one tile
 
 
-def _config(D: int) -> dict[str, int]:
+def _config(D: int) -> Tile:
     """A tile holds whole rows: 2,048 elements for four warps, two vectors of 16 bytes a thread and 16-bit tensor.
     Half of that where rows are no whole vectors: every element then has an address in registers. Half too on sm_120
     where they need a mask: there the assembler takes 80 registers for the other, and spills."""
@@ -147,6 +148,33 @@ def _config(D: int) -> dict[str, int]:
 
 # Blocks of rows that a program of the backward walks: what divides the number of partial sums of the λ gradients.
 STEPS = 8
+
+
+def _candidates(D: int, dtype: torch.dtype) -> list[Tile]:
+    block = {"BLOCK_D": triton.next_power_of_2(D)}
+    return [{**block, **tile} for tile in grid(
+        elements(lambda tile: tile["BLOCK_M"] * block["BLOCK_D"], 4, 64), BLOCK_M=(1, 2, 4, 8, 16),
+        num_warps=(1, 2, 4, 8),
+    )]  # fmt: skip
+
+
+def _backward_candidates(D: int, dtype: torch.dtype) -> list[Tile]:
+    block = {"BLOCK_D": triton.next_power_of_2(D)}
+    return [{**block, **tile} for tile in grid(
+        elements(lambda tile: tile["BLOCK_M"] * block["BLOCK_D"], 8, 32), BLOCK_M=(1, 2, 4, 8),
+        num_warps=(1, 2, 4, 8), STEPS=(4, 8, 16),
+    )]  # fmt: skip
+
+
+# Of rows of D: (D, dtype). With x0 and without it is another kernel, which moves other bytes.
+FORWARD = {
+    mixed: Choice(name, lambda D, dtype: _config(D), _candidates)
+    for mixed, name in ((False, "norm-forward"), (True, "mix-and-norm-forward"))
+}
+BACKWARD = {
+    mixed: Choice(name, lambda D, dtype: {**_config(D), "STEPS": STEPS}, _backward_candidates)
+    for mixed, name in ((False, "norm-backward"), (True, "mix-and-norm-backward"))
+}
 
 
 def _rows(name: str, tensor: Tensor | None, like: Tensor) -> Tensor | None:
@@ -184,7 +212,7 @@ class _RMSNorm(torch.autograd.Function):
         y = None if wanted == "factors" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         s = None if wanted == "y" else torch.empty(x.shape, dtype=x.dtype, device=x.device) if mixed else x
         rstd = torch.empty(M, dtype=torch.float32, device=x.device)
-        config = _config(D)
+        config = FORWARD[mixed](D, x.dtype)
         _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
             rows, rows_x0, lambda_r, lambda_0, s, y, rstd, rows.stride(0), rows_x0.stride(0) if mixed else 0, M, D,
             EPS=EPS, HAS_X0=mixed, HAS_S=mixed and wanted != "y", HAS_Y=wanted != "factors", **config,
@@ -210,8 +238,8 @@ class _RMSNorm(torch.autograd.Function):
         ds, dy, dx0_later = (None if g is None else g.contiguous() for g in (ds, dy, dx0_later))
         x = x.reshape(-1, shape[-1])
         M, D = x.shape
-        config = _config(D)
-        programs = triton.cdiv(M, config["BLOCK_M"] * STEPS)
+        config = BACKWARD[x0 is not None](D, x.dtype)
+        programs = triton.cdiv(M, config["BLOCK_M"] * config["STEPS"])
         dx = torch.empty(shape, dtype=x.dtype, device=x.device)
         dx0 = None if x0 is None else torch.empty_like(dx)
         partial = None if x0 is None else torch.empty(programs, 2, dtype=torch.float32, device=x.device)
@@ -219,7 +247,7 @@ class _RMSNorm(torch.autograd.Function):
             ds, dy, dx0_later, x, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
             x.stride(0), 0 if x0 is None else x0.stride(0), M, D,
             HAS_DS=ds is not None, HAS_DY=dy is not None, SCALED=ctx.scaled,
-            HAS_X0=x0 is not None, HAS_LATER=dx0_later is not None, STEPS=STEPS, **config,
+            HAS_X0=x0 is not None, HAS_LATER=dx0_later is not None, **config,
         )  # fmt: skip
         if x0 is None:
             return dx, *(None,) * 6

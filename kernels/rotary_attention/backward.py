@@ -262,9 +262,9 @@ def attention_bwd(
     dve = None if ve is None else torch.empty(ve.shape, dtype=ve.dtype, device=ve.device)
     dgate = None if ve is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     neg_delta = torch.empty_like(neg_lse)
-    config = tiles.config(head_dim, out.dtype, num_heads)
+    shape = head_dim, out.dtype, num_heads, T, window
 
-    block = config.dq
+    block = tiles.Tiles(**tiles.DQ(*shape))
     tma = block.tma and fits_tma(q, k, v, dout)
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         row_source(q, block.block_m, head_dim, tma), row_source(k, block.block_n, head_dim, tma),
@@ -276,7 +276,7 @@ def attention_bwd(
         NARROW=block.both_edges(window), TMA=tma,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
-    block = config.dkv
+    block = tiles.Tiles(**tiles.DKV(*shape))
     _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
         q, k, v, dout, neg_lse, neg_delta, factors, cos, sin, ve, gate, grad_scale, dk, dv, dve, dgate,
         T, window, q.stride(0), v.stride(0),

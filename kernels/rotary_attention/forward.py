@@ -121,7 +121,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
     num_heads, group, window = width // head_dim, width // k.shape[-1], min(window, T)
     out = torch.empty(B, T, width, dtype=q.dtype, device=q.device)
     neg_lse = torch.empty(B, num_heads, T, dtype=torch.float32, device=q.device)
-    block = tiles.config(head_dim, q.dtype, num_heads).forward
+    block = tiles.Tiles(**tiles.FORWARD(head_dim, q.dtype, num_heads, T, window))
     tma = block.tma and fits_tma(q, k, v)
     least = -1.01 * head_dim * query_scale(head_dim)  # q and k are rounded: 1 % below what their norms allow
     _attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](

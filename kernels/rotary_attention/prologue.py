@@ -106,7 +106,7 @@ def prologue_fwd_(
     head_dim = 2 * cos.shape[-1]
     norm_heads, ve_heads = num_heads + num_kv_heads, 0 if ve is None else num_kv_heads
     factors = torch.empty(B, T, norm_heads, dtype=torch.float32, device=qkv.device)
-    block = tiles.config(head_dim, qkv.dtype, num_heads).prologue
+    block = tiles.Rows(**tiles.PROLOGUE(head_dim, qkv.dtype, num_heads))
     _prologue_kernel[(triton.cdiv(B * T, block.rows),)](
         qkv, cos, sin, ve, gate, factors,
         B * T, T, qkv.stride(0), qkv.stride(1),

@@ -1,0 +1,113 @@
+"""What stands in the code as a default, and a measurement on a GPU may replace: a kernel's tile, a product's way.
+
+A `Choice` stands in the file of its kernel, with what may be tried in its place. It depends on a shape, a dtype and the
+GPU alone: never on how many rows or matrices a process happens to hold, so that many GPUs compute the bits of one. An
+op looks it up when it is called, and measures nothing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import product
+
+import torch
+
+__all__ = ["Choice", "Table", "Tile", "asked", "chosen", "elements", "grid", "key_of", "product_tiles", "trying"]
+
+Tile = dict[str, int | bool | str]
+Table = dict[str, dict[str, Tile]]  # by the choice's name, then by its shape as `key_of` writes it
+
+_chosen: Table = {}
+_asked: list[dict] = []
+
+
+class Choice:
+    """Called with a shape it gives what is in force there: what was chosen, or else the default.
+
+    Args:
+        name: the kernel's, as the tuner prints it.
+        default: of a shape.
+        candidates: of the same shape, complete: each could stand there as it is.
+    """
+
+    def __init__(
+        self, name: str, default: Callable[..., Tile], candidates: Callable[..., Iterable[Tile]] = lambda *shape: ()
+    ):
+        self.name, self.default, self._candidates = name, default, candidates
+
+    def __call__(self, *shape: int | torch.dtype) -> Tile:
+        for calls in _asked:
+            calls[self.name, key_of(shape)] = (self, shape)
+        tile = _chosen.get(self.name, {}).get(key_of(shape))
+        return self.default(*shape) if tile is None else tile
+
+    def candidates(self, *shape: int | torch.dtype) -> list[Tile]:
+        """The default first, and no tile twice."""
+        found = [self.default(*shape)]
+        for tile in self._candidates(*shape):
+            if tile not in found:
+                found.append(tile)
+        return found
+
+
+def key_of(shape: Iterable[int | torch.dtype]) -> str:
+    return " ".join(str(part).removeprefix("torch.") for part in shape)
+
+
+@contextmanager
+def chosen(table: Table) -> Iterator[None]:
+    """Inside, `table` is in force and nothing else is."""
+    global _chosen
+    before, _chosen = _chosen, table
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+@contextmanager
+def trying(name: str, key: str, tile: Tile | None) -> Iterator[None]:
+    """Inside, one choice gives `tile`, or its default for None; the others stay as they are."""
+    others = {shape: given for shape, given in _chosen.get(name, {}).items() if shape != key}
+    with chosen({**_chosen, name: others if tile is None else {**others, key: tile}}):
+        yield
+
+
+@contextmanager
+def asked() -> Iterator[dict[tuple[str, str], tuple[Choice, tuple]]]:
+    """Yields the choices that are looked up inside, by name and key: each with the shape it was asked for."""
+    calls: dict[tuple[str, str], tuple[Choice, tuple]] = {}
+    _asked.append(calls)
+    try:
+        yield calls
+    finally:
+        _asked.remove(calls)
+
+
+def grid(accept: Callable[[Tile], bool] = lambda tile: True, **values: Iterable) -> list[Tile]:
+    """All combinations of `values` that are accepted."""
+    found = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
+    return [tile for tile in found if accept(tile)]
+
+
+def elements(of: Callable[[Tile], int], least: int, most: int) -> Callable[[Tile], bool]:
+    """Whether a thread has from `least` to `most` of a tile's elements: vectors of 16 bytes, and registers to spare."""
+    return lambda tile: least <= of(tile) // (32 * tile["num_warps"]) <= most
+
+
+def product_tiles(pipelines: tuple[tuple[int, int], ...], **values: Iterable) -> list[Tile]:
+    """Tiles of a product: the given sizes, 4 or 8 warps, and (BLOCK_K, stages).
+
+    A thread's share of the fp32 sums is 64 or 128 registers: with less, a factor's elements are read too often, with
+    more they spill. Stages have to fit into 227 KiB, which is what Hopper has.
+    """
+    sides = list(values)
+
+    def area(tile):
+        return tile[sides[0]] * tile[sides[-1]]
+
+    return [
+        {**tile, "BLOCK_K": block_k, "num_stages": stages}
+        for tile in grid(elements(area, 64, 128), **values, num_warps=(4, 8))
+        for block_k, stages in pipelines
+        if (tile[sides[0]] + tile[sides[-1]]) * block_k * 2 * stages <= 227 * 1024
+    ]
