@@ -16,9 +16,9 @@ from tests.helpers.kernel_memory import watch_memory
 
 FAR = 2**31
 RESERVED = 2**28  # from so many elements on, a tensor is left as the system gives it: zeros, and no memory yet
-rms_norm, mlp, qkv_projection, linear_cross_entropy, embedding = (
+rms_norm, mlp, qkv_projection, linear_cross_entropy, embedding, weight_grad = (
     importlib.import_module(f"kernels.{name}")
-    for name in ("rms_norm", "mlp", "qkv_projection", "linear_cross_entropy", "embedding")
+    for name in ("rms_norm", "mlp", "qkv_projection", "linear_cross_entropy", "embedding", "weight_grad")
 )
 
 
@@ -150,3 +150,17 @@ def test_attention():
         results.append([out.detach(), *torch.autograd.grad(out, given, dout[-len(x) :])])
     for alone, value in zip(*results, strict=True):
         assert_same_end(value, alone)
+
+
+@pytest.mark.parametrize("tile", [
+    {"way": "slices", "BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 16, "tma": False, "num_warps": 4, "num_stages": 2},
+    {"way": "outer", "BLOCK_M": 128, "num_warps": 4},
+], ids=["slices", "outer products"])  # fmt: skip
+def test_weight_grad(tile):
+    rows = 2**18 + 8  # the last slice has the last eight of them
+    dy, x = (far(rows, 8192)[:, -width:] for width in (2, 16))
+    results = []
+    for part, slices in ((slice(None), 2**11 + 1), (slice(-8, None), 1)):
+        results.append(torch.zeros(2, 16))
+        weight_grad._by_kernels(dy[part], x[part], results[-1], True, {**tile, "SLICES": slices})
+    assert_same_end(*results)
