@@ -30,19 +30,31 @@ __all__ = ["weight_grad"]
 
 
 @triton.jit
-def _rows_of_slice(s, M, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
+def _rows_of_slice(s, M, slices, BLOCK_M: tl.constexpr):
     """First and end, int32: whole blocks but for the last slice that has any."""
-    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), SLICES) * BLOCK_M
+    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), slices) * BLOCK_M
     return s * rows, tl.minimum((s + 1) * rows, M)
 
 
 @triton.jit
+def _put(out_ptr, value, rows, columns, stride, ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Stores [BN, BK] of which `rows` and `columns` count; with ADD added to what stands there."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    ptrs = out_ptr + (offs_n[:, None] * stride + offs_k[None, :])
+    mask = (offs_n < rows)[:, None] & (offs_k < columns)[None, :]
+    if ADD:
+        value += tl.load(ptrs, mask=mask, other=0.0)
+    tl.store(ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _slice_kernel(
-    dy_source, x_source, out_ptr, dy_stride_m, x_stride_m, M, N, K,
-    SLICES: tl.constexpr, ADD: tl.constexpr, EVEN_M: tl.constexpr, TMA: tl.constexpr,
+    dy_source, x_source, out_ptr, dy_stride_m, x_stride_m, M, N, K, slices,
+    ADD: tl.constexpr, EVEN_M: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW over the rows of one slice: out [SLICES, N, K]; with ADD to what stands there.
+    """One tile of dW over the rows of one slice: out [slices, N, K]; with ADD to what stands there.
 
     Programs of one slice are neighbours: they read the same rows at about the same time, from the L2. The sources are
     pointers, or with TMA descriptors.
@@ -56,7 +68,7 @@ def _slice_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = first_k + tl.arange(0, BLOCK_K)
-    first, end = _rows_of_slice(s, M, SLICES, BLOCK_M)
+    first, end = _rows_of_slice(s, M, slices, BLOCK_M)
     if not TMA:
         offs_row = first.to(tl.int64) + offs_m
         dy_ptrs = dy_source + offs_n[:, None] + offs_row[None, :] * dy_stride_m  # [BN, BM], dyᵀ as it lies in memory
@@ -78,25 +90,25 @@ def _slice_kernel(
             x_ptrs += BLOCK_M * x_stride_m
         acc = tl.dot(dy, x, acc, input_precision="ieee")
     out_ptr += (s.to(tl.int64) * N + first_n) * K + first_k
-    out_ptrs = out_ptr + (tl.arange(0, BLOCK_N)[:, None] * K + tl.arange(0, BLOCK_K)[None, :])
-    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    if ADD:
-        acc += tl.load(out_ptrs, mask=mask, other=0.0)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    # By halves: all that stands there would need as many registers as the sums.
+    halves = tl.permute(tl.reshape(acc, [BLOCK_N, 2, BLOCK_K // 2]), [0, 2, 1])
+    left, right = tl.split(halves)
+    _put(out_ptr, left, N - first_n, K - first_k, K, ADD, BLOCK_N, BLOCK_K // 2)
+    _put(out_ptr + BLOCK_K // 2, right, N - first_n, K - first_k - BLOCK_K // 2, K, ADD, BLOCK_N, BLOCK_K // 2)
 
 
 @triton.jit
 def _outer_kernel(
-    dy_ptr, x_ptr, partial_ptr, dy_stride_m, x_stride_m, M, N, K,
-    SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    dy_ptr, x_ptr, partial_ptr, dy_stride_m, x_stride_m, M, N, K, slices,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All of a small dW over the rows of one slice: partial [SLICES, N, K]. Sums of BLOCK_M rows apart, then of these:
+    """All of a small dW over the rows of one slice: partial [slices, N, K]. Sums of BLOCK_M rows apart, then of these:
     nothing but products and sums of a thread's own is in the loop."""
     s = tl.program_id(0)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    first, end = _rows_of_slice(s, M, SLICES, BLOCK_M)
+    first, end = _rows_of_slice(s, M, slices, BLOCK_M)
     acc = tl.zeros([BLOCK_N, BLOCK_M, BLOCK_K], dtype=tl.float32)
     for row in range(first, end, BLOCK_M):
         offs_row = (row + offs_m).to(tl.int64)
@@ -113,16 +125,16 @@ def _outer_kernel(
 
 @triton.jit
 def _sum_kernel(
-    partial_ptr, out_ptr, size, SLICES: tl.constexpr, ADD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+    partial_ptr, out_ptr, size, slices, ADD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out [size] = Σ partial [SLICES, size], always in the same order; with ADD added to what stands there."""
+    """out [size] = Σ partial [slices, size], always in the same order; with ADD added to what stands there."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     mask = offs < size
     acc = tl.zeros([BLOCK_S, BLOCK], dtype=tl.float32)
-    for start in range(0, SLICES, BLOCK_S):
+    for start in range(0, slices, BLOCK_S):
         ptrs = partial_ptr + (start + offs_s)[:, None] * size + offs[None, :]
-        acc += tl.load(ptrs, mask=(start + offs_s < SLICES)[:, None] & mask[None, :], other=0.0)
+        acc += tl.load(ptrs, mask=(start + offs_s < slices)[:, None] & mask[None, :], other=0.0)
     total = tl.sum(acc, axis=0)
     if ADD:
         total += tl.load(out_ptr + offs, mask=mask, other=0.0)
@@ -159,9 +171,9 @@ def _forms(arch: int) -> list[tuple[Tile, int, tuple[int, ...]]]:
         ]
     smaller = [
         (form(128, 256, 32, 8, 4), 1, (1, 2, 4)),
-        (form(256, 128, 32, 8, 4), 1, (1,)),
         (form(128, 128, 32, 8, 4), 2, (1, 2)),
         (form(128, 128, 64, 8, 3), 1, (1, 2)),
+        (form(64, 128, 64, 4, 3), 2, (1, 2)),
     ]
     return smaller + [(form(128, 256, 64, 8, 3), 1, (1, 2))] * (arch == 80)
 
@@ -212,8 +224,8 @@ def _by_kernels(dy: Tensor, x: Tensor, out: Tensor, add: bool, tile: Tile) -> No
     partial = out
     if outer or slices > 1:
         partial = torch.empty(slices, N, K, dtype=torch.float32, device=x.device)
-    sizes = dy.stride(0), x.stride(0), M, N, K
-    options = {key: value for key, value in tile.items() if key not in ("way", "tma")}
+    sizes = dy.stride(0), x.stride(0), M, N, K, slices
+    options = {key: value for key, value in tile.items() if key not in ("way", "SLICES", "tma")}
     if outer:
         blocks = {"BLOCK_N": triton.next_power_of_2(N), "BLOCK_K": triton.next_power_of_2(K)}
         _outer_kernel[(slices,)](dy, x, partial, *sizes, **blocks, **options)
@@ -233,7 +245,7 @@ def _by_kernels(dy: Tensor, x: Tensor, out: Tensor, add: bool, tile: Tile) -> No
         block_s = min(triton.next_power_of_2(slices), 128 if outer else 8)
         block = 4096 // block_s
         _sum_kernel[(triton.cdiv(N * K, block),)](
-            partial, out, N * K, SLICES=slices, ADD=add, BLOCK_S=block_s, BLOCK=block, num_warps=4
+            partial, out, N * K, slices, ADD=add, BLOCK_S=block_s, BLOCK=block, num_warps=4
         )
 
 

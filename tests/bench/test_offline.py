@@ -90,6 +90,27 @@ with compiling_only(arch) as launches:
 print(len(launches), *[fault for kernel, count in launches.items() for fault in usage(kernel, count).faults(arch)])
 """
 
+# Every way of its own that the gradient of a head may take, in one slice and in several, and a gate's.
+WEIGHT_GRADS = """
+import sys
+import torch
+from bench.offline import usage
+from kernels import weight_grad
+from train.precompile import compiling_only
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+arch = int(sys.argv[1])
+with compiling_only(arch) as launches:
+    for N, K in ((8192, 512), (4, 32)):
+        for tile in weight_grad._candidates(N, K, torch.bfloat16):
+            out, x = meta(N, K, dtype=torch.float32), meta(32768, 512)[:, :K]
+            weight_grad._by_kernels(meta(32768, N), x, out, True, tile)
+found = [usage(kernel, count, warnings=True) for kernel, count in launches.items()]
+print(sum(u.is_matrix for u in found) > 4, *[fault for u in found for fault in u.faults(arch)])
+"""
+
 
 def compiled(folder: Path, dtype: str, launch: str) -> list[str]:
     return run(folder, PROGRAM.replace("{dtype}", dtype).replace("{launch}", launch)).split("|")
@@ -128,6 +149,11 @@ def test_products_that_wait_for_each_other_are_a_fault(tmp_path):
 def test_tiles_of_other_widths_and_gpus_fit(arch, tmp_path):
     """Heads whose number is no power of two; products longer than 1,024 with a norm in their epilogue; sm_120."""
     assert run(tmp_path, TILES, str(arch)) == "12"  # of attention 4 for 4 heads and for 6, of the norm 3, the product
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_gradients_of_weights_fit_in_every_way(arch, tmp_path):
+    assert run(tmp_path, WEIGHT_GRADS, str(arch)) == "True"
 
 
 def test_what_does_not_fit():
