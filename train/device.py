@@ -19,6 +19,7 @@ from .config import TrainConfig, resolve
 from .launching import check_launching
 
 OLDEST_GPU = (8, 0)  # compute capability: the first with bf16
+WORKSPACE = ":4096:8"  # of cuBLAS: KiB, and how many times
 
 
 def pick_device(wanted: str | None) -> str:
@@ -40,7 +41,22 @@ def pick_device(wanted: str | None) -> str:
     if (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
         has, needs = (f"{major}.{minor}" for major, minor in (capability, OLDEST_GPU))
         raise InputError(f"this GPU has compute capability {has}, bf16 needs {needs}: take another, or --device cpu")
+    ask_for_workspace()
     return "cuda"
+
+
+def ask_for_workspace() -> None:
+    """Has PyTorch give cuBLAS a workspace of 32 MiB on every GPU, as it does by itself on Hopper and Blackwell alone;
+    elsewhere it is 8 MiB. The gradient of a weight is a sum over 10⁵ rows, and cuBLAS may cut it into parts as far as
+    the workspace has room for them. PyTorch reads CUBLAS_WORKSPACE_CONFIG at the first product, and cuBLASLt has the
+    same memory; where it is set, it is left as it is. Each thread has one for each stream on which it multiplies, three
+    or four in all: of what is in no tensor of a step, for which `memory.MARGIN` makes room.
+
+    Which way cuBLAS takes, and so the last bits, may differ with it; not from run to run. Sources: PyTorch's "CUDA
+    Environment Variables", parseChosenWorkspaceSize in its aten/src/ATen/cuda/CublasHandlePool.cpp, and cuBLAS's
+    documentation, "cublasSetWorkspace".
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
 
 
 def why_no_gpu() -> str:

@@ -1,5 +1,7 @@
 """Which device a run takes: machines whose GPU is missing, hidden, too old, another maker's, or one of two."""
 
+import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +79,22 @@ def test_without_a_gpu_the_cpu_trains(machine, options, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(InputError, match="sees no CUDA device"):
         device.pick_device("cuda")
+
+
+@pytest.mark.parametrize(("given", "wanted", "available", "found"), [
+    (None, None, True, ":4096:8"), (None, "cuda", True, ":4096:8"), (":16:8", None, True, ":16:8"),
+    ("", None, True, ""), (None, "cpu", True, None), (None, None, False, None),
+])  # fmt: skip
+def test_on_a_gpu_the_workspace_of_the_products_is_asked_for(machine, monkeypatch, given, wanted, available, found):
+    """Of 32 MiB, unless the user asks for another."""
+    machine(available=available)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")  # what stands there is put back after the test
+    if given is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    device.pick_device(wanted)
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == found
+    if found == device.WORKSPACE:  # as PyTorch reads it
+        assert sum(int(size) * int(count) for size, count in re.findall(":([0-9]+):([0-9]+)", found)) == 32 * 1024
 
 
 def test_apples_gpu_is_passed_over_in_one_line(machine, capsys):
