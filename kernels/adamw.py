@@ -98,7 +98,7 @@ def _candidates() -> list[Tile]:
                 num_warps=(2, 4, 8, 16))  # fmt: skip
 
 
-ADAMW = Choice("adamw", lambda: _config(), _candidates)  # of whatever tensors
+ADAMW = Choice("adamw", [_adamw_kernel], lambda: _config(), _candidates)  # of whatever tensors
 ALIGNMENT = 16  # bytes: what a vector load needs
 
 

@@ -5,6 +5,11 @@ GPU alone: never on how many rows or matrices a process happens to hold, so that
 op looks it up when it is called, and measures nothing.
 """
 
+import ast
+import hashlib
+import inspect
+import json
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -24,15 +29,16 @@ class Choice:
     """Called with a shape it gives what is in force there: what was chosen, or else the default.
 
     Args:
-        name: the kernel's, as the tuner prints it.
+        name: what a table calls it.
+        kernels: the Triton functions that are launched with it; none where it chooses something else.
         default: of a shape.
         candidates: of the same shape, complete: each could stand there as it is.
     """
 
     def __init__(
-        self, name: str, default: Callable[..., Tile], candidates: Callable[..., Iterable[Tile]] = lambda *shape: ()
+        self, name: str, kernels: Iterable, default: Callable[..., Tile], candidates: Callable[..., Iterable[Tile]]
     ):
-        self.name, self.default, self._candidates = name, default, candidates
+        self.name, self.kernels, self.default, self._candidates = name, tuple(kernels), default, candidates
 
     def __call__(self, *shape: int | torch.dtype) -> Tile:
         for calls in _asked:
@@ -47,6 +53,30 @@ class Choice:
             if tile not in found:
                 found.append(tile)
         return found
+
+
+    def digest(self, *shape: int | torch.dtype) -> str:
+        """Changes with the kernels, with all that they call, and with what may be chosen."""
+        text: dict[str, str] = {}
+        for kernel in self.kernels:
+            _read(kernel, text)
+        return hashlib.sha256(json.dumps([text, self.candidates(*shape)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(function, text: dict[str, str]) -> None:
+    """Adds the sources of a Triton function and of those that it calls, and the constants that they name."""
+    inside = function.fn
+    name = f"{inside.__module__}.{inside.__name__}"
+    if name in text:
+        return
+    text[name] = inspect.getsource(inside)
+    for node in ast.walk(ast.parse(textwrap.dedent(text[name]))):
+        if isinstance(node, ast.Name) and node.id in inside.__globals__:
+            value = inside.__globals__[node.id]
+            if callable(getattr(value, "fn", None)):
+                _read(value, text)
+            elif isinstance(value, int | float | str):
+                text[f"{name}: {node.id}"] = str(value)
 
 
 def key_of(shape: Iterable[int | torch.dtype]) -> str:

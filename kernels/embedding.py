@@ -112,8 +112,11 @@ def _candidates(D: int, dtype: torch.dtype) -> list[Tile]:
 
 
 # Of a table's rows: (D, dtype).
-LOOK_UP = Choice("embedding-forward", lambda D, dtype: _config(D), _candidates)
-SUM_UP = Choice("embedding-backward", lambda D, dtype: _config(D), _candidates)
+LOOK_UP = Choice("embedding-forward", [_embedding_fwd_kernel], lambda D, dtype: _config(D), _candidates)
+SUM_UP = Choice(
+    "embedding-backward", [_embedding_bwd_pieces_kernel, _embedding_bwd_kernel], lambda D, dtype: _config(D),
+    _candidates,
+)  # fmt: skip
 
 
 def _check(tokens: Tensor, tables: Sequence[Tensor]) -> None:

@@ -115,11 +115,12 @@ def _candidates(V: int, dtype: torch.dtype) -> list[Tile]:
     ]
 
 
-SOFTMAX = Choice("softmax", lambda V, dtype: _config(V), _candidates)
+SOFTMAX = Choice("softmax", [_cross_entropy_kernel], lambda V, dtype: _config(V), _candidates)
 # Logits that are there at once, on a GPU: 2²⁴ may stay in the L2 from the product to the softmax and the next product.
 # More of them are fewer and larger products.
 CHUNK = Choice(
-    "loss-chunk", lambda V, dtype: {"logits": 2**28}, lambda V, dtype: [{"logits": 2**n} for n in (23, 24, 25, 26, 28)]
+    "loss-chunk", [], lambda V, dtype: {"logits": 2**28},
+    lambda V, dtype: [{"logits": 2**n} for n in (23, 24, 25, 26)],
 )
 
 

@@ -146,14 +146,14 @@ def _tight_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
 
 # Of a product [rows, K]·[K, N]: (N, K, dtype). Those of the block with its norm inside have names of their own.
 FC_FORWARD = {
-    normed: Choice(name, _config, gemm_candidates)
+    normed: Choice(name, [_fc_fwd_kernel], _config, gemm_candidates)
     for normed, name in ((False, "mlp-fc-forward"), (True, "norm-mlp-fc-forward"))
 }
 PROJ_BACKWARD = {
-    False: Choice("mlp-proj-backward", _config, gemm_candidates),
-    True: Choice("norm-mlp-proj-backward", _tight_config, _tight_candidates),
+    False: Choice("mlp-proj-backward", [_proj_bwd_kernel], _config, gemm_candidates),
+    True: Choice("norm-mlp-proj-backward", [_proj_bwd_kernel], _tight_config, _tight_candidates),
 }
-FC_BACKWARD = Choice("norm-mlp-fc-backward", _tight_config, _tight_candidates)
+FC_BACKWARD = Choice("norm-mlp-fc-backward", [_norm_fc_bwd_kernel], _tight_config, _tight_candidates)
 
 
 def _launched(tile: Tile, K: int) -> Tile:

@@ -177,8 +177,8 @@ def _means_candidates(rows: int, cols: int) -> list[Tile]:
 
 
 # (rows, columns) of a matrix, however many there are.
-ELEMENTS = Choice("muon", lambda rows, cols: _config(rows, cols)[0], _candidates)
-MEANS = Choice("muon-means", lambda rows, cols: _config(rows, cols)[1], _means_candidates)
+ELEMENTS = Choice("muon", [_momentum_kernel, _muon_kernel], lambda rows, cols: _config(rows, cols)[0], _candidates)
+MEANS = Choice("muon-means", [_variance_kernel], lambda rows, cols: _config(rows, cols)[1], _means_candidates)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -156,8 +156,8 @@ def _last_candidates(M: int, N: int, dtype: torch.dtype) -> list[Tile]:
 
 # (short side, long side, dtype of the iterates). How many matrices there are is no part of it: a process that holds a
 # share of them takes the tile that all would have, and computes the same bits.
-SYMMETRIC = Choice("polar-symmetric", lambda M, N, dtype: _config(M, N)[0], _symmetric_candidates)
-LAST = Choice("polar-last", lambda M, N, dtype: _config(M, N)[1], _last_candidates)
+SYMMETRIC = Choice("polar-symmetric", [_symmetric_kernel], lambda M, N, dtype: _config(M, N)[0], _symmetric_candidates)
+LAST = Choice("polar-last", [_apply_kernel], lambda M, N, dtype: _config(M, N)[1], _last_candidates)
 
 
 def _launch(g: Tensor, dtype: torch.dtype) -> Tensor:

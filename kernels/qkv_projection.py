@@ -56,7 +56,8 @@ def _config(N: int, K: int, dtype: torch.dtype) -> Tile:
     return gemm_config(N, K, dtype)
 
 
-NORM_FORWARD = Choice("norm-qkv-forward", _config, gemm_candidates)  # of [rows, K]·[K, N]: (N, K, dtype)
+# Of a product [rows, K]·[K, N]: (N, K, dtype).
+NORM_FORWARD = Choice("norm-qkv-forward", [_norm_qkv_fwd_kernel], _config, gemm_candidates)
 
 
 def _norm_qkv_fwd(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:

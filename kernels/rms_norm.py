@@ -168,11 +168,11 @@ def _backward_candidates(D: int, dtype: torch.dtype) -> list[Tile]:
 
 # Of rows of D: (D, dtype). With x0 and without it is another kernel, which moves other bytes.
 FORWARD = {
-    mixed: Choice(name, lambda D, dtype: _config(D), _candidates)
+    mixed: Choice(name, [_rms_norm_fwd_kernel], lambda D, dtype: _config(D), _candidates)
     for mixed, name in ((False, "norm-forward"), (True, "mix-and-norm-forward"))
 }
 BACKWARD = {
-    mixed: Choice(name, lambda D, dtype: {**_config(D), "STEPS": STEPS}, _backward_candidates)
+    mixed: Choice(name, [_rms_norm_bwd_kernel], lambda D, dtype: {**_config(D), "STEPS": STEPS}, _backward_candidates)
     for mixed, name in ((False, "norm-backward"), (True, "mix-and-norm-backward"))
 }
 

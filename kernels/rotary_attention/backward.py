@@ -14,6 +14,7 @@ did, while it is in registers: no gradient of a normed head is ever stored. Both
 import torch
 from torch import Tensor
 
+from ..choice import Choice
 from ..common import tl, triton
 from . import tiles
 from .prologue import rotary_norm_bwd
@@ -247,6 +248,17 @@ def _attention_dkv_kernel(
     )  # fmt: skip
 
 
+# Of a head: (head_dim, dtype, heads, tokens of a row, window).
+DQ = Choice(
+    "attention-dq", [_attention_dq_kernel],
+    lambda head_dim, dtype, heads, *row: tiles.config(head_dim, dtype, heads).dq._asdict(), tiles.candidates,
+)  # fmt: skip
+DKV = Choice(
+    "attention-dkv", [_attention_dkv_kernel],
+    lambda head_dim, dtype, heads, *row: tiles.config(head_dim, dtype, heads).dkv._asdict(), tiles.dkv_candidates,
+)  # fmt: skip
+
+
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, neg_lse: Tensor, factors: Tensor,
     cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, window: int, grad_scale: Tensor | None,
@@ -264,7 +276,7 @@ def attention_bwd(
     neg_delta = torch.empty_like(neg_lse)
     shape = head_dim, out.dtype, num_heads, T, window
 
-    block = tiles.Tiles(**tiles.DQ(*shape))
+    block = tiles.Tiles(**DQ(*shape))
     tma = block.tma and fits_tma(q, k, v, dout)
     _attention_dq_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](
         row_source(q, block.block_m, head_dim, tma), row_source(k, block.block_n, head_dim, tma),
@@ -276,7 +288,7 @@ def attention_bwd(
         NARROW=block.both_edges(window), TMA=tma,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
-    block = tiles.Tiles(**tiles.DKV(*shape))
+    block = tiles.Tiles(**DKV(*shape))
     _attention_dkv_kernel[(triton.cdiv(T, block.block_n) * B * num_kv_heads,)](
         q, k, v, dout, neg_lse, neg_delta, factors, cos, sin, ve, gate, grad_scale, dk, dv, dve, dgate,
         T, window, q.stride(0), v.stride(0),

@@ -8,6 +8,7 @@ reach that far, and keeps one; it starts at the least score there can be, so tha
 import torch
 from torch import Tensor
 
+from ..choice import Choice
 from ..common import tl, triton
 from . import tiles
 from .prologue import query_scale
@@ -111,6 +112,13 @@ def _attention_fwd_kernel(
     tl.store(neg_lse_ptr + row.to(tl.int64) * seq_len + offs_m, -tl.log2(total) - peak, mask=live)
 
 
+# Of a head: (head_dim, dtype, heads, tokens of a row, window).
+FORWARD = Choice(
+    "attention-forward", [_attention_fwd_kernel],
+    lambda head_dim, dtype, heads, *row: tiles.config(head_dim, dtype, heads).forward._asdict(), tiles.candidates,
+)  # fmt: skip
+
+
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -> tuple[Tensor, Tensor]:
     """(out [B, T, H·head_dim], neg_lse [B, H, T]: −log₂ Σ exp(score), fp32).
 
@@ -121,7 +129,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
     num_heads, group, window = width // head_dim, width // k.shape[-1], min(window, T)
     out = torch.empty(B, T, width, dtype=q.dtype, device=q.device)
     neg_lse = torch.empty(B, num_heads, T, dtype=torch.float32, device=q.device)
-    block = tiles.Tiles(**tiles.FORWARD(head_dim, q.dtype, num_heads, T, window))
+    block = tiles.Tiles(**FORWARD(head_dim, q.dtype, num_heads, T, window))
     tma = block.tma and fits_tma(q, k, v)
     least = -1.01 * head_dim * query_scale(head_dim)  # q and k are rounded: 1 % below what their norms allow
     _attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * num_heads,)](

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..choice import Choice
 from ..common import EPS, tl, triton
 from . import tiles
 
@@ -97,6 +98,12 @@ def rotary_norm_bwd(
     tl.store(dx_ptr + rows * DX_STRIDE + HALF + cols, du1 * sin + du2 * cos, mask=mask)
 
 
+PROLOGUE = Choice(
+    "attention-prologue", [_prologue_kernel],
+    lambda head_dim, dtype, heads: tiles.config(head_dim, dtype, heads).prologue._asdict(), tiles.prologue_candidates,
+)  # fmt: skip
+
+
 def prologue_fwd_(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, ve: Tensor | None, gate: Tensor | None
 ) -> Tensor:
@@ -106,7 +113,7 @@ def prologue_fwd_(
     head_dim = 2 * cos.shape[-1]
     norm_heads, ve_heads = num_heads + num_kv_heads, 0 if ve is None else num_kv_heads
     factors = torch.empty(B, T, norm_heads, dtype=torch.float32, device=qkv.device)
-    block = tiles.Rows(**tiles.PROLOGUE(head_dim, qkv.dtype, num_heads))
+    block = tiles.Rows(**PROLOGUE(head_dim, qkv.dtype, num_heads))
     _prologue_kernel[(triton.cdiv(B * T, block.rows),)](
         qkv, cos, sin, ve, gate, factors,
         B * T, T, qkv.stride(0), qkv.stride(1),

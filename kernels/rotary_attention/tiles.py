@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..choice import Choice, Tile, grid
+from ..choice import Tile, grid
 from ..common import gpu_arch, tl, triton
 
 
@@ -64,13 +64,13 @@ def config(head_dim: int, dtype: torch.dtype, num_heads: int) -> Config:
     return Config(prologue, forward, Tiles(128, 32, 8, 2), dkv)
 
 
-def _prologue_candidates(head_dim: int, dtype: torch.dtype, num_heads: int) -> list[Tile]:
+def prologue_candidates(head_dim: int, dtype: torch.dtype, num_heads: int) -> list[Tile]:
     return grid(lambda tile: tile["rows"] * head_dim // 2 >= 32 * tile["num_warps"], rows=(16, 32, 64),
                 num_warps=(2, 4, 8))  # fmt: skip
 
 
 # What these leave out spilled hundreds of bytes a thread, or took more than 227 KiB (bench/LOG.md, 2026-11-24).
-def _candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int, window: int) -> list[Tile]:
+def candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int, window: int) -> list[Tile]:
     """Of the two kernels whose queries stay while the keys pass."""
     if dtype.itemsize > 2:
         return []
@@ -82,30 +82,13 @@ def _candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int,
     )  # fmt: skip
 
 
-def _dkv_candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int, window: int) -> list[Tile]:
+def dkv_candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int, window: int) -> list[Tile]:
     if dtype.itemsize > 2:
         return []
     return [{**tile, "tma": False} for tile in grid(
         lambda tile: tile["block_m"] * tile["block_n"] <= 2048 or tile["num_warps"] == 8,
         block_m=(32, 64), block_n=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4),
     )]  # fmt: skip
-
-
-# (head_dim, dtype, heads); of the others also how many tokens a row has, and the window.
-PROLOGUE = Choice(
-    "attention-prologue", lambda head_dim, dtype, heads: config(head_dim, dtype, heads).prologue._asdict(),
-    _prologue_candidates,
-)  # fmt: skip
-FORWARD = Choice(
-    "attention-forward", lambda head_dim, dtype, heads, *of: config(head_dim, dtype, heads).forward._asdict(),
-    _candidates,
-)  # fmt: skip
-DQ = Choice(
-    "attention-dq", lambda head_dim, dtype, heads, *of: config(head_dim, dtype, heads).dq._asdict(), _candidates
-)  # fmt: skip
-DKV = Choice(
-    "attention-dkv", lambda head_dim, dtype, heads, *of: config(head_dim, dtype, heads).dkv._asdict(), _dkv_candidates
-)  # fmt: skip
 
 
 @triton.jit
