@@ -204,7 +204,9 @@ def _candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
 
 
 # Of a weight [N, K]: (N, K, dtype). Nothing has been measured yet.
-WEIGHT_GRAD = Choice("weight-gradient", lambda N, K, dtype: {"way": "vendor"}, _candidates)
+WEIGHT_GRAD = Choice(
+    "weight-gradient", [_slice_kernel, _outer_kernel, _sum_kernel], lambda N, K, dtype: {"way": "vendor"}, _candidates
+)
 
 
 def _fits_tma(*tensors: Tensor) -> bool:
