@@ -17,6 +17,8 @@ from bench.conftest import DEVICE
 from bench.suite.providers import COMPILE, Provider, assert_right, providers
 from bench.suite.replay import device_time, replay
 from bench.suite.results import row
+from kernels import key_of, trying
+from kernels.weight_grad import WEIGHT_GRAD, weight_grad
 from model import GPT
 from train.config import TrainConfig, resolve
 from train.optimizer import Optimizer
@@ -28,6 +30,7 @@ from train.tune.timing import time_call
 CONFIG = resolve(TrainConfig(), DEVICE)
 VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+HEAD_ROWS = 32768  # of a chunk of the head, about
 HAS_VE, WITHOUT = (("has_ve", True),), (("has_ve", False),)
 # head_dim 64, fewer key-value heads, sizes that are no multiple of any tile.
 OTHER_SIZES = {
@@ -135,3 +138,39 @@ def test_optimizer_step(benchmark):
     loss = torch.ones((), device=DEVICE)
     assert optimizer.update(loss).item()
     replay(benchmark, time_call(lambda: optimizer.update(loss), DEVICE))
+
+
+def weights() -> list[tuple[int, int, int]]:
+    """(rows, N, K) of each gradient of a weight [N, K] in a micro-step of the default configuration, each size once."""
+    found = []
+    for op in micro_step_ops(CONFIG, CONFIG.model_config(VOCAB_SIZES[0])):
+        rows, width, *others = op.sizes
+        if op.module == "linear":
+            found.append((rows, others[0], width))
+        elif op.module == "qkv_projection":
+            found += [(rows, others[0], width), *([(rows, *others[1:])] if others[1:] else [])]
+        elif op.module == "mlp":
+            found += [(rows, others[0], width), (rows, width, others[0])]
+        elif op.module == "linear_cross_entropy":
+            found.append((min(rows, HEAD_ROWS), others[0], width))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.benchmark(timer=device_time)
+@pytest.mark.parametrize("way", ["vendor", "own"])
+@pytest.mark.parametrize(("rows", "N", "K"), weights())
+def test_weight_gradient(benchmark, rows, N, K, way):
+    """By itself, added to an fp32 buffer: the vendor's product, and the first of the kernels' own ways, about one wave
+    of the GPU. Which of them is the fastest `train.tune` finds."""
+    if way == "own" and DEVICE != "cuda":
+        pytest.skip("the kernels need a CUDA device")
+    dy, x = (torch.randn(rows, width, device=DEVICE).to(DTYPE) for width in (N, K))
+    vendor, *own = WEIGHT_GRAD.candidates(N, K, DTYPE)
+    tile, main_grad = vendor if way == "vendor" else own[0], torch.zeros(N, K, device=DEVICE)
+    with trying(WEIGHT_GRAD.name, key_of((N, K, DTYPE)), tile):
+        few, truth = slice(min(rows, 2048)), dy[:2048].double().mT @ x[:2048].double()
+        weight_grad(dy[few], x[few], main_grad)
+        assert (main_grad - truth).norm() < 1e-3 * truth.norm(), "no time for a wrong result"
+        timing = time_call(lambda: weight_grad(dy, x, main_grad), DEVICE)
+    replay(benchmark, timing)
+    benchmark.extra_info |= {"tile": tile, "TFLOP/s": 2e-12 * rows * N * K / timing.median}

@@ -30,6 +30,7 @@ from tests.helpers.kernel_checks import DEVICE, exact_bfloat16
 from train.config import ROOT
 from train.tune import problems, timing
 from train.tune.ops import Op
+from train.tune.targets import targets
 from train.tune.timing import Timing, _captured, time_call
 
 VE = (("has_ve", True),)
@@ -351,6 +352,16 @@ def test_cases_are_named_after_the_public_ops():
     for name in kernels.op_names():
         assert any(case.startswith(name) for case in ids), f"-k {name} finds nothing"
     assert all(case.startswith(tuple(kernels.op_names())) for case in ids)
+
+
+def test_every_gradient_of_a_weight_has_a_case():
+    """As a step asks for them: of the same sizes, and from as many rows."""
+    config = dataclasses.replace(suite.CONFIG, ops="triton")
+    found = targets(config, config.model_config(suite.VOCAB_SIZES[0]), fused_norms=False)
+    wanted = {target.shape[:2] for target in found if target.name == suite.WEIGHT_GRAD.name}
+    assert len(wanted) == 6
+    assert {(N, K) for _, N, K in suite.weights()} == wanted
+    assert {rows for rows, *_ in suite.weights()} == {config.micro_batch_tokens}
 
 
 def test_the_suite_from_outside(tmp_path):
