@@ -7,7 +7,7 @@ import torch
 
 from bench import ceilings as measured_ceilings
 from bench.suite.results import step_table, table
-from train.device import keep_to_the_cores_allowed
+from train.device import ask_for_workspace, keep_to_the_cores_allowed
 from train.results.run_folder import source_commit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +24,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     keep_to_the_cores_allowed()
+    ask_for_workspace()
     config.stash[ROWS] = []
     config.stash[STEPS] = {}
     config.stash[STARTED] = time.monotonic()

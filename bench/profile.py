@@ -24,7 +24,7 @@ from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from train.config import TrainConfig, resolve
-from train.device import keep_to_the_cores_allowed
+from train.device import ask_for_workspace, keep_to_the_cores_allowed
 from train.memory import fit_default
 from train.tune.steps import make_step
 
@@ -183,6 +183,7 @@ def main(args: list[str] | None = None) -> int:
         if options.ops == "triton" and device == "cpu":
             raise InputError("--ops triton needs a CUDA device")
         keep_to_the_cores_allowed()
+        ask_for_workspace()
         config = TrainConfig(ops=options.ops, device_batch_size=options.device_batch_size, graphs=options.graphs)
         config = resolve(config, device)
         if options.device_batch_size is None:

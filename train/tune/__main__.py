@@ -25,7 +25,7 @@ from prepare.errors import one_line
 from prepare.words import printable
 
 from ..config import TrainConfig, parse_given, resolve
-from ..device import why_not_kernels
+from ..device import ask_for_workspace, why_not_kernels
 from ..launching import check_launching
 from ..memory import fit_default
 from ..precompile import end_with
@@ -97,6 +97,7 @@ def offline(options: argparse.Namespace, config: TrainConfig) -> list[Tuned]:
 
 
 def on_gpu(options: argparse.Namespace, config: TrainConfig) -> tuple[int, list[Tuned]]:
+    ask_for_workspace()  # also for the processes that measure
     check_launching()
     shape = config.model_config(options.vocab_size)
     config = fit_default(config, shape) if options.fits else config
