@@ -1,27 +1,27 @@
-"""The targets of bench.tune, small enough for the interpreter."""
+"""What train.tune tunes, small enough for the interpreter."""
 
 import torch
 
-from bench import tiles
-from bench.targets import Target
+import kernels
 from tests.helpers.kernel_checks import DEVICE
 from train.config import TrainConfig, resolve
+from train.tune.targets import Target, targets
 
-DTYPE, TOLERANCE = (torch.bfloat16, 5e-2) if DEVICE == "cuda" else (torch.float32, 1e-4)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def config_of(depth: int = 2, rows: int = 1) -> TrainConfig:
+def config_of(depth: int = 2, rows: int = 1, **more) -> TrainConfig:
     return resolve(
         TrainConfig(depth=depth, d_model=64, head_dim=32, seq_len=32, device_batch_size=rows,
-                    total_batch_size=2 * 32 * rows, window_pattern="SL"[-depth:]), "cuda",
+                    total_batch_size=2 * 32 * rows, window_pattern="SL"[-depth:], ops="triton", **more), "cuda",
     )  # fmt: skip
 
 
-def small_targets(config: TrainConfig) -> dict[str, Target]:
-    return {target.name: target for target in tiles.targets(config, config.model_config(100))}
+def small_targets(config: TrainConfig, fused_norms: bool | None = None) -> list[Target]:
+    with kernels.ops_in_force("triton"):
+        return targets(config, config.model_config(100), fused_norms)
 
 
-# One layer is enough of a batch of matrices; 128 tokens are a piece of the embedding's backward.
-SMALL = small_targets(config_of())
-SMALL |= {name: target for name, target in small_targets(config_of(depth=1)).items() if target.calls < 1}
-SMALL |= {name: target for name, target in small_targets(config_of(rows=8)).items() if name.startswith("embedding")}
+def small_target(name: str, config: TrainConfig | None = None) -> Target:
+    """The first of that name, of a model of one layer: enough of a batch of matrices."""
+    return next(target for target in small_targets(config or config_of(depth=1)) if target.name == name)

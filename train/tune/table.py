@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from kernels import Choice, Table, Tile, key_of
+from prepare import InputError
+from prepare.files import read_sealed
 from prepare.home import home
 
 from ..resilience.durable import hold_lock, write_json
@@ -79,7 +81,9 @@ class Kept:
     def read(cls, path: Path, machine: Machine) -> "Kept":
         kept = cls(path, machine)
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            if not path.exists():
+                return kept
+            saved = read_sealed(path, "it is made anew")
             if saved["format"] != FORMAT:
                 raise ValueError(f"its format is {saved['format']}, not {FORMAT}")
             if (of := Machine(**saved["machine"])) != machine:
@@ -92,11 +96,9 @@ class Kept:
                 raise ValueError("an entry has no tile")
             kept.entries = {(entry.kernel, entry.shape): entry for entry in entries}
             kept.options = dict(saved["options"])
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:100]
-            kept.note, kept.entries, kept.options = f"{path} is damaged ({reason}) and not used", {}, {}
+        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            kept.note, kept.entries, kept.options = f"{path} is not used: {reason}", {}, {}
         return kept
 
     def find(self, choice: Choice, shape: tuple) -> Entry | None:

@@ -1,0 +1,144 @@
+"""What a step has to choose: found by running its ops, and every tile reaches the kernel that it is for."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.helpers.kernel_checks import DEVICE, exact_bfloat16
+
+pytest.importorskip("triton")
+import importlib
+
+import kernels
+from kernels.choice import asked
+from tests.helpers.small_targets import config_of, small_targets
+from train.memory import count
+from train.precompile import walk_step
+from train.tune.measuring import TOLERANCE, difference, nan_filled
+from train.tune.problems import is_update
+from train.tune.targets import Launch, call_of, launches_of, recorded_launches
+
+# What the kernels call a number of a tile, where it is not that number's own name.
+PARAMETERS = {
+    "block_m": ("BLOCK_M",), "block_n": ("BLOCK_N",), "rows": ("BLOCK_T",), "BLOCK": ("BLOCK", "BLOCK_R", "BLOCK_N"),
+    "tma": ("TMA",),
+}  # fmt: skip
+SMALL = {(target.name, target.key): target for target in small_targets(config_of(depth=1))}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    exact_bfloat16(monkeypatch)  # which the tiles of a step are for
+    kernels.set_ops("triton")
+    yield
+    kernels.set_ops(None)
+
+
+def launched(launches, tile: dict) -> bool:
+    """Whether every launch has the numbers of `tile`."""
+    return all(
+        any(launch.kwargs.get(name) == value for name in PARAMETERS.get(key, (key,)))
+        for launch in launches.again for key, value in tile.items() if key != "tma" or "TMA" in launch.kwargs
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("of", [of for of, target in SMALL.items() if target.choice.kernels], ids=" ".join)
+def test_a_tile_reaches_the_kernel_and_changes_no_result(of, monkeypatch):
+    polar_express = importlib.import_module("kernels.polar_express")
+    monkeypatch.setattr(polar_express, "COEFFICIENTS", polar_express.COEFFICIENTS[:2])  # iterations, for time's sake
+    target = SMALL[of]
+    default, *others = target.tiles
+    if not others:
+        pytest.skip("it has no other tile at this size")
+    call = call_of(target.op, DEVICE)
+    with nan_filled():
+        present = launches_of(target, call, default)
+        if not isinstance(present.again[0], Launch):
+            pytest.skip("a vendor's product by default")
+        assert launched(present, default)
+        other = next(tile for tile in reversed(others) if "persistent" not in tile and not tile.get("tma"))
+        launches = launches_of(target, call, other)
+    assert len(launches.again) == len(present.again) > 0
+    assert launched(launches, other)
+    assert not launched(present, other)
+    assert not any(x.isnan().any() for x in present.outputs)
+    assert difference(launches.outputs, present.outputs) < TOLERANCE
+
+
+@pytest.mark.parametrize("fused_norms", [False, True])
+def test_every_choice_of_a_step_is_a_target(fused_norms):
+    """As the memory check walks through a step, and so does a run that asks which tiles it takes."""
+    config = config_of(rows=8, fused_norms=fused_norms)
+    shape = config.model_config(100)
+    with asked() as calls:
+        count(config, shape, 1)
+    found = small_targets(config, fused_norms)
+    assert {(target.name, target.key) for target in found} == calls.keys()
+    both = small_targets(config)
+    assert {(t.name, t.key) for t in both if not t.fused_norms} == {
+        (t.name, t.key) for t in small_targets(config_of(rows=8), False)
+    }
+    assert calls.keys() <= {(t.name, t.key) for t in both}
+
+
+def test_the_launches_of_a_step_are_counted():
+    """Of the kernels that a step launches often: as often as the targets' calls say."""
+    config = config_of(rows=8)
+    with recorded_launches(run=False) as of_a_step:
+        walk_step(config, 100)
+    kernels.set_ops("triton")  # which the walk took back
+    step = Counter(kernel.__name__ for kernel, *_ in of_a_step)
+    expected = Counter()
+    for target in small_targets(config, False):
+        if target.choice.kernels and not is_update(target.op):
+            with recorded_launches(run=False):
+                call = call_of(target.op, "meta")  # whose gradients take a forward of their own
+            with recorded_launches(run=False) as launches:
+                call()
+            names = {kernel.__name__ for kernel in target.choice.kernels}
+            for kernel, *_ in launches:
+                if kernel.__name__ in names:
+                    expected[kernel.__name__] += config.grad_accum_steps * target.calls
+    assert expected
+    for name in expected - Counter({"_cross_entropy_kernel": 99}):
+        assert expected[name] == step[name], name
+    short = {"_dlambda_kernel", "_norm_ratio_kernel", "_rstd_kernel", "_scale_kernel", "_sum_of_squares_kernel"}
+    tuned = {kernel.__name__ for target in small_targets(config, False) for kernel in target.choice.kernels}
+    assert step.keys() - short <= tuned
+
+
+def test_an_op_that_contains_another_does_not_count_it_twice():
+    found = {(t.name, t.key): t for t in small_targets(config_of(), False)}
+    polar = [t for t in found.values() if t.name == "polar-symmetric"]
+    assert {t.op.module for t in polar} == {"polar_express"}
+
+
+def test_calls_start_from_the_same_state():
+    """A gradient's buffer is added to, and an update changes its own inputs: by no call of the tuner's."""
+    for name in ("muon", "softmax"):
+        target = next(target for of, target in SMALL.items() if of[0] == name)
+        call = call_of(target.op, DEVICE)
+        once, again = (launches_of(target, call, None).outputs for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+        assert any(x.any() for x in once)
+
+
+def test_launches_may_be_left_out_and_are_given_back():
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    before = JITFunction.run, InterpretedFunction.run
+    with pytest.raises(ZeroDivisionError), recorded_launches(run=False):
+        raise ZeroDivisionError
+    assert (JITFunction.run, InterpretedFunction.run) == before
+
+
+def test_a_choice_without_kernels_repeats_the_whole_op():
+    target = next(target for of, target in SMALL.items() if of[0] == "loss-chunk")
+    launches = launches_of(target, call_of(target.op, DEVICE), {"logits": 6400})
+    (again,) = launches.again
+    with recorded_launches() as found:
+        again()
+    assert found
+    assert not isinstance(again, Launch)
