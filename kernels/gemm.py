@@ -208,7 +208,8 @@ def persistent_launch(a: Tensor, b: Tensor, tile: Tile) -> tuple[tuple[int], tup
         TensorDescriptor.from_tensor(b if by_k else b.mT, [block_k, block_n] if by_k else [block_n, block_k]),
     )
     (tiles,) = gemm_grid(a.shape[0], b.shape[1], tile)
-    return (min(tiles, _programs(a.device, block_m, block_n)),), factors, {**options, "GROUP_M": GROUP_M, "B_BY_K": by_k}
+    grid = (min(tiles, _programs(a.device, block_m, block_n)),)
+    return grid, factors, {**options, "GROUP_M": GROUP_M, "B_BY_K": by_k}
 
 
 def half_blocks(x: Tensor, tile: Tile) -> "TensorDescriptor":
