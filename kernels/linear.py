@@ -120,8 +120,6 @@ def _product(choice: Choice, a: Tensor, b: Tensor, residual: Tensor | None = Non
             a, b, residual, y, a.stride(0), a.stride(1), b.stride(0), b.stride(1), *strides, M, N, K,
             HAS_RESIDUAL=has_residual, **launch_options(tile, K),
         )  # fmt: skip
-    if overwrite:
-        torch.autograd.graph.increment_version(residual)
     return y
 
 

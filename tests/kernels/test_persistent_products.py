@@ -101,6 +101,17 @@ def test_linear_by_portable_tiles(monkeypatch, dtype):
         assert torch.equal(linear.linear(x, w, spread), linear.linear(x, w, r))
 
 
+@pytest.mark.parametrize("tile", [SMALL_GEMM, PERSISTENT], ids=["portable", "persistent"])
+def test_an_overwritten_residual_is_refused_by_whoever_kept_it(tile, monkeypatch):
+    choose(monkeypatch, tile)
+    x, w, r = linear_inputs((4,), 40, 64, torch.float32)
+    stream = r.requires_grad_().exp()  # keeps its result
+    y = linear.linear(x, w, stream, overwrite=True)
+    assert y.data_ptr() == stream.data_ptr()
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_strides_that_tma_takes(persistent, norm):
     x, w_fc, w_proj, *residual = block_inputs((2, 21), 80, 64, torch.float32, norm)
