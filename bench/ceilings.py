@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from bench.timing import time_call
 from model.flops import device_peak
 from prepare.arguments import Parser, command
 from prepare.words import printable
 from train.device import keep_to_the_cores_allowed
 from train.resilience.durable import replace_file
+from train.tune.timing import time_call
 
 # Bytes/s by whole words of the device's name, from the vendor's datasheets; the first match counts.
 DATASHEET_BANDWIDTHS = {

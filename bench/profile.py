@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 import kernels
-from bench.suite.steps import make_step
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from train.config import TrainConfig, resolve
 from train.device import keep_to_the_cores_allowed
 from train.memory import fit_default
+from train.tune.steps import make_step
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 MARK = "timebox step"  # every profiled step is one such annotation

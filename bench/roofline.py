@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.ceilings import Ceilings
-from bench.suite.ops import Op, micro_step_ops, recomputed_ops, update_ops
 from model import GPTConfig, flops_per_token
 from model.flops import H100_PEAK
 from prepare import InputError
 from prepare.arguments import Parser, command
 from train.config import TrainConfig, resolve
+from train.tune.ops import Op, micro_step_ops, recomputed_ops, update_ops
 
 # H200: 790 TFLOP/s and 4.3 TB/s (of 4.8) have been measured by others on one. H100: the same rate, and the same nine
 # tenths of its datasheet's 3.35 TB/s: not measured.

@@ -14,15 +14,16 @@ import torch
 
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
-from bench.suite.ops import Op, micro_step_ops, update_ops
-from bench.suite.problems import build, directions, is_update, kind, runner
 from bench.suite.providers import COMPILE, Provider, assert_right, providers
+from bench.suite.replay import device_time, replay
 from bench.suite.results import row
-from bench.timing import device_time, replay, time_call
 from model import GPT
 from train.config import TrainConfig, resolve
 from train.optimizer import Optimizer
 from train.schedule import step_values
+from train.tune.ops import Op, micro_step_ops, update_ops
+from train.tune.problems import build, directions, is_update, kind, runner
+from train.tune.timing import time_call
 
 CONFIG = resolve(TrainConfig(), DEVICE)
 VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)

@@ -15,16 +15,17 @@ import torch
 import kernels
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
-from bench.suite.ops import micro_step_ops
-from bench.suite.problems import build, directions, runner
 from bench.suite.providers import EAGER, TRITON, assert_right
-from bench.suite.steps import make_step
-from bench.timing import device_time, replay, time_call, time_synchronised
+from bench.suite.replay import device_time, replay
 from model import GPTConfig
 from train.config import TrainConfig, resolve
 from train.memory import fit_default
 from train.results.metrics import utilisation
 from train.step import TrainStep
+from train.tune.ops import micro_step_ops
+from train.tune.problems import build, directions, runner
+from train.tune.steps import make_step
+from train.tune.timing import time_call, time_synchronised
 
 PROVIDER = TRITON if DEVICE == "cuda" else EAGER
 CONFIG = resolve(TrainConfig(ops=PROVIDER.ops), DEVICE)

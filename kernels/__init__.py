@@ -2,6 +2,7 @@
 
 from .adamw import adamw_update
 from .calls import op_names, watched
+from .choice import Choice, Table, Tile, asked, choose, chosen, key_of, trying
 from .common import EPS, Factors, GradScaled, compiles, layer_weight, ops_in_force, recomputed, set_ops
 from .embedding import embedding
 from .linear import linear
@@ -26,12 +27,19 @@ __all__ = [
     "MAX_WIDTH",
     "ROTARY_BASE",
     "SOFTCAP",
+    "Choice",
     "Factors",
     "GradScaled",
+    "Table",
+    "Tile",
     "adamw_update",
+    "asked",
+    "choose",
+    "chosen",
     "compiled_attention",
     "compiles",
     "embedding",
+    "key_of",
     "layer_weight",
     "linear",
     "linear_cross_entropy",
@@ -51,5 +59,6 @@ __all__ = [
     "second_moment_shape",
     "set_ops",
     "softcapped_logits",
+    "trying",
     "watched",
 ]

@@ -15,7 +15,7 @@ HELPERS = (
 def op_names() -> list[str]:
     """Every op at the door: a public function that an op's file defines and `HELPERS` does not name."""
     door = sys.modules[__package__]
-    shared = {f"{__package__}.common", __name__}
+    shared = {f"{__package__}.common", f"{__package__}.choice", __name__}
     functions = [(name, getattr(door, name)) for name in door.__all__ if name not in HELPERS]
     return [name for name, value in functions if inspect.isfunction(value) and value.__module__ not in shared]
 

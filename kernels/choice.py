@@ -16,7 +16,9 @@ from itertools import product
 
 import torch
 
-__all__ = ["Choice", "Table", "Tile", "asked", "chosen", "elements", "grid", "key_of", "product_tiles", "trying"]
+__all__ = [
+    "Choice", "Table", "Tile", "asked", "choose", "chosen", "elements", "grid", "key_of", "product_tiles", "trying",
+]  # fmt: skip
 
 Tile = dict[str, int | bool | str]
 Table = dict[str, dict[str, Tile]]  # by the choice's name, then by its shape as `key_of` writes it
@@ -83,15 +85,21 @@ def key_of(shape: Iterable[int | torch.dtype]) -> str:
     return " ".join(str(part).removeprefix("torch.") for part in shape)
 
 
+def choose(table: Table) -> Table:
+    """From here on `table` is in force and nothing else is. Returns what was."""
+    global _chosen
+    before, _chosen = _chosen, table
+    return before
+
+
 @contextmanager
 def chosen(table: Table) -> Iterator[None]:
     """Inside, `table` is in force and nothing else is."""
-    global _chosen
-    before, _chosen = _chosen, table
+    before = choose(table)
     try:
         yield
     finally:
-        _chosen = before
+        choose(before)
 
 
 @contextmanager

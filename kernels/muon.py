@@ -159,7 +159,12 @@ def _config(rows: int, cols: int) -> tuple[Tile, Tile]:
     return tile, {"BLOCK_L": 64, "BLOCK_N": 32, "num_warps": 4}
 
 
+LARGE = 2**14  # elements of a matrix: a smaller one takes no time that a tile could change
+
+
 def _candidates(rows: int, cols: int) -> list[Tile]:
+    if rows * cols < LARGE:
+        return []
     return grid(
         elements(lambda tile: tile["BLOCK_R"] * tile["BLOCK_C"], 8, 32), BLOCK_R=(2, 4, 8, 16),
         BLOCK_C=(128, 256, 512), num_warps=(4, 8),
@@ -167,6 +172,8 @@ def _candidates(rows: int, cols: int) -> list[Tile]:
 
 
 def _means_candidates(rows: int, cols: int) -> list[Tile]:
+    if rows * cols < LARGE:
+        return []
     if rows < cols:  # along the other side, where a tile has to be long the other way
         return grid(elements(lambda tile: tile["BLOCK_L"] * tile["BLOCK_N"], 8, 32), BLOCK_L=(32, 64, 128),
                     BLOCK_N=(16, 32, 64), num_warps=(2, 4, 8))  # fmt: skip

@@ -142,7 +142,10 @@ class TrainConfig:
     autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
     recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,759"
                                     " instead of 25,487 MiB at the GPU's defaults; not yet timed")  # fmt: skip
-    fused_norms: bool = option(False, "norms in the epilogues of the kernels' products: not yet measured")
+    fused_norms: bool | None = option(None, "norms in the epilogues of the kernels' products (default: as python -m"
+                                      " train.tune found on this GPU, else not)")  # fmt: skip
+    tune: str = option("auto", "tiles of the kernels: measured on this GPU where it has none yet; again: anew; off:"
+                       " those in the source", choices=("auto", "again", "off"), free=True)  # fmt: skip
 
     @classmethod
     def from_json(cls, saved: dict) -> "TrainConfig":
@@ -174,7 +177,7 @@ class TrainConfig:
     @property
     def model_options(self) -> dict[str, bool]:
         """How a GPT of any shape computes: what it takes beside its GPTConfig."""
-        return {"recompute": self.recompute, "fused_norms": self.fused_norms}
+        return {"recompute": self.recompute, "fused_norms": bool(self.fused_norms)}
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         try:
@@ -208,7 +211,8 @@ def resolve(config: TrainConfig, device: str) -> TrainConfig:
             filled["total_batch_size"] = micro_batch
     # A GPU's products are bf16 without it.
     autocast = device == "cpu" and (cpu_has_bf16() if config.autocast is None else config.autocast)
-    config = dataclasses.replace(config, device=device, autocast=autocast, **filled)
+    fused_norms = bool(config.fused_norms)
+    config = dataclasses.replace(config, device=device, autocast=autocast, fused_norms=fused_norms, **filled)
     if config.d_model is None:
         width = -(-64 * config.depth // max(config.head_dim, 1)) * config.head_dim
         config = dataclasses.replace(config, d_model=width)

@@ -5,6 +5,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kernels import choose
 from prepare import Dataset, InputError, evaluate_bpb
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
@@ -17,6 +18,7 @@ from .results.audit import ROUNDED_MEAN, audit
 from .results.ledger import HOLDOUT, Ledger, name_of
 from .results.run_folder import load_run
 from .step import TrainStep
+from .tune import saved_tiles
 
 AUDITED_ROWS = 8
 
@@ -50,6 +52,7 @@ def evaluate(options) -> int:
     device = pick_device(options.device)
     model, tokenizer, saved = load_run(options.run, device)
     config = TrainConfig(**saved["config"])
+    choose(saved_tiles(saved).table)
     ops = ops_of_run(config, model.config, device)
     try:
         data = Dataset.open(options.data or saved["data"]["folder"])

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import set_ops
+from kernels import Table, chosen, set_ops
 from model import GPT
 from prepare import Batch
 from prepare.limits import num_cores
@@ -41,7 +41,7 @@ SOURCES = ("kernels", "model", "train")  # decide which kernels a step launches,
 NO_KERNELS = (
     "name", "run_dir", "seed", "time_budget", "steps", "untimed_steps", "total_batch_size", "packing", "eval_tokens",
     "lm_head_lr", "embedding_lr", "scalar_lr", "matrix_lr", "weight_decay", "warmup_ratio", "warmdown_ratio",
-    "final_lr_frac", "graphs",
+    "final_lr_frac", "graphs", "tune",
 )  # fmt: skip
 MAX_PROCESSES = 16  # three kernels each, and the slowest takes as long as three
 LIMIT = 300.0  # seconds that a run waits for its kernels: two slow cores need one of these five minutes
@@ -126,12 +126,19 @@ def noting_kernels() -> Iterator[list[Callable[[], object]]]:
         JITFunction._do_compile = compile_one
 
 
-def stamp(config: TrainConfig, vocab_size: int, arch: int) -> Path:
+def step_digest(config: TrainConfig, vocab_size: int) -> str:
+    """Changes with the options that a step's kernels depend on, those that a tuner decides left out."""
+    shapes = {key: value for key, value in config.fixed().items() if key not in (*NO_KERNELS, "fused_norms")}
+    return hashlib.sha256(json.dumps([shapes, vocab_size]).encode()).hexdigest()[:16]
+
+
+def stamp(config: TrainConfig, vocab_size: int, arch: int, table: Table) -> Path:
     """A file that says that all of it lies in Triton's cache, and is gone when that is."""
     import triton
 
     shapes = {key: value for key, value in config.fixed().items() if key not in NO_KERNELS}
-    digest = hashlib.sha256(json.dumps([shapes, vocab_size, arch, triton.__version__, torch.__version__]).encode())
+    versions = triton.__version__, torch.__version__
+    digest = hashlib.sha256(json.dumps([shapes, vocab_size, arch, table, *versions], sort_keys=True).encode())
     for path in sorted(path for folder in SOURCES for path in ROOT.glob(f"{folder}/**/*.py")):
         digest.update(path.read_bytes())
     return Path(triton.knobs.cache.dir) / f"timebox-{digest.hexdigest()[:16]}"
@@ -142,11 +149,11 @@ class Precompiler:
 
     command = (sys.executable, "-m", "train.precompile")
 
-    def __init__(self, config: TrainConfig, vocab_size: int, arch: int):
-        arguments = json.dumps({"config": asdict(config), "vocab_size": vocab_size, "arch": arch})
+    def __init__(self, config: TrainConfig, vocab_size: int, arch: int, table: Table):
+        arguments = json.dumps({"config": asdict(config), "vocab_size": vocab_size, "arch": arch, "table": table})
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self._stamp = stamp(config, vocab_size, arch)
+        self._stamp = stamp(config, vocab_size, arch, table)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- open until `close`
         # In a session of its own it is one group with all that it starts, to be ended as a whole; and the terminal's
         # signals are this process's to handle.
@@ -213,7 +220,7 @@ def main(arguments: str) -> int:
     end_with(lifeline)
     given = json.loads(arguments)
     with compiling_only(given["arch"]):
-        with noting_kernels() as compilers:
+        with noting_kernels() as compilers, chosen(given["table"]):
             walk_step(TrainConfig(**given["config"]), given["vocab_size"])
         # Forked, they have what was imported and noted. No GPU is open here, and the one other thread does but read.
         fork = multiprocessing.get_context("fork")

@@ -19,6 +19,7 @@ from .optimizer import Optimizer
 from .resilience.failure import find, layers, read_failure
 from .results.run_folder import build_model, read_config
 from .step import TrainStep
+from .tune import saved_tiles
 
 
 def tensors_of(result: object) -> Iterator[Tensor]:
@@ -77,6 +78,7 @@ def replay(run: Path, wanted_device: str | None) -> bool:
     saved, shape = read_config(run)
     config = TrainConfig(**saved["config"])
     device = pick_device(wanted_device or config.device)
+    kernels.choose(saved_tiles(saved).table)
     ops_of_run(config, shape, device)
     model = build_model(shape, failure.parameters, device, run)
     optimizer = Optimizer(model, config, torch.bfloat16 if device == "cuda" else torch.float32)

@@ -5,6 +5,7 @@ import sys
 import torch
 from torch import Tensor
 
+from kernels import choose
 from model import GPT
 from prepare import InputError
 from prepare.arguments import Parser, command
@@ -14,6 +15,7 @@ from prepare.words import printable
 from .config import MAX_SEED, TrainConfig
 from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
 from .results.run_folder import load_run
+from .tune import saved_tiles
 
 
 def next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -69,6 +71,7 @@ def main(args: list[str] | None = None) -> int:
         keep_to_the_cores_allowed()
         device = pick_device(options.device)
         model, tokenizer, saved = load_run(options.run, device)
+        choose(saved_tiles(saved).table)
         ops_of_run(TrainConfig(**saved["config"]), model.config, device, compiles=False)
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
         given = options.prompt.encode(errors="surrogateescape").decode(errors="replace")  # what is no UTF-8 is U+FFFD

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import Table, chosen
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
@@ -48,18 +49,19 @@ from .results.run_folder import RunFolder, environment
 from .results.tensorboard import EventWriter, check_tensorboard
 from .schedule import step_values
 from .step import TrainingError, TrainStep
+from .tune import Tiles, saved_tiles, tiles_for
 
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
 VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
-def precompiler(config: TrainConfig, vocab_size: int) -> Precompiler | None:
+def precompiler(config: TrainConfig, vocab_size: int, table: Table) -> Precompiler | None:
     """Has the kernels compiled beside the rest of the set-up; None where there are none to compile, or all are."""
     if config.device != "cuda" or config.ops != "triton":
         return None
     major, minor = torch.cuda.get_device_capability()
-    step = config, vocab_size, 10 * major + minor
+    step = config, vocab_size, 10 * major + minor, table
     return None if stamp(*step).exists() else Precompiler(*step)
 
 
@@ -110,6 +112,7 @@ class Decided:
     fingerprint: dict[str, str]  # of the data
     checkpoint: Checkpoint | None  # that the run goes on from
     folder: RunFolder | None  # of a run that goes on; a new one is made when there is something to write
+    tiles: Tiles  # in force until the run ends
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
         record.goes_on_from(checkpoint.values)
     keep_to_the_cores_allowed()
     default_batch = config.device_batch_size is None
+    open_options = [name for name in ("fused_norms", "graphs") if getattr(config, name) is None]
     config = complete(config)
     if config.device == "cpu":
         keep_freed_memory()
@@ -162,14 +166,18 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
         check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
     if default_batch:
         config = fit_default(config, shape)
+    tiles = saved_tiles(checkpoint.values) if checkpoint else tiles_for(config, shape)
+    stack.enter_context(chosen(tiles.table))
+    found = {name: value for name in open_options if (value := getattr(tiles, name)) is not None}
+    config = dataclasses.replace(config, **found)
     check_fits(config, shape)
-    return Decided(config, shape, data, fingerprint, checkpoint, folder)
+    return Decided(config, shape, data, fingerprint, checkpoint, folder, tiles)
 
 
 def build(decided: Decided, record: Record, stack: ExitStack) -> Built:
     """Model, optimizer, loader, and the kernels that they launch."""
     config, data = decided.config, decided.data
-    if kernels_compile := precompiler(config, data.vocab_size):
+    if kernels_compile := precompiler(config, data.vocab_size, decided.tiles.table):
         stack.enter_context(closing(kernels_compile))
     torch.manual_seed(config.seed)
     model = GPT(decided.shape, device=config.device, **config.model_options)
@@ -198,9 +206,10 @@ def begin(decided: Decided, record: Record, stack: ExitStack) -> RunFolder:
         stack.enter_context(saying_how_to_go_on(folder))
         folder.write_config(
             dataclasses.asdict(config), dataclasses.asdict(shape),
-            {"folder": str(Path(data.folder).resolve()), **decided.fingerprint}, data.tokenizer_file,
+            {"folder": str(Path(data.folder).resolve()), **decided.fingerprint}, decided.tiles.as_json(),
+            data.tokenizer_file,
         )  # fmt: skip
-    record.begin(config, dataclasses.asdict(shape), decided.fingerprint)
+    record.begin(config, dataclasses.asdict(shape), decided.fingerprint, decided.tiles.digest)
     if config.tensorboard:
         folder.watchers.append(EventWriter(folder.path))
     announce(config, shape, data, folder)
@@ -231,7 +240,8 @@ def go(
         state.restore(checkpoint.values, checkpoint.tensors())
         folder.cut_metrics(state.step)
     origin = {
-        "config": config.fixed(), "data": decided.fingerprint, "environment": environment(), "sources": record.sources
+        "config": config.fixed(), "data": decided.fingerprint, "environment": environment(), "sources": record.sources,
+        "tiles": decided.tiles.as_json(),
     }  # fmt: skip
     checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin)
     stack.callback(checkpoints.wait)
@@ -279,7 +289,7 @@ def conclude(
     if data.was_replaced():
         note = "holds other data by now: this run was trained and scored on what was there when it began"
         print(f"note: {printable(data.folder)} {note}", file=sys.stderr)
-    summary["total_seconds"] = state.seconds
+    summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds}
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(state.optimizer.masters)

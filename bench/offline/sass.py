@@ -22,11 +22,8 @@ compare two versions of a kernel, not to predict milliseconds; not yet held agai
 """
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x(\d+)\.")
@@ -122,17 +119,6 @@ def loops(code: list[Instruction]) -> list[Loop]:
         if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in held)
     ]  # fmt: skip
     return [Loop([i for i in code if first <= i.address <= last]) for first, last in innermost]
-
-
-def cuobjdump(cubin: bytes, option: str) -> str:
-    """What the program of that name in Triton's wheel prints with `-sass` or `-res-usage`."""
-    import triton
-
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def print_loops(kernels: list[tuple[str, float, list[Loop]]]) -> None:

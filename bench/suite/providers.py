@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.suite.ops import Op
-from bench.suite.problems import FUSED, OPS, TRUTHS, Function, assert_close, forward, forward_backward, kind, truth_of
 from kernels.common import EPS
 from kernels.linear_cross_entropy import IGNORED, SOFTCAP
 from kernels.rotary_attention import rotary_attention_ref
 from prepare.words import install_line
+from train.tune.ops import Op
+from train.tune.problems import FUSED, OPS, TRUTHS, Function, assert_close, forward, forward_backward, kind, truth_of
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterable
 
 from bench.ceilings import Ceilings, datasheet
-from bench.suite.ops import Op
-from bench.suite.problems import cost, shape_label, tokens_of
-from bench.timing import Timing
+from train.tune.ops import Op
+from train.tune.problems import cost, shape_label, tokens_of
+from train.tune.timing import Timing
 
 OURS = "triton"
 

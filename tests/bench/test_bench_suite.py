@@ -16,20 +16,21 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import ceilings, timing
+from bench import ceilings
 from bench import test_ops as suite
 from bench.ceilings import Ceilings
 from bench.conftest import out_of_time
-from bench.suite import problems
 from bench.suite import providers as providers_module
-from bench.suite.ops import Op
 from bench.suite.providers import COMPILE, EAGER, TRITON, Provider, assert_right, providers
+from bench.suite.replay import device_time, replay
 from bench.suite.results import relative_speeds, row, step_table, table
-from bench.timing import Timing, _captured, device_time, replay, time_call
 from kernels.common import use_kernels
 from kernels.rotary_attention.reference import window_attention_ref
 from tests.helpers.kernel_checks import DEVICE, exact_bfloat16
 from train.config import ROOT
+from train.tune import problems, timing
+from train.tune.ops import Op
+from train.tune.timing import Timing, _captured, time_call
 
 VE = (("has_ve", True),)
 # Small enough for the interpreter.

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 import kernels
 from bench import roofline
 from bench.ceilings import Ceilings
-from bench.suite.ops import micro_step_ops, recomputed_ops
 from model import GPTConfig
 from model.gpt import count_parameters
 from prepare import InputError
 from train.config import TrainConfig, resolve
+from train.tune.ops import micro_step_ops, recomputed_ops
 
 CONFIG = resolve(TrainConfig(), "cuda")
 

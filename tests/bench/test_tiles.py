@@ -12,16 +12,17 @@ import torch
 from tests.helpers.kernel_checks import DEVICE
 
 pytest.importorskip("triton")
-import kernels
-from bench import tiles
-from bench.offline import Usage
-from bench.suite.ops import micro_step_ops
 from bench.targets import polar_express
 from bench.tiles import compile_all, launches_of, prepared, tiled
 from bench.tune import difference, nan_filled
+
+import kernels
+from bench import tiles
+from bench.offline import Usage
 from model.config import GATE_CHANNELS
 from tests.helpers.small_targets import DTYPE, SMALL, TOLERANCE, config_of, small_targets
 from train.precompile import walk_step
+from train.tune.ops import micro_step_ops
 
 # What the kernels call a number of a tile, where it is not that number's own name.
 PARAMETERS = {

@@ -75,6 +75,7 @@ FLOORS = (
      "device", "precompile"),
     ("resilience",),
     ("results",),
+    ("tune",),
     ("curves", "loop"),
     ("trainer",),
     ("experiment",),

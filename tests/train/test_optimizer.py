@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 
-from bench.suite import problems
-from bench.suite.ops import Op
 from kernels.muon import muon_update_ref, second_moment_shape
 from kernels.polar_express import COEFFICIENTS
 from model import GPT, GPTConfig
@@ -15,6 +13,8 @@ from prepare import InputError
 from train.config import TrainConfig, resolve
 from train.optimizer import AdamWGroup, MuonGroup, Optimizer
 from train.schedule import StepValues
+from train.tune import problems
+from train.tune.ops import Op
 
 SHAPE = GPTConfig(vocab_size=300, seq_len=16, depth=2, d_model=64, head_dim=16, num_kv_heads=2)
 

@@ -13,7 +13,6 @@ import train.__main__
 import train.device
 import train.memory
 import train.trainer
-from bench.suite import steps
 from model import GPT, GPTConfig
 from prepare import Batch, Dataset, InputError
 from tests.helpers.small_step import make_step
@@ -25,6 +24,7 @@ from train.results.metrics import shown
 from train.results.run_folder import load_run
 from train.schedule import StepValues
 from train.step import TrainStep
+from train.tune import steps
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_what_is_printed_is_in_the_summary_as_numbers(corpus, tmp_path, capsys):
     lines = capsys.readouterr().out.partition("\n---\n")[2].splitlines()
     printed = dict(line.split(maxsplit=1) for line in lines)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    text = {"packing", "val_sha256", "tokenizer_sha256", "comparable", "audit", "status", "verdict"}
+    text = {"tiles", "packing", "val_sha256", "tokenizer_sha256", "comparable", "audit", "status", "verdict"}
     assert {key for key, value in summary.items() if isinstance(value, str)} == text | {"sha256"}
     for key, value in summary.items():
         if key not in ("fingerprint", "sha256"):

@@ -133,6 +133,8 @@ def judge(run: dict, earlier: Sequence[dict]) -> Judgement:
     theirs = experiments(earlier)[best["group"]].evidence
     word = verdict(ours, theirs)
     note = f"against {best['group']}"
+    if (tiles := [e.get("tiles", "default") for e in (run, best)])[0] != tiles[1]:
+        note += f", whose kernels had other tiles ({tiles[1]}, here {tiles[0]})"
     if word == "unknown":
         note += f": {len(ours)} and {len(theirs)} runs show no noise"
     return Judgement(status, word, note)

@@ -44,11 +44,12 @@ class Record:
         self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model: dict = {}
         self.data: dict = {}
+        self.tiles = "default"
         self.seconds: dict[str, float] = {}
 
-    def begin(self, config: TrainConfig, model: dict, data: dict) -> None:
-        """The run's folder is there, and the configuration is resolved."""
-        self.config, self.model, self.data, self.began = config, model, data, True
+    def begin(self, config: TrainConfig, model: dict, data: dict, tiles: str) -> None:
+        """The run's folder is there, and the configuration is resolved. `tiles`: their digest."""
+        self.config, self.model, self.data, self.tiles, self.began = config, model, data, tiles, True
 
     def goes_on_from(self, values: dict) -> None:
         """From a checkpoint with these values."""
@@ -181,6 +182,7 @@ class Record:
             "machine": self.machine,
             "versions": versions(),
             "data": self.data,
+            "tiles": self.tiles,
             "seconds": {**self.seconds, "total": total},
         }
         ledger = Ledger.beside(self.folder)

@@ -117,10 +117,10 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "summary.json").exists()
 
-    def write_config(self, config: dict, model: dict, data: dict, tokenizer_file: bytes) -> None:
+    def write_config(self, config: dict, model: dict, data: dict, tiles: dict, tokenizer_file: bytes) -> None:
         write_json(
             self.path / "config.json",
-            {"config": config, "model": model, "data": data, **environment()},
+            {"config": config, "model": model, "data": data, "tiles": tiles, **environment()},
         )
         replace_file(self.path / "tokenizer.json", tokenizer_file)
 

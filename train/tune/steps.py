@@ -4,11 +4,12 @@ import torch
 
 from model import GPT, GPTConfig
 from prepare import Batch
-from train.config import TrainConfig
-from train.device import pick_graphs
-from train.optimizer import Optimizer
-from train.schedule import StepValues, step_values
-from train.step import TrainStep
+
+from ..config import TrainConfig
+from ..device import pick_graphs
+from ..optimizer import Optimizer
+from ..schedule import StepValues, step_values
+from ..step import TrainStep
 
 
 def make_step(

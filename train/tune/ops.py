@@ -22,8 +22,9 @@ import kernels
 from model import GPT, GPTConfig
 from model.gpt import parameter_shapes
 from prepare import InputError
-from train.config import ROOT, TrainConfig, resolve
-from train.optimizer import AdamWGroup, MuonGroup, Optimizer
+
+from ..config import ROOT, TrainConfig, resolve
+from ..optimizer import AdamWGroup, MuonGroup, Optimizer
 
 HERE = Path(__file__).relative_to(ROOT)  # where a cost that is not known is to be added
 

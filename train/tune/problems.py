@@ -9,6 +9,7 @@ The ops of `train --fused-norms` are the kernels' alone: to every other provider
 of them share a norm, each is given the gradients that the other gives it, multiplied by rstd.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 import kernels
-from bench.suite.ops import Op
-from kernels.common import EPS
-from kernels.rotary_attention import rotary_tables
-from train.config import cpu_has_bf16
-from train.optimizer import iterate_dtype
+from kernels import EPS, rotary_tables
+
+from ..config import cpu_has_bf16
+from ..optimizer import iterate_dtype
+from .ops import Op
 
 # Of ‖truth‖: bf16 operands err by 1e-3 to 1e-2, fp32 by far less; Polar Express iterates in bf16 on any GPU.
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
@@ -99,7 +100,9 @@ class Problem:
 
 def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     """Random inputs for an op at its sizes."""
-    generator = torch.Generator(device).manual_seed(seed)
+    # Tensors without memory stand for a GPU's, and take no generator.
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+    arithmetic = "cuda" if device == "meta" else device
 
     def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
@@ -107,7 +110,7 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     def uneven(rows: int, width: int) -> Tensor:
         """Rows of half to twice the usual size: a norm that is left out, or another row's, is then far off."""
         sizes = torch.rand(rows, 1, generator=generator, device=device) * 2 - 1
-        return randn(rows, width) * sizes.exp2().to(dtype)
+        return randn(rows, width) * (math.log(2) * sizes).exp().to(dtype)
 
     def integers(high: int, count: int) -> Tensor:
         return torch.randint(high, (count,), generator=generator, device=device)
@@ -153,12 +156,14 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         tables = [randn(vocab_size, width) for width in widths]
         return Problem(op, tables, {"tokens": integers(vocab_size, tokens)}, frozenset(range(len(tables))))
     if op.module == "polar_express":
-        iterates = iterate_dtype(device, cpu_has_bf16())
+        iterates = iterate_dtype(arithmetic, cpu_has_bf16())
         return Problem(op, [randn(*op.sizes, dtype=torch.float32)], {"dtype": iterates})
-    return _update_problem(op, device, dtype, randn)
+    return _update_problem(op, device, dtype, randn, iterate_dtype(arithmetic, cpu_has_bf16()))
 
 
-def _update_problem(op: Op, device: str, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Problem:
+def _update_problem(
+    op: Op, device: str, dtype: torch.dtype, randn: Callable[..., Tensor], iterates: torch.dtype
+) -> Problem:  # fmt: skip
     shape = op.shape or op.sizes
     state = [randn(*shape, scale=0.02, dtype=torch.float32) for _ in range(3)]  # master, gradient, first moment
     second = kernels.second_moment_shape(shape) if op.module == "muon" else shape
@@ -169,7 +174,7 @@ def _update_problem(op: Op, device: str, dtype: torch.dtype, randn: Callable[...
     hyper = torch.tensor([0.5, 0.9, 0.1] if op.module == "muon" else [0.02, 0.9, 0.4], device=device)
     constants = {"hyper": hyper, "apply": torch.ones((), dtype=torch.bool, device=device)}
     if op.module == "muon":
-        constants["iterate_dtype"] = iterate_dtype(device, cpu_has_bf16())
+        constants["iterate_dtype"] = iterates
     return Problem(op, state, constants)
 
 
@@ -280,7 +285,7 @@ def forward_backward(function: Function, problem: Problem, cotangents: list[Tens
 def random_cotangents(outs: list[Tensor]) -> list[Tensor]:
     """Of a loss it is 1: some implementations scale in place what they saved, by anything else. The rest are what every
     dtype holds: rounded for one side alone, they move a sum that nearly cancels, a gradient of λ, out of bounds."""
-    generator = torch.Generator(outs[0].device).manual_seed(1)
+    generator = None if outs[0].is_meta else torch.Generator(outs[0].device).manual_seed(1)
     return [
         torch.ones_like(out) if out.dim() == 0
         else torch.randn(out.shape, generator=generator, device=out.device).bfloat16().to(out.dtype)

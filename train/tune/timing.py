@@ -1,12 +1,9 @@
-"""How long a call takes on its device, and how pytest-benchmark is told.
+"""How long a call takes on its device.
 
 On a GPU the time is between two events on the stream, not on the host's clock. Before each call a buffer of several
 times the L2 is overwritten: no input is found in the cache, and while that runs the host gets ahead, so that launching
 is not timed. A call whose launches take the host longer than its kernels take the GPU is recorded as a graph and
 replayed. The median of many calls counts.
-
-pytest-benchmark times with the host's clock. It is given one that repeats the times already measured (`replay`), so
-that its statistics and its JSON hold the device's times and no others.
 """
 
 import time
@@ -131,22 +128,3 @@ def _time_on_gpu(call: Callable[[], object], seconds: float) -> Timing:
     if bound and (graph := _captured(call)) is not None:
         return Timing(_event_times(graph.replay, _rounds(first, seconds)), "graph")
     return Timing(_event_times(call, _rounds(first, seconds)), "events, bound by launches" if bound else "events")
-
-
-_now = 0.0
-
-
-def device_time() -> float:
-    """The clock that `replay` moves, for `@pytest.mark.benchmark(timer=device_time)`. Seconds."""
-    return _now
-
-
-def replay(benchmark, timing: Timing) -> None:
-    """Gives pytest-benchmark the times already measured. Its timer must be `device_time`."""
-    left = iter(timing.seconds)
-
-    def advance():
-        global _now
-        _now += next(left)
-
-    benchmark.pedantic(advance, rounds=len(timing.seconds))
