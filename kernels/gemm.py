@@ -1,30 +1,64 @@
 """The tile of a matrix product, for ops that put something of their own into its epilogue.
 
-A program computes one [BLOCK_M, BLOCK_N] tile of C = A·B, A: [M, K], B: [K, N], any strides: a transposed factor is
-the same memory with its strides exchanged. Sums are fp32. Rows past M, N or K read as zero.
+C = A·B, A: [M, K], B: [K, N]; a transposed factor is the same memory with its strides exchanged. Sums are fp32. Rows
+past M, N or K read as zero. There are two forms, and a tile says which it is for.
+
+Portable: a program computes one [BLOCK_M, BLOCK_N] tile, of factors with any strides.
+
+Persistent ("persistent" in the tile): as many programs as the GPU holds at once walk over all tiles, and the first
+loads of the next tile are under way in the epilogue of this one. The tensor memory accelerator (TMA) of Hopper and
+later loads and stores; it wants rows at multiples of 16 bytes. The epilogue takes half of a tile's columns at a time,
+for want of registers and shared memory. Which program computes a tile changes none of its bits. Not yet timed.
 """
 
 import torch
+from torch import Tensor
 
-from .choice import Tile, product_tiles
+from .choice import Choice, Tile, product_tiles
 from .common import gpu_arch, tl, triton
 
-__all__ = ["gemm_candidates", "gemm_config", "gemm_grid", "gemm_tile", "tile_index", "tile_offsets"]
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no Triton, no kernels
+    TensorDescriptor = None
+
+__all__ = [
+    "column_halves",
+    "fits_tma",
+    "fitting_tile",
+    "gemm_candidates",
+    "gemm_config",
+    "gemm_grid",
+    "gemm_tile",
+    "gemm_tile_tma",
+    "half_blocks",
+    "launch_options",
+    "persistent_candidates",
+    "persistent_launch",
+    "tile_at",
+    "tile_index",
+    "tile_offsets",
+]
 
 GROUP_M = 8  # rows of tiles that share their columns of B while these are in the L2
 
 
 @triton.jit
-def tile_index(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Which tile is this program's: down, and right. Neighbours walk down GROUP_M tiles, then right."""
-    pid = tl.program_id(0)
+def tile_at(number, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Where the tile of this number is: down, and right. Neighbours walk down GROUP_M tiles, then right."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
+    group = number // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     rows_in_group = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
+    within = number % (GROUP_M * tiles_n)
     return first_m + within % rows_in_group, within // rows_in_group
+
+
+@triton.jit
+def tile_index(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Which tile is this program's, in the portable form."""
+    return tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
 
 @triton.jit
@@ -62,6 +96,29 @@ def gemm_tile(
     return acc
 
 
+@triton.jit
+def gemm_tile_tma(
+    a_desc, b_desc, first_m, first_n, K,
+    B_BY_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums over K of the tile that begins there, [BM, BN] in fp32; of factors as `persistent_launch` gives them."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        a = a_desc.load([first_m, start])
+        if B_BY_K:
+            b = b_desc.load([start, first_n])
+        else:
+            b = b_desc.load([first_n, start]).T
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def column_halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns, [BM, BN / 2] each: no number changes its thread."""
+    return acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+
+
 def gemm_config(N: int, K: int, dtype: torch.dtype) -> Tile:
     """Tile sizes, warps and stages, so that nothing spills and the stages fit: no speed has been measured yet.
 
@@ -91,6 +148,73 @@ def gemm_candidates(N: int, K: int, dtype: torch.dtype, tight: bool = False) -> 
     sizes = (64, 128, 256)
     tiles = product_tiles(((32, 5), (64, 3), (64, 4), (128, 2)), BLOCK_M=sizes, BLOCK_N=sizes)
     return [tile for tile in tiles if not tight or tile["BLOCK_M"] * tile["BLOCK_N"] <= 64 * 32 * tile["num_warps"]]
+
+
+def persistent_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
+    """Persistent tiles to be tried, by registers, spills and shared memory in the epilogues of the ops."""
+    if dtype.itemsize > 2 or N % 8 or K % 8:
+        return []
+    tiles = {
+        90: [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 32, 8, 4), (128, 128, 64, 4, 3),
+             (128, 128, 64, 4, 2), (128, 128, 64, 8, 2)],
+        100: [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3)],
+        120: [(128, 128, 64, 8, 2), (128, 128, 32, 8, 3), (128, 64, 64, 4, 2), (64, 128, 64, 4, 2)],
+    }  # fmt: skip
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    arch = {103: 100}.get(gpu_arch(), gpu_arch())
+    return [{**dict(zip(names, tile, strict=True)), "persistent": True} for tile in tiles.get(arch, [])]
+
+
+def fits_tma(*matrices: Tensor) -> bool:
+    """Whether TMA takes these [rows, columns]: none empty, and each row contiguous, after the one before it, and at a
+    multiple of 16 bytes."""
+    return gpu_arch() not in range(1, 90) and all(
+        x.numel() > 0 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+        and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+        for x in matrices
+    )  # fmt: skip
+
+
+def fitting_tile(choice: Choice, a: Tensor, b: Tensor, *others: Tensor) -> Tile:
+    """What `choice` gives for a·b, a: [M, K], b: [K, N]. Its default, which is never persistent, where that is and TMA
+    does not take them, `others`, or a contiguous result."""
+    shape = N, _, dtype = b.shape[1], a.shape[1], a.dtype
+    tile = choice(*shape)
+    if not tile.get("persistent"):
+        return tile
+    fits = fits_tma(a, *others) and (fits_tma(b) or fits_tma(b.mT)) and N * dtype.itemsize % 16 == 0
+    return tile if fits else choice.default(*shape)
+
+
+def _programs(device: torch.device, block_m: int, block_n: int) -> int:
+    """How many a GPU may hold at once: the sums of 128 x 256 are half of a multiprocessor's registers, and what else a
+    program needs takes the other half."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return multiprocessors * max(1, 128 * 256 // (block_m * block_n))
+
+
+def launch_options(tile: Tile, K: int) -> Tile:
+    """What a portable kernel takes of its tile."""
+    return {**tile, "GROUP_M": GROUP_M, "EVEN_K": K % tile["BLOCK_K"] == 0}
+
+
+def persistent_launch(a: Tensor, b: Tensor, tile: Tile) -> tuple[tuple[int], tuple, Tile]:
+    """Grid, factors and options for a persistent kernel of a·b, a: [M, K], b: [K, N], by a tile of `fitting_tile`."""
+    options = {key: value for key, value in tile.items() if key != "persistent"}
+    block_m, block_n, block_k = (tile[f"BLOCK_{side}"] for side in "MNK")
+    by_k = fits_tma(b)
+    factors = (
+        TensorDescriptor.from_tensor(a, [block_m, block_k]),
+        TensorDescriptor.from_tensor(b if by_k else b.mT, [block_k, block_n] if by_k else [block_n, block_k]),
+    )
+    (tiles,) = gemm_grid(a.shape[0], b.shape[1], tile)
+    grid = (min(tiles, _programs(a.device, block_m, block_n)),)
+    return grid, factors, {**options, "GROUP_M": GROUP_M, "B_BY_K": by_k}
+
+
+def half_blocks(x: Tensor, tile: Tile) -> "TensorDescriptor":
+    """`x` [M, N] by what an epilogue takes at a time."""
+    return TensorDescriptor.from_tensor(x, [tile["BLOCK_M"], tile["BLOCK_N"] // 2])
 
 
 def gemm_grid(M: int, N: int, config: Tile) -> tuple[int]:

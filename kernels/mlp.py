@@ -33,7 +33,22 @@ from torch.utils.checkpoint import checkpoint
 
 from .choice import Choice, Tile
 from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_kernels
-from .gemm import GROUP_M, gemm_candidates, gemm_config, gemm_grid, gemm_tile, tile_index, tile_offsets
+from .gemm import (
+    column_halves,
+    fitting_tile,
+    gemm_candidates,
+    gemm_config,
+    gemm_grid,
+    gemm_tile,
+    gemm_tile_tma,
+    half_blocks,
+    launch_options,
+    persistent_candidates,
+    persistent_launch,
+    tile_at,
+    tile_index,
+    tile_offsets,
+)
 from .weight_grad import weight_grad
 
 
@@ -62,6 +77,20 @@ def _rstd_kernel(x_ptr, rstd_ptr, x_stride_m, M, D, EPS: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
+def _relu2(z):
+    z = tl.maximum(z, 0.0)
+    return z * z
+
+
+@triton.jit
+def _relu2_grad(post, dpost):
+    """dz, and √post."""
+    post = post.to(tl.float32)
+    root = tl.sqrt(post)
+    return 2.0 * root * dpost, root
+
+
+@triton.jit
 def _fc_fwd_kernel(
     a_ptr, b_ptr, rstd_ptr, post_ptr, a_stride_m, a_stride_k, b_stride_k, b_stride_n, M, N, K, HAS_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
@@ -74,8 +103,7 @@ def _fc_fwd_kernel(
     )  # fmt: skip
     if HAS_NORM:
         z *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
-    z = tl.maximum(z, 0.0)
-    post = (z * z).to(post_ptr.dtype.element_ty)
+    post = _relu2(z).to(post_ptr.dtype.element_ty)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(post_ptr + offs_m[:, None] * N + offs_n[None, :], post, mask=mask)
 
@@ -94,15 +122,71 @@ def _proj_bwd_kernel(
     )  # fmt: skip
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
-    post = tl.load(post_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    root = tl.sqrt(post)
-    dz = 2.0 * root * dpost
+    dz, root = _relu2_grad(tl.load(post_ptr + offs, mask=mask, other=0.0), dpost)
     if HAS_NORM:
         c = tl.sum(dz * root, axis=1)
         _, tile_n = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP_M)
         tl.store(c_ptr + tile_n.to(tl.int64) * M + offs_m, c, mask=offs_m < M)
         dz *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
     tl.store(post_ptr + offs, dz.to(post_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fc_fwd_tma_kernel(
+    a_desc, b_desc, rstd_ptr, post_desc, M, N, K, HAS_NORM: tl.constexpr, B_BY_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """What `_fc_fwd_kernel` computes, persistent."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        z = gemm_tile_tma(a_desc, b_desc, first_m, first_n, K, B_BY_K, BLOCK_M, BLOCK_N, BLOCK_K)
+        if HAS_NORM:
+            offs_m = first_m + tl.arange(0, BLOCK_M)
+            z *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        left, right = column_halves(_relu2(z), BLOCK_M, BLOCK_N)
+        post_desc.store([first_m, first_n], left.to(post_desc.dtype))
+        post_desc.store([first_m, first_n + BLOCK_N // 2], right.to(post_desc.dtype))
+
+
+@triton.jit
+def _proj_bwd_half(dpost, post_desc, first_m, first_n, rstd, HAS_NORM: tl.constexpr):
+    """dz in place of one half of a tile's post; with HAS_NORM rstd ⊙ dz, and this half's part of c.
+
+    Both ways by TMA, whose copies run beside the program, and still in order: the load has come back, its barrier has
+    been waited for, before there is a dz to store. No other load of these elements is in the whole launch: each belongs
+    to one half of one tile, and each tile to one program. What loads early here are the factors of the next tile.
+    """
+    dz, root = _relu2_grad(post_desc.load([first_m, first_n]), dpost)
+    c = 0.0
+    if HAS_NORM:
+        c = tl.sum(dz * root, axis=1)
+        dz *= rstd[:, None]
+    post_desc.store([first_m, first_n], dz.to(post_desc.dtype))
+    return c
+
+
+@triton.jit
+def _proj_bwd_tma_kernel(
+    a_desc, b_desc, rstd_ptr, post_desc, c_ptr, M, N, K, HAS_NORM: tl.constexpr, B_BY_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """What `_proj_bwd_kernel` computes, persistent."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        dpost = gemm_tile_tma(a_desc, b_desc, first_m, first_n, K, B_BY_K, BLOCK_M, BLOCK_N, BLOCK_K)
+        left, right = column_halves(dpost, BLOCK_M, BLOCK_N)
+        offs_m = first_m + tl.arange(0, BLOCK_M)
+        rstd = 1.0
+        if HAS_NORM:
+            rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
+        c = _proj_bwd_half(left, post_desc, first_m, first_n, rstd, HAS_NORM)
+        c += _proj_bwd_half(right, post_desc, first_m, first_n + BLOCK_N // 2, rstd, HAS_NORM)
+        if HAS_NORM:
+            tl.store(c_ptr + tile_n.to(tl.int64) * M + offs_m, c, mask=offs_m < M)
 
 
 @triton.jit
@@ -140,24 +224,29 @@ def _tight_config(N: int, K: int, dtype: torch.dtype) -> Tile:
     return gemm_config(N, min(K, 1024) if K % 16 == 0 else K, dtype)
 
 
+def _candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
+    return gemm_candidates(N, K, dtype) + persistent_candidates(N, K, dtype)
+
+
 def _tight_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
     return gemm_candidates(N, K, dtype, tight=True)
 
 
+def _norm_proj_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
+    return _tight_candidates(N, K, dtype) + persistent_candidates(N, K, dtype)
+
+
 # Of a product [rows, K]·[K, N]: (N, K, dtype). Those of the block with its norm inside have names of their own.
 FC_FORWARD = {
-    normed: Choice(name, [_fc_fwd_kernel], _config, gemm_candidates)
+    normed: Choice(name, [_fc_fwd_kernel, _fc_fwd_tma_kernel], _config, _candidates)
     for normed, name in ((False, "mlp-fc-forward"), (True, "norm-mlp-fc-forward"))
 }
+_PROJ_KERNELS = _proj_bwd_kernel, _proj_bwd_tma_kernel
 PROJ_BACKWARD = {
-    False: Choice("mlp-proj-backward", [_proj_bwd_kernel], _config, gemm_candidates),
-    True: Choice("norm-mlp-proj-backward", [_proj_bwd_kernel], _tight_config, _tight_candidates),
+    False: Choice("mlp-proj-backward", _PROJ_KERNELS, _config, _candidates),
+    True: Choice("norm-mlp-proj-backward", _PROJ_KERNELS, _tight_config, _norm_proj_candidates),
 }
 FC_BACKWARD = Choice("norm-mlp-fc-backward", [_norm_fc_bwd_kernel], _tight_config, _tight_candidates)
-
-
-def _launched(tile: Tile, K: int) -> Tile:
-    return {**tile, "GROUP_M": GROUP_M, "EVEN_K": K % tile["BLOCK_K"] == 0}
 
 
 def _rstd(x: Tensor) -> Tensor:
@@ -176,10 +265,15 @@ def _fc_fwd(x: Tensor, w_fc: Tensor, rstd: Tensor | None = None) -> Tensor:
     """relu(x·W_fcᵀ)² or relu(rstd ⊙ x·W_fcᵀ)²: [M, F]."""
     (M, K), N = x.shape, w_fc.shape[0]
     post = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = _launched(FC_FORWARD[rstd is not None](N, K, x.dtype), K)
-    _fc_fwd_kernel[gemm_grid(M, N, config)](
+    normed = rstd is not None
+    tile = fitting_tile(FC_FORWARD[normed], x, w_fc.mT)
+    if tile.get("persistent"):
+        grid, factors, options = persistent_launch(x, w_fc.mT, tile)
+        _fc_fwd_tma_kernel[grid](*factors, rstd, half_blocks(post, tile), M, N, K, HAS_NORM=normed, **options)
+        return post
+    _fc_fwd_kernel[gemm_grid(M, N, tile)](
         x, w_fc, rstd, post, x.stride(0), x.stride(1), w_fc.stride(1), w_fc.stride(0), M, N, K,
-        HAS_NORM=rstd is not None, **config,
+        HAS_NORM=normed, **launch_options(tile, K),
     )  # fmt: skip
     return post
 
@@ -189,14 +283,19 @@ def _proj_bwd_(
 ) -> tuple[Tensor, Tensor | None]:
     """2·√post·(dout·W_proj), with rstd times it, in place of post: [M, F]; and with rstd the parts of c: [tiles, M]."""
     (M, K), N = dout.shape, w_proj.shape[1]
-    config = _launched(PROJ_BACKWARD[rstd is not None](N, K, post.dtype), K)
+    normed = rstd is not None
+    tile = fitting_tile(PROJ_BACKWARD[normed], dout, w_proj, post)
     c = None
-    if rstd is not None:
-        c = torch.empty(triton.cdiv(N, config["BLOCK_N"]), M, dtype=torch.float32, device=post.device)
-    _proj_bwd_kernel[gemm_grid(M, N, config)](
-        dout, w_proj, rstd, post, c, dout.stride(0), dout.stride(1), w_proj.stride(0), w_proj.stride(1), M, N, K,
-        HAS_NORM=rstd is not None, **config,
-    )  # fmt: skip
+    if normed:
+        c = torch.empty(triton.cdiv(N, tile["BLOCK_N"]), M, dtype=torch.float32, device=post.device)
+    if tile.get("persistent"):
+        grid, factors, options = persistent_launch(dout, w_proj, tile)
+        _proj_bwd_tma_kernel[grid](*factors, rstd, half_blocks(post, tile), c, M, N, K, HAS_NORM=normed, **options)
+    else:
+        _proj_bwd_kernel[gemm_grid(M, N, tile)](
+            dout, w_proj, rstd, post, c, dout.stride(0), dout.stride(1), w_proj.stride(0), w_proj.stride(1), M, N, K,
+            HAS_NORM=normed, **launch_options(tile, K),
+        )  # fmt: skip
     torch.autograd.graph.increment_version(post)
     return post, c
 
@@ -205,10 +304,10 @@ def _norm_fc_bwd(dz: Tensor, w_fc: Tensor, x: Tensor, dout: Tensor, rstd: Tensor
     """dout + dz·W_fc − x·rstd²·c/D: [M, D]."""
     (M, K), N = dz.shape, w_fc.shape[1]
     dx = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = _launched(FC_BACKWARD(N, K, x.dtype), K)
-    _norm_fc_bwd_kernel[gemm_grid(M, N, config)](
+    tile = FC_BACKWARD(N, K, x.dtype)
+    _norm_fc_bwd_kernel[gemm_grid(M, N, tile)](
         dz, w_fc, x, dout, rstd, c, dx, dz.stride(0), dz.stride(1), w_fc.stride(0), w_fc.stride(1), x.stride(0),
-        dout.stride(0), M, N, K, c.shape[0], **config,
+        dout.stride(0), M, N, K, c.shape[0], **launch_options(tile, K),
     )  # fmt: skip
     return dx
 

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from kernels import rotary_attention, rotary_tables, set_ops
-from tests.helpers.kernel_checks import exact_bfloat16
+from tests.helpers.kernel_checks import SMALL_GEMM, exact_bfloat16
 from tests.helpers.kernel_memory import watch_memory
+from tests.helpers.persistent_tiles import PERSISTENT, choose
 
 FAR = 2**31
 RESERVED = 2**28  # from so many elements on, a tensor is left as the system gives it: zeros, and no memory yet
-rms_norm, mlp, qkv_projection, linear_cross_entropy, embedding, weight_grad = (
+rms_norm, mlp, linear, qkv_projection, linear_cross_entropy, embedding, gemm, weight_grad = (
     importlib.import_module(f"kernels.{name}")
-    for name in ("rms_norm", "mlp", "qkv_projection", "linear_cross_entropy", "embedding", "weight_grad")
+    for name in (
+        "rms_norm", "mlp", "linear", "qkv_projection", "linear_cross_entropy", "embedding", "gemm", "weight_grad",
+    )
 )
 
 
@@ -87,8 +90,12 @@ def test_rms_norm(parts):
         assert_same_end(value, alone)
 
 
+@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-def test_mlp(norm):
+def test_mlp(norm, persistent, monkeypatch):
+    if persistent:
+        choose(monkeypatch, PERSISTENT)
+        monkeypatch.setattr(gemm, "_programs", lambda *_: FAR)  # a tile each
     rows, x, residual = 2**20 + 8, randn(2**20 + 8, 16), randn(2**20 + 8, 16)
     w_fc, w_proj, post = randn(2048, 16), randn(16, 2048), far(2**20 + 8, 2048)
     post[-8:].abs_()
@@ -104,6 +111,17 @@ def test_mlp(norm):
         given = (w_fc, x, residual, rstd, c)
         alone = mlp._norm_fc_bwd(alone, w_fc, *(t[last] for t in given[1:4]), c_alone)
         assert_same_end(mlp._norm_fc_bwd(dz, *given), alone)
+
+
+@pytest.mark.parametrize("tile", [SMALL_GEMM, PERSISTENT], ids=["portable", "persistent"])
+def test_linear(tile, monkeypatch):
+    choose(monkeypatch, tile)
+    monkeypatch.setattr(gemm, "_programs", lambda *_: FAR)
+    x, weight, residual = randn(2**20 + 8, 16), randn(2048, 16), far(2**20 + 8, 2048)
+    alone = linear._product(linear.FORWARD, x[-8:], weight.mT, residual[-8:].clone(), True)
+    assert_same_end(linear._product(linear.FORWARD, x, weight.mT, residual, True), alone)
+    wide = far(2**20 + 8, 2048)
+    assert_same_end(linear._product(linear.BACKWARD, wide, weight), linear._product(linear.BACKWARD, wide[-8:], weight))
 
 
 def test_norms_of_rows_and_their_product():

@@ -83,7 +83,7 @@ def test_mlp_strided_rows_and_an_expanded_gradient():
 
 MLP_MUTANTS = {
     "no c": (("acc -= x.to(tl.float32) * (rstd * rstd * c / N)[:, None]", "acc -= 0 * x.to(tl.float32)"),),
-    "half of c": (("c = tl.sum(dz * root, axis=1)", "c = tl.sum(dpost * post, axis=1)"),),
+    "half of c": (("(dz * root, axis=1)\n        _", "(dz * root / 2, axis=1)\n        _"),),
     "c of rstd ⊙ dz": (("(rstd * rstd * c / N)", "(rstd * rstd * rstd * c / N)"),),
     "one tile's part of c is left out": (("for _ in range(C_TILES)", "for _ in range(C_TILES - 1)"),),
     "dz without rstd": (("        dz *= tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]\n", ""),),
@@ -91,7 +91,7 @@ MLP_MUTANTS = {
     "no residual's gradient": (("    acc += dout.to(tl.float32)\n", ""),),
     "no eps": (("axis=1) / D + EPS), mask", "axis=1) / D), mask"),),
     "rstd reads past the row": (("(offs_m < M)[:, None] & (offs_d < D)[None, :]", "(offs_m < M - 1)[:, None]"),),
-    "the last row has no c": (("c, mask=offs_m < M)", "c, mask=offs_m < M - 1)"),),
+    "the last row has no c": (("c, mask=offs_m < M)\n        dz", "c, mask=offs_m < M - 1)\n        dz"),),
 }
 
 
