@@ -142,8 +142,8 @@ class TrainConfig:
     autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
     recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,759"
                                     " instead of 25,487 MiB at the GPU's defaults; not yet timed")  # fmt: skip
-    fused_norms: bool | None = option(None, "norms in the epilogues of the kernels' products (default: as python -m"
-                                      " train.tune found on this GPU, else not)")  # fmt: skip
+    fused_norms: bool | None = option(None, "norms in the epilogues of the kernels' products (default: as the tuner"
+                                      " found on this GPU, else not)")  # fmt: skip
     tune: str = option("auto", "tiles of the kernels: measured on this GPU where it has none yet; again: anew; off:"
                        " those in the source", choices=("auto", "again", "off"), free=True)  # fmt: skip
 

@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("triton")
 from bench import offline
-from bench.offline import ALLOWED_SPILLS, Usage
 from train.config import ROOT, TrainConfig, resolve
+from train.tune.usage import ALLOWED_SPILLS, Usage
 
 PROGRAM = """
 import torch, triton
 import triton.language as tl
-from bench.offline import usage
+from train.tune.usage import usage
 from train.precompile import compiling_only
 
 @triton.jit
@@ -47,7 +47,7 @@ for kernel, count in launches.items():
 # With three stages and loads by pointers, ptxas lets no product of attention begin before the last has ended.
 STAGES = """
 import torch
-from bench.offline import usage
+from train.tune.usage import usage
 from kernels.rotary_attention import tiles
 from kernels.rotary_attention.forward import attention_fwd
 from train.precompile import compiling_only
@@ -67,7 +67,7 @@ TILES = """
 import importlib, sys
 import torch
 import kernels
-from bench.offline import usage
+from train.tune.usage import usage
 from train.precompile import compiling_only
 
 mlp = importlib.import_module("kernels.mlp")
@@ -94,7 +94,7 @@ print(len(launches), *[fault for kernel, count in launches.items() for fault in 
 WEIGHT_GRADS = """
 import sys
 import torch
-from bench.offline import usage
+from train.tune.usage import usage
 from kernels import weight_grad
 from train.precompile import compiling_only
 

@@ -176,7 +176,7 @@ def refusals(monkeypatch):
     monkeypatch.setattr(kernels, "swiglu_mlp", swiglu_mlp, raising=False)
     monkeypatch.setattr(kernels, "__all__", [*kernels.__all__, "swiglu_mlp"])
     block = lambda y, w_fc, w_proj, residual, **options: kernels.swiglu_mlp(y, w_fc, w_proj)  # noqa: E731
-    yield "kernels.swiglu_mlp, whose cost is not known", block
+    yield "the cost of kernels.swiglu_mlp, which the model calls, is not known", block
 
 
 def test_what_has_no_known_cost_is_refused_by_name(monkeypatch, capsys):

@@ -28,6 +28,9 @@ time.sleep(600)
 """
 
 
+MOVED = {"bench.compare": "bench.regressions", "bench.tune": "train.tune"}  # old names, which say the new one
+
+
 def commands() -> list[str]:
     """The modules that are made to be run."""
     found = []
@@ -44,14 +47,15 @@ def test_which_modules_are_commands():
         "bench.ceilings", "bench.compare", "bench.gpu_tests", "bench.offline", "bench.profile", "bench.regressions",
         "bench.roofline", "bench.runs", "bench.tune", "prepare", "train", "train.compare", "train.curves",
         "train.doctor", "train.evaluate", "train.export", "train.precompile", "train.replay", "train.report",
-        "train.sample",
+        "train.sample", "train.tune",
     ]  # fmt: skip
 
 
-def test_an_old_name_says_the_new_one():
-    done = subprocess.run([sys.executable, "-m", "bench.compare", "a b"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_an_old_name_says_the_new_one(old, new):
+    done = subprocess.run([sys.executable, "-m", old, "a b"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.endswith(" -m bench.regressions 'a b'\n")
+    assert done.stderr.endswith(f" -m {new} 'a b'\n")
 
 
 def start(line: str, **more: str) -> subprocess.Popen:
@@ -61,7 +65,7 @@ def start(line: str, **more: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in commands() if name != "bench.compare"])  # which says a line
+@pytest.mark.parametrize("name", [name for name in commands() if name not in MOVED])
 def test_interrupted_while_it_imports(name, tmp_path):
     """No traceback; and what was closed is open by then, for the processes that it starts too."""
     for module in ("json", "torch"):

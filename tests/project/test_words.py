@@ -218,8 +218,9 @@ def test_nothing_is_written_over_but_by_the_function_for_it():
                 found.append(f"{path.name}: {ast.unparse(node.func)}")
     # Into a temporary folder, to a device, to memory.
     assert found == [
-        "tiles.py: results.write_text", "launching.py: source.write_text", "durable.py: path.write_bytes",
-        "plot.py: figure.savefig",
+        "launching.py: source.write_text", "durable.py: path.write_bytes", "plot.py: figure.savefig",
+        "compiling.py: results.write_text", "compiling.py: told.write_text", "tuner.py: self.results.write_text",
+        "tuner.py: arguments.write_text",
     ]  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def walk_step(config, vocab_size):
 
 precompile.walk_step = walk_step
 precompile.num_cores = lambda: 2
-sys.exit(precompile.main(json.dumps({"config": asdict(TrainConfig()), "vocab_size": int(sys.argv[1]), "arch": 90})))
+given = {"config": asdict(TrainConfig()), "vocab_size": int(sys.argv[1]), "arch": 90, "table": {}}
+sys.exit(precompile.main(json.dumps(given)))
 """
 
 # Stands for the process: calls the test, and so does one that it starts. Neither ever ends by itself.
@@ -93,7 +94,7 @@ import sys
 from train.config import TrainConfig
 from train.precompile import Precompiler
 Precompiler.command = (sys.executable, "-c", sys.argv[1])
-Precompiler(TrainConfig(), 8192, 90).wait()
+Precompiler(TrainConfig(), 8192, 90, {}).wait()
 """
 
 
@@ -142,7 +143,7 @@ def test_a_second_run_starts_no_process_where_the_first_did_its_work(code, start
     start(f"raise SystemExit({code})").wait()
 
     def starts(config: TrainConfig, vocab_size: int = 8192) -> bool:
-        process = train.trainer.precompiler(config, vocab_size)
+        process = train.trainer.precompiler(config, vocab_size, {})
         if process:
             process.close()
         return process is not None
@@ -182,7 +183,7 @@ def start(monkeypatch):
     def start(program: str) -> Precompiler:
         monkeypatch.setattr(Precompiler, "command", (sys.executable, "-c", program))
         config = replace(resolve(TrainConfig(), "cuda"), ops="triton")
-        started.append(Precompiler(config, 8192, 90))
+        started.append(Precompiler(config, 8192, 90, {}))
         return started[-1]
 
     yield start
@@ -195,7 +196,7 @@ def test_its_last_words_are_kept(start):
     assert start("import sys; print('a\\nb  \\n', file=sys.stderr); sys.exit(3)").wait() == "b"
     assert start("import sys; sys.exit(3)").wait() == "exit code 3"
     given = start("import json, sys; sys.exit(str([*json.loads(sys.argv[1]).items()][1:]))")
-    assert given.wait() == "[('vocab_size', 8192), ('arch', 90)]"
+    assert given.wait() == "[('vocab_size', 8192), ('arch', 90), ('table', {})]"
 
 
 def test_one_that_never_ends_is_ended_with_all_that_it_started(start, calls):
@@ -226,7 +227,7 @@ class Stub:
 
 def test_a_head_start_that_failed_is_said_and_the_run_goes_on(corpus, tmp_path, monkeypatch, capsys):
     stub = Stub()
-    monkeypatch.setattr(train.trainer, "precompiler", lambda config, vocab_size: stub)
+    monkeypatch.setattr(train.trainer, "precompiler", lambda config, vocab_size, table: stub)
     assert run_main(corpus, tmp_path / "run", "--steps", "1") == 0
     assert capsys.readouterr().err.startswith("note: kernels were not compiled ahead (no disk): ")
     assert stub.closed
@@ -239,6 +240,6 @@ def test_a_signal_while_kernels_compile_ends_the_process(corpus, tmp_path, monke
         raise Interrupted(15)
 
     monkeypatch.setattr(stub, "wait", wait)
-    monkeypatch.setattr(train.trainer, "precompiler", lambda config, vocab_size: stub)
+    monkeypatch.setattr(train.trainer, "precompiler", lambda config, vocab_size, table: stub)
     assert run_main(corpus, tmp_path / "run", "--steps", "1") == 143
     assert stub.closed

@@ -7,7 +7,6 @@ each target all of it. What it was at when it died is then known to the process 
 
 import dataclasses
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -116,7 +115,3 @@ def main(path: str) -> int:
     except InputError as error:
         write(error=str(error))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -35,7 +35,7 @@ def test_bad_arguments_are_one_line(monkeypatch, capsys, args, words):
 
 
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
+def scripted(monkeypatch, tmp_path):
     """A GPU that needs no tuning, until the test says what came of it."""
     monkeypatch.setenv("TIMEBOX_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -68,8 +68,8 @@ def tuned(**faults) -> Tuned:
     return Tuned(target, trials)
 
 
-def test_options_of_train_shape_the_step(gpu, capsys):
-    asked = gpu(Outcome())
+def test_options_of_train_shape_the_step(scripted, capsys):
+    asked = scripted(Outcome())
     assert command.main(["--depth", "4", "--vocab-size", "1000", "--only", "adamw", "muon", "--again"]) == 0
     (call,) = asked
     assert (call.config.depth, call.shape.vocab_size, call.only, call.again) == (4, 1000, ("adamw", "muon"), True)
@@ -79,11 +79,11 @@ def test_options_of_train_shape_the_step(gpu, capsys):
     assert asked[-1].fused_norms is False
 
 
-def test_what_came_of_it(gpu, capsys, tmp_path):
+def test_what_came_of_it(scripted, capsys, tmp_path):
     times = {"before": [0.2], "after": [0.1]}
     outcome = Outcome([tuned(t128="wrong: by much", t256="wrong: by much")], untold=3, faults=["softmax: unsteady"])
     outcome.step = {"tuned": {"better": True, **times}, "fused_norms": {"better": False, **times}}
-    gpu(outcome)
+    scripted(outcome)
     assert command.main(["--json", str(tmp_path / "all.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "whole step: tuned: 200.00 ms before, 100.00 after: taken" in lines
@@ -96,30 +96,30 @@ def test_what_came_of_it(gpu, capsys, tmp_path):
     assert [trial["fault"] for trial in row["trials"]] == [None, "wrong: by much", "wrong: by much"]
 
 
-def test_where_nothing_is_right_the_exit_code_says_so(gpu, capsys):
-    gpu(Outcome([tuned(t64="AssertionError: zero", t128="wrong: zero", t256="wrong: zero")]))
+def test_where_nothing_is_right_the_exit_code_says_so(scripted, capsys):
+    scripted(Outcome([tuned(t64="AssertionError: zero", t128="wrong: zero", t256="wrong: zero")]))
     assert command.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "WRONG: the default tile of softmax (100 bfloat16): AssertionError: zero" in lines
     assert "nothing that was tried computes what it should: every kernel keeps the tile of the source" in lines
 
 
-def test_where_nothing_could_be_tried_the_exit_code_says_so(gpu):
-    gpu(Outcome(faults=["measuring: the process ends with 1"], untold=2))
+def test_where_nothing_could_be_tried_the_exit_code_says_so(scripted):
+    scripted(Outcome(faults=["measuring: the process ends with 1"], untold=2))
     assert command.main([]) == 1
 
 
 @pytest.mark.parametrize("error", [InputError("this GPU is busy (2 GiB)"), OSError(28, "No space left on device", "f")])
-def test_what_it_cannot_do_is_one_line(gpu, capsys, error):
-    gpu(error)
+def test_what_it_cannot_do_is_one_line(scripted, capsys, error):
+    scripted(error)
     assert command.main([]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
 
 
-def test_a_file_that_is_not_used_is_said(gpu, capsys, tmp_path):
+def test_a_file_that_is_not_used_is_said(scripted, capsys, tmp_path):
     Kept(tmp_path / "tuning" / "a-GPU.json", Machine("a GPU", "0", "2", "3")).write()
-    gpu(Outcome())
+    scripted(Outcome())
     assert command.main([]) == 0
     assert "driver 0, now 1: what it says is not used" in capsys.readouterr().out

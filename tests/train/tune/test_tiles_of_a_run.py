@@ -31,7 +31,7 @@ TABLE = {"norm-forward": {"64 bfloat16": {"BLOCK_M": 2, "BLOCK_D": 64, "num_warp
 
 
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
+def scripted(monkeypatch, tmp_path):
     """A GPU with an empty table, and a tuner that the test says."""
     monkeypatch.setenv("TIMEBOX_HOME", str(tmp_path))
     monkeypatch.setattr(train.tune.Machine, "here", classmethod(lambda cls: MACHINE))
@@ -61,9 +61,9 @@ def fill(options: dict | None = None) -> Kept:
     return kept
 
 
-def test_a_gpu_with_a_table_is_not_tuned_again(gpu, capsys):
+def test_a_gpu_with_a_table_is_not_tuned_again(scripted, capsys):
     kept = fill({"fused_norms": True, "graphs": False})
-    called = gpu()
+    called = scripted()
     tiles = tiles_for(CONFIG, SHAPE)
     assert called == []
     assert list(tiles.table) == ["norm-forward"]
@@ -72,8 +72,8 @@ def test_a_gpu_with_a_table_is_not_tuned_again(gpu, capsys):
     assert capsys.readouterr().out.startswith(said)
 
 
-def test_the_first_run_tunes_with_its_own_options(gpu):
-    called = gpu()
+def test_the_first_run_tunes_with_its_own_options(scripted):
+    called = scripted()
     assert tiles_for(CONFIG, SHAPE).table == {}
     (args,) = called
     assert args[1:3] == ["-m", "train.tune"]
@@ -81,16 +81,16 @@ def test_the_first_run_tunes_with_its_own_options(gpu):
     assert not any(arg.startswith(("--tune", "--run-dir", "--repeat")) for arg in args)
 
 
-def test_again_tunes_what_is_there(gpu):
+def test_again_tunes_what_is_there(scripted):
     fill()
-    called = gpu()
+    called = scripted()
     tiles_for(config_of(depth=1, tune="again"), SHAPE)
     assert "--again" in called[0]
 
 
 @pytest.mark.parametrize("more", [{"tune": "off"}, {"ops": "reference"}, {"device": "cpu"}])
-def test_no_tiles_but_the_sources(gpu, more):
-    called = gpu()
+def test_no_tiles_but_the_sources(scripted, more):
+    called = scripted()
     assert tiles_for(replace(CONFIG, **more), SHAPE) is DEFAULTS
     assert called == []
 
@@ -100,10 +100,10 @@ def test_no_tiles_but_the_sources(gpu, more):
     ("raise SystemExit(1)", "train.tune ended with 1"),
     ("import time; time.sleep(600)", "it took longer than 1 s"),
 ])  # fmt: skip
-def test_however_the_tuner_ends_the_run_goes_on(gpu, capsys, monkeypatch, program, why):
+def test_however_the_tuner_ends_the_run_goes_on(scripted, capsys, monkeypatch, program, why):
     monkeypatch.setattr(train.tune, "SECONDS", 0.5)
     monkeypatch.setattr(train.tune, "GRACE", 0.5)
-    gpu(program)
+    scripted(program)
     assert tiles_for(CONFIG, SHAPE).table == {}
     err = capsys.readouterr().err
     assert err.startswith("note: the kernels were not all tuned: ")
@@ -111,15 +111,15 @@ def test_however_the_tuner_ends_the_run_goes_on(gpu, capsys, monkeypatch, progra
     assert err.count("\n") == 1
 
 
-def test_a_tuner_that_cannot_be_started_is_a_line(gpu, capsys, monkeypatch):
+def test_a_tuner_that_cannot_be_started_is_a_line(scripted, capsys, monkeypatch):
     monkeypatch.setattr(train.tune.subprocess, "Popen", lambda *args, **options: 1 / 0)
     assert tiles_for(CONFIG, SHAPE) is DEFAULTS
     assert "the kernels were not tuned (ZeroDivisionError: division by zero)" in capsys.readouterr().err
 
 
-def test_a_table_that_is_damaged_is_a_line(gpu, capsys):
+def test_a_table_that_is_damaged_is_a_line(scripted, capsys):
     fill().path.write_text("{")
-    gpu()
+    scripted()
     assert tiles_for(CONFIG, SHAPE).table == {}
     assert "is not used" in capsys.readouterr().err
 

@@ -57,7 +57,7 @@ for number in given["numbers"]:
 
 
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
+def scripted(monkeypatch, tmp_path):
     """What the measuring process is told to do, to be changed by the test."""
     path = tmp_path / "script.json"
 
@@ -93,9 +93,9 @@ def read_again(kept: Kept) -> Kept:
     return Kept.read(kept.path, MACHINE)
 
 
-def test_what_is_faster_is_kept_and_not_measured_again(gpu, kept):
+def test_what_is_faster_is_kept_and_not_measured_again(scripted, kept):
     norm, softmax = numbers_of("norm-forward", "softmax")
-    gpu(faster=[[norm, 2]])
+    scripted(faster=[[norm, 2]])
     outcome, said = tune(kept)
     assert outcome.faults == []
     entries = read_again(kept).entries
@@ -109,15 +109,15 @@ def test_what_is_faster_is_kept_and_not_measured_again(gpu, kept):
     assert entries["softmax", small_targets(CONFIG, False)[softmax].key].best_us == pytest.approx(1e6)
     assert any("norm-forward" in line and "500,000" in line for line in said)
     assert next(iter(read_again(kept).options.values()))["graphs"] is True
-    gpu(crashes=[[norm, 0], [softmax, 0]])  # nobody asks
+    scripted(crashes=[[norm, 0], [softmax, 0]])  # nobody asks
     outcome, _ = tune(read_again(kept))
     assert (outcome.tuned, outcome.faults) == ([], [])
-    gpu()
+    scripted()
     outcome, _ = tune(read_again(kept), again=True)
     assert len(outcome.tuned) == 3
 
 
-def test_an_edited_kernel_is_tuned_anew_and_no_other(gpu, kept, monkeypatch):
+def test_an_edited_kernel_is_tuned_anew_and_no_other(scripted, kept, monkeypatch):
     tune(kept)
     softmax = small_targets(CONFIG, False)[numbers_of("softmax")[0]].choice
     monkeypatch.setattr(softmax, "digest", lambda *shape: "another")
@@ -125,9 +125,9 @@ def test_an_edited_kernel_is_tuned_anew_and_no_other(gpu, kept, monkeypatch):
     assert [one.target.name for one in outcome.tuned] == ["softmax"]
 
 
-def test_a_candidate_that_breaks_the_gpu_is_struck_out_and_the_others_go_on(gpu, kept):
+def test_a_candidate_that_breaks_the_gpu_is_struck_out_and_the_others_go_on(scripted, kept):
     norm, softmax = numbers_of("norm-forward", "softmax")
-    gpu(crashes=[[norm, 1]], faster=[[norm, 2], [softmax, 1]])
+    scripted(crashes=[[norm, 1]], faster=[[norm, 2], [softmax, 1]])
     outcome, _ = tune(kept)
     entries = read_again(kept).entries
     by_name = {one.target.name: one for one in outcome.tuned}
@@ -138,9 +138,9 @@ def test_a_candidate_that_breaks_the_gpu_is_struck_out_and_the_others_go_on(gpu,
     assert struck.startswith("breaks the GPU")
 
 
-def test_a_candidate_that_hangs_is_ended(gpu, kept, monkeypatch):
+def test_a_candidate_that_hangs_is_ended(scripted, kept, monkeypatch):
     (norm,) = numbers_of("norm-forward")
-    gpu(hangs=[[norm, 1]], faster=[[norm, 2]])
+    scripted(hangs=[[norm, 1]], faster=[[norm, 2]])
     monkeypatch.setattr(tuner, "HANG", 1.0)
     outcome, _ = tune(kept, only=("norm-forward",))
     (one,) = outcome.tuned
@@ -149,20 +149,20 @@ def test_a_candidate_that_hangs_is_ended(gpu, kept, monkeypatch):
 
 
 @pytest.mark.parametrize("crashes", [[0], [1, 2, 3]])
-def test_a_kernel_that_breaks_the_gpu_again_and_again_keeps_its_default(gpu, kept, crashes):
+def test_a_kernel_that_breaks_the_gpu_again_and_again_keeps_its_default(scripted, kept, crashes):
     """Or whose default does."""
     norm, softmax = numbers_of("norm-forward", "softmax")
-    gpu(crashes=[[norm, at] for at in crashes], faster=[[softmax, 1]])
+    scripted(crashes=[[norm, at] for at in crashes], faster=[[softmax, 1]])
     outcome, _ = tune(kept)
     by_name = {one.target.name: one for one in outcome.tuned}
     assert by_name["norm-forward"].best is by_name["norm-forward"].present
     assert by_name["softmax"].best is by_name["softmax"].trials[1]
 
 
-def test_where_time_runs_out_what_was_found_is_kept(gpu, kept, monkeypatch):
+def test_where_time_runs_out_what_was_found_is_kept(scripted, kept, monkeypatch):
     """And the next call goes on with the rest. By a clock of the test's own, which a trial that hangs moves on."""
     softmax, norm = numbers_of("softmax", "norm-backward")
-    gpu(hangs=[[norm, 1]])
+    scripted(hangs=[[norm, 1]])
     now, lines = [0.0], tuner.Measuring.lines
 
     def until_it_hangs(self, until):
@@ -177,22 +177,22 @@ def test_where_time_runs_out_what_was_found_is_kept(gpu, kept, monkeypatch):
     assert outcome.untold >= 1
     assert f"measuring: {NO_TIME}" in outcome.faults
     assert ("softmax", small_targets(CONFIG, False)[softmax].key) in read_again(kept).entries
-    gpu()
+    scripted()
     outcome, _ = tune(read_again(kept))
     assert outcome.tuned
     assert "softmax" not in {one.target.name for one in outcome.tuned}
     assert outcome.untold == 0
 
 
-def test_a_busy_gpu_writes_no_table(gpu, kept):
-    gpu(busy=True)
+def test_a_busy_gpu_writes_no_table(scripted, kept):
+    scripted(busy=True)
     with pytest.raises(InputError, match="this GPU is busy"):
         tune(kept)
     assert not kept.path.exists()
 
 
-def test_times_that_differ_by_themselves_are_not_kept(gpu, kept):
-    gpu(drift=1.6)
+def test_times_that_differ_by_themselves_are_not_kept(scripted, kept):
+    scripted(drift=1.6)
     outcome, _ = tune(kept)
     assert outcome.tuned == []
     assert all("something else is at work" in fault for fault in outcome.faults)
@@ -203,9 +203,9 @@ def test_times_that_differ_by_themselves_are_not_kept(gpu, kept):
     ({}, True), ({"bad ways": ["softmax"]}, False), ({"dies deciding": True, "bad ways": ["softmax"]}, False),
     ({"step is better": False}, False),
 ])  # fmt: skip
-def test_what_is_no_tile_is_decided_by_whole_steps(gpu, kept, script, taken):
+def test_what_is_no_tile_is_decided_by_whole_steps(scripted, kept, script, taken):
     softmax, norm = numbers_of("softmax", "norm-forward")
-    gpu(faster=[[softmax, 1], [norm, 1]], whole=[softmax], **script)
+    scripted(faster=[[softmax, 1], [norm, 1]], whole=[softmax], **script)
     outcome, _ = tune(kept)
     entries = {name: entry for (name, _), entry in read_again(kept).entries.items()}
     assert (entries["softmax"].best != entries["softmax"].default) == taken
@@ -217,7 +217,7 @@ def test_what_is_no_tile_is_decided_by_whole_steps(gpu, kept, script, taken):
         assert any(fault.startswith("whole steps: the process ends with -6") for fault in outcome.faults)
 
 
-def test_no_such_kernel(gpu, kept):
+def test_no_such_kernel(scripted, kept):
     with pytest.raises(InputError, match="--only adamv: no such kernel; there are adamw, "):
         tune(kept, only=("adamv",))
 
