@@ -36,7 +36,7 @@ NOT_RUN = {
     "train.doctor": "tries a kernel",
     "bench.gpu_tests": "needs a GPU",
     "bench.offline": "compiles every kernel",
-    "bench.tune": "compiles every kernel",
+    "train.tune": "compiles kernels, or needs a GPU",
     "bench.profile": "runs steps of the default size",
     "pytest ": "runs other tests",
     "make ": "installs, trains or tests",
