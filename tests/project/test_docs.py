@@ -4,6 +4,7 @@ Where a page names a file, a section or an option, it is there.
 """
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -124,7 +125,8 @@ def check_arguments(module: str, arguments: list[str], monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(Parser, "parse_args", stop)
-        name = module if "." in module else f"{module}.__main__"
+        is_folder = importlib.util.find_spec(module).submodule_search_locations
+        name = f"{module}.__main__" if is_folder else module
         with pytest.raises(SystemExit if "--help" in arguments else Stopped) as stopped:
             importlib.import_module(name).main(arguments)
     if "--help" in arguments:
