@@ -24,6 +24,7 @@ except ImportError:  # no Triton, no kernels
 
 __all__ = [
     "column_halves",
+    "few_gemm_candidates",
     "fits_tma",
     "fitting_tile",
     "gemm_candidates",
@@ -138,7 +139,16 @@ def gemm_config(N: int, K: int, dtype: torch.dtype) -> Tile:
 
 
 def _tile(block_m: int, block_n: int, block_k: int, num_stages: int) -> Tile:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": num_stages}
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": num_stages,
+    }  # fmt: skip
+
+
+def _in_shared(tile: Tile) -> bool:
+    """Whether its stages, in 16 bits, fit into what a program may have of shared memory here. Source of the limits: the
+    CUDA programming guide's table of compute capabilities."""
+    kib = {80: 163, 90: 227, 100: 227, 103: 227}.get(gpu_arch(), 99)
+    return (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * 2 * tile["num_stages"] <= kib * 1024
 
 
 def gemm_candidates(N: int, K: int, dtype: torch.dtype, tight: bool = False) -> list[Tile]:
@@ -148,6 +158,16 @@ def gemm_candidates(N: int, K: int, dtype: torch.dtype, tight: bool = False) -> 
     sizes = (64, 128, 256)
     tiles = product_tiles(((32, 5), (64, 3), (64, 4), (128, 2)), BLOCK_M=sizes, BLOCK_N=sizes)
     return [tile for tile in tiles if not tight or tile["BLOCK_M"] * tile["BLOCK_N"] <= 64 * 32 * tile["num_warps"]]
+
+
+def few_gemm_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
+    """At most four portable tiles, for products of which a step has many: `gemm_config`'s, and the largest that fit."""
+    if dtype.itemsize > 2 or N % 16 or K % 16:
+        return []
+    largest = [(128, 256, 64, 3), (256, 128, 64, 3), (128, 128, 64, 4),
+               (128, 256, 32, 4), (256, 128, 32, 4), (128, 128, 64, 3)]  # fmt: skip
+    tiles = [_tile(*blocks, num_stages=num_stages) for *blocks, num_stages in largest]
+    return [gemm_config(N, K, dtype), *[tile for tile in tiles if _in_shared(tile)][:3]]
 
 
 def persistent_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
@@ -175,14 +195,13 @@ def fits_tma(*matrices: Tensor) -> bool:
     )  # fmt: skip
 
 
-def fitting_tile(choice: Choice, a: Tensor, b: Tensor, *others: Tensor) -> Tile:
-    """What `choice` gives for a·b, a: [M, K], b: [K, N]. Its default, which is never persistent, where that is and TMA
-    does not take them, `others`, or a contiguous result."""
-    shape = N, _, dtype = b.shape[1], a.shape[1], a.dtype
+def fitting_tile(choice: Choice, shape: tuple, a: Tensor, b: Tensor, *others: Tensor) -> Tile:
+    """What `choice` gives at `shape` for a·b, a: [M, K], b: [K, N]. Its default, which is never persistent, where that
+    is and TMA does not take them, `others`, or a contiguous result."""
     tile = choice(*shape)
     if not tile.get("persistent"):
         return tile
-    fits = fits_tma(a, *others) and (fits_tma(b) or fits_tma(b.mT)) and N * dtype.itemsize % 16 == 0
+    fits = fits_tma(a, *others) and (fits_tma(b) or fits_tma(b.mT)) and b.shape[1] * b.itemsize % 16 == 0
     return tile if fits else choice.default(*shape)
 
 

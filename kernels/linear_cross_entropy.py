@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .choice import Choice, Tile, elements, grid
 from .common import device_type, tl, triton, upcast, use_kernels
+from .product import product
 from .weight_grad import weight_grad
 
 SOFTCAP = 15.0
@@ -153,10 +154,10 @@ def _chunked_losses(
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         chunk = buffer[: part.stop - start, :V]
-        torch.mm(x[part], weight.mT, out=chunk)
+        product(x[part], weight.mT, out=chunk)
         _cross_entropy(chunk, targets[part], losses[part], softcap, has_grad)
         if dx is not None:
-            torch.mm(chunk, weight, out=dx[part])
+            product(chunk, weight, out=dx[part])
         if dweight is not None:
             weight_grad(chunk, x[part], dweight)
     return losses

@@ -6,7 +6,7 @@ x, residual, out: [..., D]; W_fc: [F, D]; W_proj: [D, F]. Backward, with post = 
 
 √post is relu(z), so z itself is neither kept nor written: relu² and its backward live in the epilogues of the products
 around them. dz takes the memory of post once dW_proj has been taken from it, unless the graph is kept for another
-backward. The plain products are the vendor's, and so is the one that adds to the residual, as in `linear`.
+backward. The product that adds to the residual fuses nothing else, and dx nothing at all: both are product.py's.
 
 `norm_relu2_mlp` has the norm inside: out = x + relu(norm(x)·W_fcᵀ)²·W_projᵀ. With rstd = 1/√(mean(x²) + eps) a row, the
 norm is a factor in the first product's epilogue, and neither it nor its gradient is ever written. Backward, with
@@ -49,6 +49,7 @@ from .gemm import (
     tile_index,
     tile_offsets,
 )
+from .product import product
 from .weight_grad import weight_grad
 
 
@@ -266,7 +267,7 @@ def _fc_fwd(x: Tensor, w_fc: Tensor, rstd: Tensor | None = None) -> Tensor:
     (M, K), N = x.shape, w_fc.shape[0]
     post = torch.empty(M, N, dtype=x.dtype, device=x.device)
     normed = rstd is not None
-    tile = fitting_tile(FC_FORWARD[normed], x, w_fc.mT)
+    tile = fitting_tile(FC_FORWARD[normed], (N, K, x.dtype), x, w_fc.mT)
     if tile.get("persistent"):
         grid, factors, options = persistent_launch(x, w_fc.mT, tile)
         _fc_fwd_tma_kernel[grid](*factors, rstd, half_blocks(post, tile), M, N, K, HAS_NORM=normed, **options)
@@ -284,7 +285,7 @@ def _proj_bwd_(
     """2·√post·(dout·W_proj), with rstd times it, in place of post: [M, F]; and with rstd the parts of c: [tiles, M]."""
     (M, K), N = dout.shape, w_proj.shape[1]
     normed = rstd is not None
-    tile = fitting_tile(PROJ_BACKWARD[normed], dout, w_proj, post)
+    tile = fitting_tile(PROJ_BACKWARD[normed], (N, K, dout.dtype), dout, w_proj, post)
     c = None
     if normed:
         c = torch.empty(triton.cdiv(N, tile["BLOCK_N"]), M, dtype=torch.float32, device=post.device)
@@ -337,7 +338,7 @@ class _Relu2MLP(torch.autograd.Function):
         post = _fc_fwd(rows, w_fc, rstd)
         stream = rows if residual is None else residual.reshape(rows.shape)
         # Overwritten through an alias: the stream may be a view that another op has made, which autograd would refuse.
-        out = stream.detach().addmm_(post, w_proj.mT) if overwrite else torch.addmm(stream, post, w_proj.mT)
+        out = product(post, w_proj.mT, stream.detach() if overwrite else stream, overwrite)
         ctx.save_for_backward(rows, rstd, None if recompute else post, w_fc, w_proj)
         ctx.main_grads = main_grad_fc, main_grad_proj
         return out.view(x.shape)
@@ -362,7 +363,7 @@ class _Relu2MLP(torch.autograd.Function):
             if needs_dw_fc:
                 dw_fc = weight_grad(dz, x, main_grad_fc)
             if needs_dx:
-                dx = torch.mm(dz, w_fc) if rstd is None else _norm_fc_bwd(dz, w_fc, x, rows.contiguous(), rstd, c)
+                dx = product(dz, w_fc) if rstd is None else _norm_fc_bwd(dz, w_fc, x, rows.contiguous(), rstd, c)
                 dx = dx.view(dout.shape)
         return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None, None, None
 

@@ -12,8 +12,8 @@ same with rstd ⊙ dqkv for dqkv. That comes as it is from `rotary_attention`, w
 c = ⟨(rstd ⊙ dqkv)·W, x⟩ too: `norm_factors` takes it from dx, which it has to read anyway. Source: the derivative of
 x·rstd.
 
-The vendor's GEMM multiplies, but for qkv with rstd. Saved: x, W, W_gate. Bytes per token in 16 bits: 2(K + N)
-forward; 4(K + N) backward. FLOPs per token: 2KN forward, 4KN backward.
+The vendor's GEMM multiplies for the gate; qkv without rstd and dx are of product.py. Saved: x, W, W_gate. Bytes per
+token in 16 bits: 2(K + N) forward; 4(K + N) backward. FLOPs per token: 2KN forward, 4KN backward.
 """
 
 import torch
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from .choice import Choice, Tile
 from .common import Factors, GradScaled, tl, triton, use_kernels
 from .gemm import GROUP_M, gemm_candidates, gemm_config, gemm_grid, gemm_tile, tile_offsets
+from .product import product
 from .weight_grad import weight_grad
 
 
@@ -92,7 +93,7 @@ class _QKVProjection(torch.autograd.Function):
         _check(x, weight, gate_weight, rstd)
         ctx.set_materialize_grads(False)
         rows = x.reshape(-1, x.shape[-1])
-        qkv = torch.mm(rows, weight.mT) if rstd is None else _norm_qkv_fwd(rows, rstd, weight)
+        qkv = product(rows, weight.mT) if rstd is None else _norm_qkv_fwd(rows, rstd, weight)
         gate = None
         if gate_weight is not None:
             gate = torch.mm(rows[:, : gate_weight.shape[1]], gate_weight.mT)
@@ -116,7 +117,7 @@ class _QKVProjection(torch.autograd.Function):
             if needs_dw:
                 dw = weight_grad(dqkv, x, main_grad)
             if needs_dx:
-                dx = torch.mm(dqkv, weight)
+                dx = product(dqkv, weight)
         if dgate is not None:
             dgate = dgate.reshape(-1, gate_weight.shape[0])
             channels = gate_weight.shape[1]

@@ -17,10 +17,10 @@ from tests.helpers.persistent_tiles import PERSISTENT, choose
 
 FAR = 2**31
 RESERVED = 2**28  # from so many elements on, a tensor is left as the system gives it: zeros, and no memory yet
-rms_norm, mlp, linear, qkv_projection, linear_cross_entropy, embedding, gemm, weight_grad = (
+rms_norm, mlp, product, qkv_projection, linear_cross_entropy, embedding, gemm, weight_grad = (
     importlib.import_module(f"kernels.{name}")
     for name in (
-        "rms_norm", "mlp", "linear", "qkv_projection", "linear_cross_entropy", "embedding", "gemm", "weight_grad",
+        "rms_norm", "mlp", "product", "qkv_projection", "linear_cross_entropy", "embedding", "gemm", "weight_grad",
     )
 )
 
@@ -114,14 +114,20 @@ def test_mlp(norm, persistent, monkeypatch):
 
 
 @pytest.mark.parametrize("tile", [SMALL_GEMM, PERSISTENT], ids=["portable", "persistent"])
-def test_linear(tile, monkeypatch):
+def test_product(tile, monkeypatch):
     choose(monkeypatch, tile)
     monkeypatch.setattr(gemm, "_programs", lambda *_: FAR)
     x, weight, residual = randn(2**20 + 8, 16), randn(2048, 16), far(2**20 + 8, 2048)
-    alone = linear._product(linear.FORWARD, x[-8:], weight.mT, residual[-8:].clone(), True)
-    assert_same_end(linear._product(linear.FORWARD, x, weight.mT, residual, True), alone)
+    alone = product.product(x[-8:], weight.mT, residual[-8:].clone(), overwrite=True)
+    assert_same_end(product.product(x, weight.mT, residual, overwrite=True), alone)
     wide = far(2**20 + 8, 2048)
-    assert_same_end(linear._product(linear.BACKWARD, wide, weight), linear._product(linear.BACKWARD, wide[-8:], weight))
+    assert_same_end(product.product(wide, weight), product.product(wide[-8:], weight))
+    # Rows that are further apart than they are long, as a chunk's logits may be.
+    memory = torch.empty(2**20 + 8, 2048, dtype=torch.bfloat16)
+    out = product.product(x, weight[:1000].mT, out=memory[:, :1000])
+    assert_same_end(out, product.product(x[-8:], weight[:1000].mT))
+    assert out.data_ptr() == memory.data_ptr()
+    assert not memory[-8:, 1000:].any()
 
 
 def test_norms_of_rows_and_their_product():

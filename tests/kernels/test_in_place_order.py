@@ -20,7 +20,7 @@ from tests.helpers.persistent_tiles import PERSISTENT, PORTABLE_KERNELS, choose,
 from train.config import ROOT
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
-gemm, mlp, linear = (importlib.import_module(f"kernels.{name}") for name in ("gemm", "mlp", "linear"))
+gemm, mlp, product = (importlib.import_module(f"kernels.{name}") for name in ("gemm", "mlp", "product"))
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +72,12 @@ def in_place(op, post):
     op._proj_bwd_(dout, w_proj, post)
 
 
-def linear_in_place(op, stream):
+def over_the_residual(op, stream):
     x, w = random(((75, 40), 1.0), ((88, 40), 0.2))
-    op._product(op.FORWARD, x, w.mT, stream, True)
+    op.product(x, w.mT, stream, overwrite=True)
 
 
-IN_PLACE = {"mlp": (mlp, in_place), "linear": (linear, linear_in_place)}
+IN_PLACE = {"mlp": (mlp, in_place), "product": (product, over_the_residual)}
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1000])
@@ -98,8 +98,8 @@ RACES = {
     "the right neighbour too": ("mlp", (LOAD, f"({LOAD} + 0 * post_desc.load([first_m, first_n + 16]))")),
     "again after the store": ("mlp", (STORE, f"{STORE}\n    c += 0 * tl.sum({LOAD}.to(tl.float32))")),
     "twice": ("mlp", (LOAD, f"(0 * {LOAD} + {LOAD})")),
-    "the residual below too": ("linear", (Y_LOAD, f"({Y_LOAD} + 0 * residual_desc.load([first_m + 16, first_n]))")),
-    "the residual after the store": ("linear", (Y_STORE, f"{Y_STORE}\n    acc += 0 * {Y_LOAD}.to(tl.float32)")),
+    "the residual below too": ("product", (Y_LOAD, f"({Y_LOAD} + 0 * residual_desc.load([first_m + 16, first_n]))")),
+    "the residual after the store": ("product", (Y_STORE, f"{Y_STORE}\n    acc += 0 * {Y_LOAD}.to(tl.float32)")),
 }
 
 
@@ -125,7 +125,7 @@ from kernels.choice import Choice
 from kernels.gemm import persistent_candidates
 from train.precompile import compiling_only
 
-mlp, linear = (importlib.import_module(f"kernels.{name}") for name in ("mlp", "linear"))
+mlp, product = (importlib.import_module(f"kernels.{name}") for name in ("mlp", "product"))
 kernels.set_ops("triton")
 
 def meta(*shape):
@@ -133,10 +133,10 @@ def meta(*shape):
 
 with compiling_only(int(sys.argv[1])) as launches:
     tile, *_ = persistent_candidates(2048, 512, torch.bfloat16)
-    Choice.__call__ = lambda self, *shape: {"way": "triton", **tile} if self.name.startswith("linear") else tile
+    Choice.__call__ = lambda self, *shape: {"way": "triton", **tile} if self.name == "product" else tile
     mlp._proj_bwd_(meta(4096, 512), meta(512, 2048), meta(4096, 2048))
     stream = meta(4096, 512)
-    linear._product(linear.FORWARD, meta(4096, 512), meta(512, 512), stream, True)
+    product.product(meta(4096, 512), meta(512, 512), stream, overwrite=True)
 STEPS = {"tma_copy_global_to_local %(post|residual)_desc": "L", "wait_barrier": "W", "fence_async_shared": "F",
          "tma_copy_local_to_global": "S"}
 for kernel in launches:

@@ -1,4 +1,4 @@
-"""Products whose programs walk over many tiles, their loads and stores by TMA, in the MLP and in `linear`."""
+"""Products whose programs walk over many tiles, their loads and stores by TMA, in the MLP and in `product`."""
 
 import importlib
 
@@ -17,7 +17,9 @@ from tests.helpers.kernel_checks import (
 from tests.helpers.persistent_tiles import CHOICES, PERSISTENT, PORTABLE_KERNELS, TMA_KERNELS, choose, forbid
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
-gemm, mlp, linear = (importlib.import_module(f"kernels.{name}") for name in ("gemm", "mlp", "linear"))
+gemm, mlp, linear, product = (
+    importlib.import_module(f"kernels.{name}") for name in ("gemm", "mlp", "linear", "product")
+)
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -220,7 +222,6 @@ LINEAR_MUTANTS = {
     "portable: the residual is left out": (f"acc += {RESIDUAL}", f"acc += 0 * {RESIDUAL}"),
     "portable: one column of the residual": ("offs_n[None, :] * residual_stride_n", "residual_stride_n"),
     "portable: the last row is not written": (LAST_ROW, f"{LAST_ROW} & (offs_m < M - 1)[:, None]"),
-    "dx by the transposed weight": ("_product(BACKWARD, rows, weight)", "_product(BACKWARD, rows, weight.mT)"),
 }
 
 
@@ -228,10 +229,18 @@ LINEAR_MUTANTS = {
 def test_mutants_of_linear_fail(name, tmp_path, monkeypatch):
     choose(monkeypatch, SMALL_GEMM if name.startswith("portable") else PERSISTENT)
     monkeypatch.setattr(gemm, "_programs", lambda *_: 3)
-    wrong = mutant(linear, LINEAR_MUTANTS[name], folder=tmp_path)
+    wrong = mutant(linear, folder=tmp_path)
     inputs = linear_inputs((2, 35), 40, 40, torch.float32)
+    check_linear(inputs, torch.float32, wrong)  # the copy is right as long as its product is
+    wrong.product = mutant(product, LINEAR_MUTANTS[name], folder=tmp_path).product
     with pytest.raises(AssertionError):
         check_linear(inputs, torch.float32, wrong)
+
+
+def test_dx_by_the_transposed_weight_fails(persistent, tmp_path):
+    wrong = mutant(linear, ("product(rows, weight)", "product(rows, weight.mT)"), folder=tmp_path)
+    with pytest.raises(AssertionError):
+        check_linear(linear_inputs((2, 35), 40, 40, torch.float32), torch.float32, wrong)
 
 
 TILE_MUTANTS = {
@@ -260,15 +269,16 @@ def test_candidates(monkeypatch):
     for arch in (0, 80, 86, 89, 90, 100, 103, 120):
         monkeypatch.setattr(gemm, "gpu_arch", lambda arch=arch: arch)
         for choice in CHOICES:
-            default, *others = choice.candidates(2048, 512, torch.bfloat16)
+            more = (False, True) if choice is product.PRODUCT else ()  # as linear's forward asks for it
+            default, *others = choice.candidates(2048, 512, torch.bfloat16, *more)
             assert not default.get("persistent")
             walking = [tile for tile in others if tile.get("persistent")]
             assert bool(walking) == (arch >= 90)
-            for tile in walking:
+            for tile in others:
                 assert {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"} <= tile.keys()
             for shape in ((2044, 512, torch.bfloat16), (2048, 508, torch.bfloat16), (2048, 512, torch.float32)):
-                assert not any(tile.get("persistent") for tile in choice.candidates(*shape))
-    assert linear.FORWARD.default(2048, 512, torch.bfloat16) == {"way": "vendor"}
+                assert not any(tile.get("persistent") for tile in choice.candidates(*shape, *more))
+    assert product.PRODUCT.default(2048, 512, torch.bfloat16, False, True) == {"way": "vendor"}
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89])
