@@ -70,17 +70,24 @@ def test_no_choice_depends_on_how_many_there_are():
     def lookups(batch: int, rows: int) -> set:
         g = torch.empty(batch, 64, 32, device="meta")
         x, weights = torch.empty(rows, 64, device="meta", dtype=torch.bfloat16), (256, 64)
-        w_fc = torch.empty(weights, device="meta", dtype=torch.bfloat16)
+        w_fc = torch.empty(weights, device="meta", dtype=torch.bfloat16).requires_grad_()
+        targets = torch.empty(rows, device="meta", dtype=torch.int64)
         from train.tune.targets import recorded_launches
 
         with kernels.ops_in_force("triton"), asked() as calls, recorded_launches(run=False):
             kernels.polar_express(g)
-            kernels.relu2_mlp(x, w_fc, w_fc.mT.contiguous(), x)
             kernels.rms_norm(x)
+            x.requires_grad_()
+            outs = (
+                kernels.relu2_mlp(x, w_fc, w_fc.mT.contiguous(), x), kernels.linear(x, w_fc),
+                kernels.qkv_projection(x, w_fc)[0], kernels.linear_cross_entropy(x, w_fc, targets),
+            )  # fmt: skip
+            torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
         return {(key, str(choice(*shape))) for key, (choice, shape) in calls.items()}
 
     assert lookups(1, 7) == lookups(24, 4096)
-    assert len(lookups(1, 7)) >= 4
+    assert len(lookups(1, 7)) >= 12
+    assert sum(name == "product" for (name, _), _ in lookups(1, 7)) == 3
 
 
 @pytest.mark.parametrize(("old", "new", "changes"), [
