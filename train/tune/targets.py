@@ -112,7 +112,7 @@ def targets(config: TrainConfig, shape: GPTConfig, fused_norms: bool | None = No
                 met.setdefault(name_and_key, []).append((choice, of, op, count))
         for name_and_key, users in met.items():
             # One op contains another: Muon's update its orthogonal factors, which are an op by themselves.
-            users = [user for user in users if user[2].module == users[0][2].module]
+            users = [user for user in users if not is_update(user[2]) or user[2].module == users[0][2].module]
             if name_and_key not in found:
                 choice, of, op, _ = max(users, key=lambda user: user[2].cost()[0])
                 calls = sum(count for *_, count in users)

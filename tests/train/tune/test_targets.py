@@ -5,19 +5,20 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.helpers.kernel_checks import DEVICE, exact_bfloat16
+from tests.helpers.kernel_checks import DEVICE, SMALL_GEMM, exact_bfloat16
 
 pytest.importorskip("triton")
 import importlib
 
 import kernels
-from kernels.choice import asked
+from kernels.choice import asked, key_of
 from tests.helpers.small_targets import config_of, small_targets
+from train.config import TrainConfig, resolve
 from train.memory import count
 from train.precompile import walk_step
 from train.tune.measuring import TOLERANCE, difference, nan_filled
 from train.tune.problems import is_update
-from train.tune.targets import Launch, call_of, launches_of, recorded_launches
+from train.tune.targets import Launch, call_of, launches_of, recorded_launches, targets
 
 # What the kernels call a number of a tile, where it is not that number's own name.
 PARAMETERS = {
@@ -64,6 +65,45 @@ def test_a_tile_reaches_the_kernel_and_changes_no_result(of, monkeypatch):
     assert not launched(present, other)
     assert not any(x.isnan().any() for x in present.outputs)
     assert difference(launches.outputs, present.outputs) < TOLERANCE
+
+
+# (N, K, by_k, with_residual) of the default step's: qkv, attention's output, the second of the MLP, the head; their dx.
+PRODUCTS = [(1536, 512, False, False), (512, 512, False, True), (512, 2048, False, True), (8192, 512, False, False),
+            (512, 1536, True, False), (512, 512, True, False), (512, 2048, True, False), (512, 8192, True, False)]
+
+
+def test_every_product_of_the_default_step_is_a_target_of_its_own():
+    config = resolve(TrainConfig(), "cuda")
+    with kernels.ops_in_force("triton"):
+        found = [t for t in targets(config, config.model_config(8192), False) if t.name == "product"]
+    assert {t.key for t in found} == {key_of((N, K, torch.bfloat16, *flags)) for N, K, *flags in PRODUCTS}
+    assert sorted(t.calls for t in found) == [1, 1, *[config.depth] * 6]
+    assert all(t.tiles[0] == {"way": "vendor"} and len(t.tiles) > 3 for t in found)
+
+
+@pytest.mark.parametrize("of", [of for of in SMALL if of[0] == "product"], ids=" ".join)
+def test_a_product_is_of_our_own_kernels_and_no_other_of_its_op_is(of):
+    """By default the vendor multiplies, and the whole op is to be repeated."""
+    target, of_the_head = SMALL[of], SMALL[of].op.module == "linear_cross_entropy"
+    vendor, *own = target.tiles
+    tile, call = own[-1] if own else {"way": "triton", **SMALL_GEMM}, call_of(target.op, DEVICE)
+    with nan_filled():
+        present = launches_of(target, call, vendor)
+        assert not isinstance(present.again[0], Launch)
+        found = launches_of(target, call, tile)
+    assert [launch.kernel.__name__ for launch in found.again] == ["_product_kernel"] * len(found.again)
+    assert len(found.again) == 1 or of_the_head  # by chunks
+    assert launched(found, {key: value for key, value in tile.items() if key != "way"})
+    assert difference(found.outputs, present.outputs) < TOLERANCE
+
+
+def test_a_product_that_several_ops_share_counts_in_each():
+    """The head's dx and the MLP's, of a vocabulary of as many tokens as there are hidden channels."""
+    config = config_of()
+    with kernels.ops_in_force("triton"):
+        found = targets(config, config.model_config(256), False)
+    (shared,) = [t for t in found if t.key == "64 256 bfloat16 True False"]
+    assert shared.calls == config.depth + 1
 
 
 @pytest.mark.parametrize("fused_norms", [False, True])
