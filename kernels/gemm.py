@@ -14,7 +14,7 @@ for want of registers and shared memory. Which program computes a tile changes n
 import torch
 from torch import Tensor
 
-from .choice import Choice, Tile, product_tiles
+from .choice import Choice, Tile
 from .common import gpu_arch, tl, triton
 
 try:
@@ -138,9 +138,9 @@ def gemm_config(N: int, K: int, dtype: torch.dtype) -> Tile:
     return _tile(128, 128, 32, num_stages=4)  # at most 64 KiB: every chip from Ampere on has 99
 
 
-def _tile(block_m: int, block_n: int, block_k: int, num_stages: int) -> Tile:
+def _tile(block_m: int, block_n: int, block_k: int, num_warps: int = 8, *, num_stages: int) -> Tile:
     return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": num_stages,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages,
     }  # fmt: skip
 
 
@@ -152,12 +152,22 @@ def _in_shared(tile: Tile) -> bool:
 
 
 def gemm_candidates(N: int, K: int, dtype: torch.dtype, tight: bool = False) -> list[Tile]:
-    """To be tried in place of `gemm_config`. `tight`: the epilogue holds more than the sums."""
+    """To be tried in place of `gemm_config`, at most 16. `tight`: the epilogue holds more than the sums.
+
+    A thread's share of the sums is 64 or 128 registers: with less, a factor's elements are read too often, with more
+    they spill.
+    """
     if dtype.itemsize > 2 or N % 16 or K % 16:
         return []
-    sizes = (64, 128, 256)
-    tiles = product_tiles(((32, 5), (64, 3), (64, 4), (128, 2)), BLOCK_M=sizes, BLOCK_N=sizes)
-    return [tile for tile in tiles if not tight or tile["BLOCK_M"] * tile["BLOCK_N"] <= 64 * 32 * tile["num_warps"]]
+    sizes = [(64, 128, 4), (128, 64, 4), (64, 256, 4), (256, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8),
+             (256, 128, 8)]  # fmt: skip
+    pipelines = [(64, 3), (64, 4)] if _in_shared(_tile(128, 256, 64, num_stages=3)) else [(32, 4), (64, 3)]
+    tiles = [
+        _tile(block_m, block_n, block_k, num_warps, num_stages=num_stages)
+        for block_m, block_n, num_warps in sizes if not tight or block_m * block_n <= 64 * 32 * num_warps
+        for block_k, num_stages in pipelines
+    ]  # fmt: skip
+    return [tile for tile in tiles if _in_shared(tile)]
 
 
 def few_gemm_candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:

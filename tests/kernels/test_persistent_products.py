@@ -15,6 +15,7 @@ from tests.helpers.kernel_checks import (
     real_and_small,
 )
 from tests.helpers.persistent_tiles import CHOICES, PERSISTENT, PORTABLE_KERNELS, TMA_KERNELS, choose, forbid
+from train.tune.usage import ARCHS
 
 pytestmark = pytest.mark.usefixtures("kernels_everywhere")
 gemm, mlp, linear, product = (
@@ -279,6 +280,25 @@ def test_candidates(monkeypatch):
             for shape in ((2044, 512, torch.bfloat16), (2048, 508, torch.bfloat16), (2048, 512, torch.float32)):
                 assert not any(tile.get("persistent") for tile in choice.candidates(*shape, *more))
     assert product.PRODUCT.default(2048, 512, torch.bfloat16, False, True) == {"way": "vendor"}
+
+
+@pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 103, 120])
+def test_portable_candidates_are_few_and_fit(arch, monkeypatch):
+    """All of a step are compiled before it is tuned."""
+    monkeypatch.setattr(gemm, "gpu_arch", lambda: arch)
+    shared = ARCHS[arch].shared_per_cta if arch else 99 * 1024
+    for K in (512, 2048):
+        shape = 512, K, torch.bfloat16
+        many, tight = gemm.gemm_candidates(*shape), gemm.gemm_candidates(*shape, tight=True)
+        few = [t for t in product.PRODUCT.candidates(*shape, True, False)[1:] if "persistent" not in t]
+        assert 8 < len(many) <= 16
+        assert 3 < len(tight) < len(many)
+        assert 3 <= len(few) <= 4
+        assert {"way": "triton", **gemm.gemm_config(*shape)} in few
+        assert {t["num_warps"] for t in many} == {t["num_warps"] for t in tight} == {4, 8}
+        for tile in (*many, *few):
+            assert (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * 2 * tile["num_stages"] <= shared
+    assert gemm.gemm_candidates(500, 512, torch.bfloat16) == gemm.few_gemm_candidates(512, 512, torch.float32) == []
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89])
