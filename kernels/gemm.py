@@ -145,8 +145,8 @@ def _tile(block_m: int, block_n: int, block_k: int, num_warps: int = 8, *, num_s
 
 
 def _in_shared(tile: Tile) -> bool:
-    """Whether its stages, in 16 bits, fit into what a program may have of shared memory here. Source of the limits: the
-    CUDA programming guide's table of compute capabilities."""
+    """Whether its stages, in 16 bits, fit into what a program may have of shared memory here; the compiler may make do
+    with one less. Source of the limits: the CUDA programming guide's table of compute capabilities."""
     kib = {80: 163, 90: 227, 100: 227, 103: 227}.get(gpu_arch(), 99)
     return (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * 2 * tile["num_stages"] <= kib * 1024
 
