@@ -64,6 +64,7 @@ def group_of(config: TrainConfig, base: Path) -> int:
     for seed in seeds:
         if code := one_of(config, base, f"repeat of {group}", seed=seed, group=group):
             return code
+        config = dataclasses.replace(config, tune="off" if config.tune == "off" else "auto")  # anew once is enough
     ledger = Ledger.beside(base)
     if config.confirm:
         tried = experiments(ledger.runs())[group].runs

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -82,23 +83,27 @@ def compile_all(
     given = {"config": asdict(config), "vocab_size": vocab_size, "fused_norms": fused_norms, "arch": arch}
     until = time.monotonic() + seconds
     cores = max(1, min(num_cores(), len(jobs)))
+    stop = threading.Event()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(cores) as pool:
         files = [Path(folder) / str(i) for i in range(cores)]
-        shares = [pool.submit(_compile, jobs[i::cores], files[i], given, until) for i in range(cores)]
-        while wait(shares, timeout=SAY_EVERY).not_done:
-            done = sum(file.read_bytes().count(b"\n") for file in files if file.exists())
-            say(f"tuning: {done} of {len(jobs)} compiled")
-        for share in shares:
-            share.result()
+        shares = [pool.submit(_compile, jobs[i::cores], files[i], given, until, stop) for i in range(cores)]
+        try:
+            while wait(shares, timeout=SAY_EVERY).not_done:
+                done = sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+                say(f"tuning: {done} of {len(jobs)} compiled")
+            for share in shares:
+                share.result()
+        finally:
+            stop.set()  # interrupted, nobody waits for what has no use any more
 
 
-def _compile(jobs: list[tuple[int, Trial]], results: Path, given: dict, until: float) -> None:
+def _compile(jobs: list[tuple[int, Trial]], results: Path, given: dict, until: float, stop: threading.Event) -> None:
     """One share: a process, and after a crash another for what is left."""
     program = "import sys; from train.tune.compiling import compile_share; compile_share(sys.argv[1])"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     left, log, told = list(jobs), results.with_suffix(".log"), results.with_suffix(".json")
-    while left and time.monotonic() < until:
+    while left and time.monotonic() < until and not stop.is_set():
         results.write_text("")
         wanted = {**given, "jobs": [(number, trial.tile) for number, trial in left], "results": str(results)}
         told.write_text(json.dumps(wanted))
@@ -106,7 +111,7 @@ def _compile(jobs: list[tuple[int, Trial]], results: Path, given: dict, until: f
             [sys.executable, "-c", program, str(told)], env=environment, cwd=ROOT, stdin=subprocess.PIPE,
             stdout=file, stderr=file, start_new_session=True,
         ) as process:  # fmt: skip
-            fate = _wait(process, results, until)
+            fate = _wait(process, results, until, stop)
         done = [json.loads(line) for line in results.read_text().split("\n")[:-1]]  # the last may be torn
         for (_, trial), line in zip(left, done, strict=False):
             trial.fault, trial.compiled = line.pop("fault", None), line
@@ -119,7 +124,7 @@ def _compile(jobs: list[tuple[int, Trial]], results: Path, given: dict, until: f
         trial.fault = NO_TIME
 
 
-def _wait(process: subprocess.Popen, results: Path, until: float) -> str:
+def _wait(process: subprocess.Popen, results: Path, until: float, stop: threading.Event) -> str:
     """Until the process has ended; or it is killed, since no result came for `STUCK` seconds, or no time is left: then
     that is returned."""
     size, since = 0, time.monotonic()
@@ -128,8 +133,8 @@ def _wait(process: subprocess.Popen, results: Path, until: float) -> str:
         now = time.monotonic()
         if results.stat().st_size != size:
             size, since = results.stat().st_size, now
-        if now - since > STUCK or now > until:
+        if now - since > STUCK or now > until or stop.is_set():
             process.kill()
             process.wait()
-            return NO_TIME if now > until else "the compiler hangs"
+            return "the compiler hangs" if now - since > STUCK else NO_TIME
     return ""

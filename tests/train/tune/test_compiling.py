@@ -80,6 +80,18 @@ def test_what_fails_otherwise_is_no_fault_of_a_candidate(compiler):
         compiled(["a"])
 
 
+def test_an_interruption_ends_the_processes(compiler, monkeypatch):
+    """In far less than the 600 seconds that they would take."""
+    compiler("sleep", "600")
+    monkeypatch.setattr(compiling, "SAY_EVERY", 0.1)
+
+    def interrupted(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled(["a"], say=interrupted)
+
+
 def test_it_says_how_far_it_is(compiler, monkeypatch):
     compiler("sleep", "1")
     monkeypatch.setattr(compiling, "SAY_EVERY", 0.1)

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 import kernels
+import train.experiment
 import train.trainer
 import train.tune
 from kernels.choice import chosen
@@ -202,3 +203,12 @@ def test_kernels_are_compiled_ahead_for_the_tiles_in_force():
     assert stamp(CONFIG, 100, 90, {}) != stamp(CONFIG, 100, 90, TABLE)
     assert step_digest(CONFIG, 100) != step_digest(CONFIG, 200)
     assert step_digest(CONFIG, 100) == step_digest(config_of(depth=1, fused_norms=True), 100)
+
+
+@pytest.mark.parametrize(("asked", "given"), [("again", ["again", "auto", "auto"]), ("off", ["off"] * 3)])
+def test_repeats_tune_anew_once(monkeypatch, tmp_path, asked, given):
+    seen = []
+    monkeypatch.setattr(train.experiment, "one_of", lambda config, *_, **fields: seen.append(config.tune) and 0)
+    monkeypatch.setattr(train.experiment, "tell", lambda *_: None)
+    assert train.experiment.group_of(config_of(depth=1, tune=asked, repeat=3), tmp_path / "run") == 0
+    assert seen == given
