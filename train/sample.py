@@ -72,7 +72,7 @@ def main(args: list[str] | None = None) -> int:
         device = pick_device(options.device)
         model, tokenizer, saved = load_run(options.run, device)
         choose(saved_tiles(saved).table)
-        ops_of_run(TrainConfig(**saved["config"]), model.config, device, compiles=False)
+        ops_of_run(TrainConfig.from_json(saved["config"]), model.config, device, compiles=False)
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
         given = options.prompt.encode(errors="surrogateescape").decode(errors="replace")  # what is no UTF-8 is U+FFFD
         prompt = [tokenizer.bos, *tokenizer.encode(given)]

@@ -18,7 +18,7 @@ from prepare.words import printable
 
 from ..budget import Budget
 from ..clock import seconds_since_start
-from ..config import TrainConfig
+from ..config import DEVICE_DEFAULTS, TrainConfig
 from ..resilience.signals import UNREAD, Interrupted
 from ..resilience.watchdog import HangError
 from ..step import TrainingError
@@ -100,7 +100,7 @@ class Record:
         summary, evaluation = self.result
         comparable = {
             "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
-            "budget": self._budget(),
+            "budget": self.budget(),
             "machine": self.machine["name"],
         }
         memory = summary["peak_vram_mb" if self.config.device == "cuda" else "peak_rss_mb"]
@@ -152,12 +152,13 @@ class Record:
         except OSError:
             return 0
 
-    def _budget(self) -> str:
-        """What was given for training: two runs with different budgets are not compared."""
+    def budget(self) -> str:
+        """What is given for training: two runs with different budgets are not compared."""
         config = self.config
         if config.steps is not None:
             return f"{config.steps} steps"
-        return f"{config.time_budget:g} s after {config.untimed_steps} steps" if config.time_budget else "default"
+        seconds = config.time_budget or DEVICE_DEFAULTS["cuda" if "gpu" in self.machine else "cpu"]["time_budget"]
+        return f"{seconds:g} s after {config.untimed_steps} steps"
 
     def _write(self, facts: dict) -> Judgement:
         config = self.config
@@ -166,11 +167,10 @@ class Record:
             "kind": RUN,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": name_of(self.folder),
-            "group": config.confirms or config.group or name_of(self.folder),
-            "confirms": config.confirms,
+            "group": config.group or name_of(self.folder),
             "description": config.description,
             "seed": config.seed,
-            "budget": self._budget(),
+            "budget": self.budget(),
             **facts,
             **self.source,
             "commit": ">".join(short_commit(source) or "none" for source in self.sources),
