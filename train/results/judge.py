@@ -7,6 +7,7 @@ and then whichever was found to be better. The others are compared with it, seed
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .load import pace_note
 from .statistics import (
     BETTER,
     MAX_SEEDS,
@@ -34,6 +35,11 @@ class Experiment:
     @property
     def first(self) -> dict:
         return (self.runs or self.confirmations)[0]
+
+    @property
+    def latest(self) -> dict:
+        """Of the runs that have a number."""
+        return [run for run in (*self.runs, *self.confirmations) if believable(run)][-1]
 
     @property
     def numbers(self) -> dict[int, float]:
@@ -175,8 +181,10 @@ def _against(incumbent: Experiment, run: dict, comparable: Sequence[dict]) -> Ju
     together = [*comparable, run]
     ours, theirs = experiments(together)[run["group"]].numbers, incumbent.numbers
     note = f"against {incumbent.name}"
-    if (tiles := [e.get("tiles", "default") for e in (run, incumbent.runs[-1])])[0] != tiles[1]:
+    if (tiles := [e.get("tiles", "default") for e in (run, incumbent.latest)])[0] != tiles[1]:
         note += f", whose kernels had other tiles ({tiles[1]}, here {tiles[0]})"
+    if pace := pace_note(run, incumbent.latest):
+        note += f", with {pace}"
     noise = noise_among(together)
     seed = next_seed(ours, theirs)
     if noise is None:

@@ -18,15 +18,21 @@ from prepare.words import printable
 
 from ..budget import Budget
 from ..clock import seconds_since_start
-from ..config import DEVICE_DEFAULTS, TrainConfig
+from ..config import DEVICE_DEFAULTS, MAX_SEEDS, TrainConfig, to_args
 from ..resilience.signals import UNREAD, Interrupted
 from ..resilience.watchdog import HangError
 from ..step import TrainingError
 from .judge import Judgement, described, judge, other_code
 from .ledger import RUN, Ledger, name_of
 from .metrics import Value, jsonable
-from .provenance import evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
+from .provenance import changes, evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
 from .run_folder import default_run_dir
+
+# What is no part of an experiment: how it is called, where it lies, which of its seeds it is.
+NO_FLAGS = {
+    "name": "run", "run_dir": None, "description": "", "group": None, "seed": 42, "repeat": 1, "confirm": False,
+    "resume": None, "max_seeds": MAX_SEEDS,
+}  # fmt: skip
 
 
 class Record:
@@ -40,11 +46,14 @@ class Record:
         self.result: tuple[dict[str, Value], Evaluation] | None = None
         self.source = source_state()
         self.sources = [self.source]  # of every process that trained it, where one differs from the one before
+        self.changes = changes()
         self.code_sha256 = evaluating_code_sha256()
         self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model: dict = {}
         self.data: dict = {}
         self.tiles = "default"
+        self.load: dict = {}
+        self.flags = to_args(dataclasses.replace(config, **NO_FLAGS))
         self.seconds: dict[str, float] = {}
 
     def begin(self, config: TrainConfig, model: dict, data: dict, tiles: str) -> None:
@@ -183,6 +192,8 @@ class Record:
             "versions": versions(),
             "data": self.data,
             "tiles": self.tiles,
+            "load": self.load,
+            "flags": self.flags,
             "seconds": {**self.seconds, "total": total},
         }
         ledger = Ledger.beside(self.folder)

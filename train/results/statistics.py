@@ -35,7 +35,7 @@ FIRST_LOOK = 0.03  # the level of the first: one seed decides for a gain only wh
 GIVE_UP, GIVE_UP_FALLS = 0.30, 0.8  # p above which the first look ends it; times so much at each that follows
 SIGNIFICANCE = 0.05  # two-sided, of a comparison of two groups that were run anyway
 ENOUGH = 3  # degrees of freedom of what is left beside group and seed; with fewer, nothing is said of the seeds
-MOST = 0.95  # of a number's variance that a seed may be believed to make
+MOST = 0.999  # of a number's variance that a seed may be believed to make
 
 Numbers = Mapping[int, float]  # of an experiment, by seed, in the order in which they were run
 
@@ -131,7 +131,7 @@ def difference(ours: Numbers, theirs: Numbers, noise: Noise) -> Difference:
     both = [seed for seed in ours if seed in theirs]
     alone = [value for seed, value in ours.items() if seed not in theirs]
     others = [value for seed, value in theirs.items() if seed not in ours]
-    weights, variance = _weights(len(both), len(alone), len(others), round(noise.correlation, 2))
+    weights, variance = _weights(len(both), len(alone), len(others), round(noise.correlation, 3))
     values = [*(ours[seed] for seed in both), *(theirs[seed] for seed in both), *alone, *others]
     return Difference(float(np.dot(weights, values)), math.sqrt(noise.variance * variance), noise.df)
 

@@ -47,8 +47,8 @@ def test_what_seeds_have_in_common_is_found():
     within = ((table - table.mean(1)[:, None]) ** 2).sum() / 6
     assert found.variance == pytest.approx(within)
     # All but the seed's own: there is a limit to what is believed.
-    assert found.correlation == pytest.approx(max(0.0, 1 - max(own, 0.05 * within) / within))
-    assert found.of_a_difference == pytest.approx(math.sqrt(2 * 0.05 * within))
+    assert found.correlation == pytest.approx(max(0.0, 1 - max(own, 0.001 * within) / within))
+    assert found.of_a_difference == pytest.approx(math.sqrt(2 * max(own, 0.001 * within)))
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
