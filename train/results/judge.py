@@ -6,6 +6,7 @@ and then whichever was found to be better. The others are compared with it, seed
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from .load import pace_note
 from .statistics import (
@@ -43,9 +44,12 @@ class Experiment:
 
     @property
     def numbers(self) -> dict[int, float]:
-        """By seed, those that speak for it: where there are `confirmations`, they alone."""
+        """By seed, those that speak for it: where there are `confirmations`, they alone; else all, the mean of a seed."""
         runs = [run for run in self.confirmations if believable(run)] or [run for run in self.runs if believable(run)]
-        return {run["seed"]: run["val_bpb"] for run in runs}
+        by_seed: dict[int, list[float]] = {}
+        for run in runs:
+            by_seed.setdefault(run["seed"], []).append(run["val_bpb"])
+        return {seed: fmean(values) for seed, values in by_seed.items()}
 
     @property
     def status(self) -> str:

@@ -186,6 +186,12 @@ def decide(ours: Numbers, theirs: Numbers, noise: Noise, max_seeds: int = MAX_SE
     return UNDECIDED
 
 
+def to_go_on(seed: int, theirs: Numbers, noise: Noise, max_seeds: int = MAX_SEEDS) -> float:
+    """Below which a first number, on this seed, is not given up."""
+    at = difference({seed: 0.0}, theirs, noise)
+    return float(special.stdtrit(noise.df, looks(max_seeds).stop[0])) * at.error - at.mean
+
+
 def welch_p(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Two-sided p of "equal means" for runs that share no seed: Welch's t-test. None where noise cannot be known: fewer
     than two numbers, or none that differ."""

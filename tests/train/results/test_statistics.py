@@ -21,6 +21,7 @@ from train.results.statistics import (
     looks,
     noise_of,
     spread,
+    to_go_on,
     welch_p,
 )
 
@@ -150,6 +151,14 @@ def test_an_estimate_of_few_degrees_of_freedom_asks_for_more():
     theirs = {1: 1.0, 2: 1.0}
     assert decide({1: 0.97}, theirs, Noise(1e-4, 0.0, 100)) == BETTER
     assert decide({1: 0.97}, theirs, Noise(1e-4, 0.0, 2)) == UNDECIDED
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.7])
+def test_what_a_first_number_has_to_be_below(correlation):
+    theirs, noise = {1: 1.0, 2: 1.02, 3: 0.99}, Noise(1e-4, correlation, 6)
+    bar = to_go_on(2, theirs, noise)
+    assert decide({2: bar - 1e-9}, theirs, noise) == UNDECIDED
+    assert decide({2: bar + 1e-9}, theirs, noise) == NOT_BETTER
 
 
 def test_welch_is_scipys_and_says_where_nothing_is_known():
