@@ -44,7 +44,7 @@ class Experiment:
 
     @property
     def numbers(self) -> dict[int, float]:
-        """By seed, those that speak for it: where there are `confirmations`, they alone; else all, the mean of a seed."""
+        """By seed, those that speak for it: `confirmations` alone, where there are any. Of one seed twice, the mean."""
         runs = [run for run in self.confirmations if believable(run)] or [run for run in self.runs if believable(run)]
         by_seed: dict[int, list[float]] = {}
         for run in runs:
