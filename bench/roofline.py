@@ -118,7 +118,7 @@ def read_step(path: Path, vocab_size: int | None) -> dict:
 def parts_of(step: dict, gpu: Ceilings) -> list[Part]:
     """Every op forward and backward and the update, the largest gap first. A backward is what both directions take
     over the forward alone: where a forward with gradients does more than one without, that is in it too."""
-    config, model = TrainConfig(**step["config"]), GPTConfig(**step["model"])
+    config, model = TrainConfig.from_json(step["config"]), GPTConfig(**step["model"])
     times = {part["op"]: part for part in step["parts"]}
     parts, itemsize = [], ITEMSIZES[config.device]
     for op in micro_step_ops(config, model):
@@ -136,7 +136,7 @@ def parts_of(step: dict, gpu: Ceilings) -> list[Part]:
 
 def report_measured(step: dict, gpu: Ceilings) -> list[Part]:
     """Prints the gap of each op, and what of the step is none of them. Returns the parts as printed."""
-    config = TrainConfig(**step["config"])
+    config = TrainConfig.from_json(step["config"])
     parts = parts_of(step, gpu)
     width = max(len(part.name) for part in parts)
     print(f"{'op, all its layers':<{width}}  {'bound ms':>9}  {'measured':>9}  {'gap':>8}  of bound")
@@ -172,7 +172,7 @@ def main(args: list[str] | None = None) -> int:
         if options.config:
             try:
                 saved = json.loads(options.config.read_text(encoding="utf-8"))
-                config, model = TrainConfig(**saved["config"]), GPTConfig(**saved["model"])
+                config, model = TrainConfig.from_json(saved["config"]), GPTConfig(**saved["model"])
             except OSError as error:
                 raise InputError(f"--config {options.config}: {error.strerror}: name another file") from None
             except (ValueError, KeyError, TypeError) as error:

@@ -8,9 +8,9 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.words import printable
 
-from .results.judge import Experiment, differences, experiments, numbers
+from .results.judge import Experiment, believable, differences, experiments, noise_among
 from .results.ledger import Ledger, name_of
-from .results.statistics import SIGNIFICANCE, spread, verdict, welch_p
+from .results.statistics import difference, spread
 
 
 def main(args: list[str] | None = None) -> int:
@@ -20,17 +20,21 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--ledger", metavar="FOLDER", default="runs", help="where results.jsonl is (default: runs)")
     options = parser.parse_args(args)
     try:
-        print(compare(find(options.a, options.ledger), find(options.b, options.ledger)))
+        a, b = (find(name, options.ledger) for name in (options.a, options.b))
+        print(compare(a, b, ledger_of(options.a, options.ledger).runs()))
     except (InputError, OSError) as error:
         print(f"error: {one_line(error, 'name another folder with --ledger')}", file=sys.stderr)
         return 2
     return 0
 
 
+def ledger_of(name: str, folder: str) -> Ledger:
+    return Ledger.beside(name) if Path(name).is_dir() else Ledger(folder)
+
+
 def find(name: str, folder: str) -> Experiment:
     """The group called `name`, or the one run. Raises InputError where the ledger has neither."""
-    path = Path(name)
-    ledger = Ledger.beside(path) if path.is_dir() else Ledger(folder)
+    path, ledger = Path(name), ledger_of(name, folder)
     name = name_of(path) if path.is_dir() else printable(name)
     runs = ledger.runs()
     groups = experiments(runs)
@@ -42,27 +46,27 @@ def find(name: str, folder: str) -> Experiment:
     return Experiment(name, [run])
 
 
-def compare(a: Experiment, b: Experiment) -> str:
-    """The report. Raises InputError where one of them has no number."""
+def compare(a: Experiment, b: Experiment, runs: list[dict]) -> str:
+    """The report; `runs` of the ledger show the noise. Raises InputError where one of them has no number."""
     lines = []
     for label, experiment in (("A", a), ("B", b)):
-        if not experiment.evidence:
+        if not experiment.numbers:
             raise InputError(f"{experiment.name} has no val_bpb that counts: {experiment.first['note']}")
-        line = f"{label}: {spread(experiment.evidence)}  {experiment.name}"
-        if numbers(experiment.confirmations):
-            line += f", on fresh seeds; as first tried {spread(numbers(experiment.runs))}"
-        lines.append(line)
-    runs = [run for e in (a, b) for run in (*e.runs, *e.confirmations) if run["outcome"] == "finished"]
-    reasons = [reason for run in runs[1:] for reason in differences(runs[0], run)]
+        lines.append(f"{label}: {spread([*experiment.numbers.values()])}  {experiment.name}")
+    both = [run for e in (a, b) for run in (*e.runs, *e.confirmations) if run["outcome"] == "finished"]
+    reasons = [reason for run in both[1:] for reason in differences(both[0], run)]
     if reasons:
         return "\n".join([*lines, "verdict: not compared", *(f"  {reason}" for reason in dict.fromkeys(reasons))])
-    p = welch_p(a.evidence, b.evidence)
-    if p is None:
-        counts = f"{len(a.evidence)} and {len(b.evidence)}"
-        lines.append(f"verdict: unknown: {counts} numbers show no noise to compare with; use --repeat 3 for both")
-    else:
-        lines.append(f"Welch's p: {p:.4g} (two-sided; a difference counts below {SIGNIFICANCE})")
-        lines.append(f"verdict: {verdict(a.evidence, b.evidence)}")
+    noise = noise_among([run for run in runs if believable(run) and not differences(run, both[0])])
+    if noise is None:
+        lines.append("verdict: unknown: nothing is known of the noise; --repeat 3 of either shows it")
+        return "\n".join(lines)
+    found = difference(a.numbers, b.numbers, noise)
+    low, high = found.interval
+    common = len(a.numbers.keys() & b.numbers.keys())
+    lines.append(f"A less B: {found.mean:+.6f}, with 95 % from {low:+.6f} to {high:+.6f} (t of {found.df} degrees of"
+                 f" freedom; {common} seed{'s' * (common != 1)} in common)")  # fmt: skip
+    lines.append(f"verdict: {'better' if high < 0 else 'worse' if low > 0 else 'within noise'}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ from prepare.words import printable
 ROOT = Path(__file__).parent.parent  # of the repository
 RUNS = Path("runs")  # where the folders of runs are by default
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
+GONE = ("confirms",)  # options of before, which no result depends on
+MAX_SEEDS = 3  # of an experiment, until it is known whether it is better
 MAX_DEPTH = 100_000  # a shape has an entry a layer: without a limit, one of 20 digits never ends
 
 DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -89,7 +91,9 @@ class TrainConfig:
     untimed_steps: int = option(10, "first steps that do not count; 0: warm up on dummy data, then time every step")
     seed: int = option(42, "seed of the initial weights and of the order of the data")
     repeat: int = option(1, "runs on so many seeds, --seed and those after it: without, noise is unknown", free=True)
-    confirm: bool = option(False, "run a new best again on fresh seeds, three or as many as --repeat", free=True)
+    confirm: bool = option(False, "run seed after seed until it is known whether this is better than what was kept;"
+                           " what is better is run on a fresh seed too", free=True)  # fmt: skip
+    max_seeds: int = option(MAX_SEEDS, "of --confirm, at most", free=True)
     resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/",
                                 free=True)  # fmt: skip
     checkpoint_every: float = option(60.0, "seconds between checkpoints; 0: as often as one can be written", free=True)
@@ -128,7 +132,6 @@ class TrainConfig:
                                  " the ledger is beside it")  # fmt: skip
     group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
                                kind=printable)  # fmt: skip
-    confirms: str | None = option(None, "group that this run confirms, on a fresh seed", free=True, kind=printable)
     tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
     keep_checkpoints: bool = option(False, "keep the last two, also after the evaluation", free=True)
 
@@ -151,6 +154,7 @@ class TrainConfig:
     def from_json(cls, saved: dict) -> "TrainConfig":
         """What `asdict` made, read again. Raises InputError where a key or the type of a value is not one of ours."""
         hints = get_type_hints(cls)
+        saved = {key: value for key, value in saved.items() if key not in GONE}
         for key, value in saved.items():
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, n=1)

@@ -51,7 +51,7 @@ def evaluate(options) -> int:
     keep_to_the_cores_allowed()
     device = pick_device(options.device)
     model, tokenizer, saved = load_run(options.run, device)
-    config = TrainConfig(**saved["config"])
+    config = TrainConfig.from_json(saved["config"])
     choose(saved_tiles(saved).table)
     ops = ops_of_run(config, model.config, device)
     try:

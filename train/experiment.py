@@ -1,4 +1,4 @@
-"""What a command line asks for: a run, its repeats on other seeds, its confirmation on fresh ones.
+"""What a command line asks for: a run, its repeats on other seeds, or as many seeds as it takes to know.
 
 More than one run are processes of their own, one after another: each starts as a run by hand does.
 """
@@ -7,15 +7,27 @@ import dataclasses
 import signal
 import sys
 from pathlib import Path
+from statistics import fmean
 from subprocess import Popen
 
 from prepare import InputError
-from prepare.words import printable
+from prepare.words import command_line, printable
 
 from .config import TrainConfig, to_args
 from .curves import draw_curves
 from .resilience.signals import Signals
-from .results.judge import KEEP, experiments, numbers
+from .results.judge import (
+    BETTER,
+    INCUMBENT,
+    REFRESH,
+    Experiment,
+    believable,
+    differences,
+    experiments,
+    incumbent_of,
+    next_seed,
+    refresh_due,
+)
 from .results.ledger import Ledger, name_of
 from .results.provenance import why_no_commit
 from .results.record import Record
@@ -23,13 +35,15 @@ from .results.run_folder import reserved_run_dir
 from .results.statistics import spread
 from .trainer import run
 
-CONFIRMATIONS = 3  # fresh seeds, where --repeat asks for no more
-
 
 def experiment(config: TrainConfig, signals: Signals) -> int:
     """Runs what is asked for. Returns the exit code; raises what a single run raises."""
     if config.repeat < 1:
         raise InputError(f"--repeat {config.repeat} must be at least 1")
+    if config.max_seeds < 1:
+        raise InputError(f"--max-seeds {config.max_seeds} must be at least 1")
+    if config.repeat > 1 and config.confirm:
+        raise InputError("--confirm takes its seeds one by one: leave --repeat out, or --confirm")
     if (config.repeat > 1 or config.confirm) and not config.resume:
         return several(config)
     record = Record(config)
@@ -60,23 +74,60 @@ def several(config: TrainConfig) -> int:
 def group_of(config: TrainConfig, base: Path) -> int:
     """The runs in the folders `base`-seed42 and so on."""
     group = config.group or name_of(base)
-    seeds = range(config.seed, config.seed + config.repeat)
-    for seed in seeds:
+    code = confirmed(config, base, group) if config.confirm else repeated(config, base, group)
+    if code == 0:
+        tell(group, Ledger.beside(base))
+    return code
+
+
+def repeated(config: TrainConfig, base: Path, group: str) -> int:
+    for seed in range(config.seed, config.seed + config.repeat):
         if code := one_of(config, base, f"repeat of {group}", seed=seed, group=group):
             return code
         config = dataclasses.replace(config, tune="off" if config.tune == "off" else "auto")  # anew once is enough
-    ledger = Ledger.beside(base)
-    if config.confirm:
-        tried = experiments(ledger.runs())[group].runs
-        if not any(entry["status"] == KEEP for entry in tried):
-            print(f"{group}: no new best, nothing to confirm")
-        else:
-            count = max(config.repeat, CONFIRMATIONS)
-            for seed in range(seeds[-1] + 1, seeds[-1] + 1 + count):
-                if code := one_of(config, base, f"confirmation of {group}", seed=seed, confirms=group):
-                    return code
-    tell(group, ledger)
     return 0
+
+
+def confirmed(config: TrainConfig, base: Path, group: str) -> int:
+    """Seed after seed, until the ledger says what is known; then, where it is better, a fresh one, which owes nothing
+    to having been chosen."""
+    ledger, ran = Ledger.beside(base), 0
+    incumbent = incumbent_at(config, ledger)
+    theirs = incumbent.numbers if incumbent else {}
+    ours: dict[int, float] = {}
+    if incumbent:
+        took = [run["seconds"]["total"] for run in incumbent.runs if believable(run)]
+        about = f" of about {fmean(took):.0f} s" if took else ""
+        print(f"{group} against {incumbent.name}: 1 to {config.max_seeds} runs{about}, and one more if it is better")
+    while True:
+        seed = next_seed(ours, theirs) if theirs else config.seed
+        what = f"{group}, seed {ran + 1} of at most {config.max_seeds}"
+        if code := one_of(config, base, what, seed=seed, group=group):
+            return code
+        config = dataclasses.replace(config, tune="off" if config.tune == "off" else "auto")
+        ran += 1
+        runs = ledger.runs()
+        last = experiments(runs)[group].runs[-1]
+        ours = experiments(runs)[group].numbers
+        if not last["verdict"].startswith("undecided") or ran >= config.max_seeds:
+            break
+    if last["verdict"] == BETTER:
+        fresh = max([*ours, *theirs]) + 1
+        if code := one_of(config, base, f"{group} is better, on a fresh seed", seed=fresh, group=group):
+            return code
+        ran += 1
+    print(f"{group}: {ran} run{'s' * (ran > 1)}")
+    return 0
+
+
+def incumbent_at(config: TrainConfig, ledger: Ledger) -> Experiment | None:
+    """The incumbent among the latest runs of this budget on this machine, as far as that can be known before a run."""
+    record = Record(config)
+    alike = [
+        run for run in ledger.runs() if believable(run) and run["comparable"]["machine"] == record.machine["name"]
+        and run["comparable"]["budget"] == record.budget()
+    ]  # fmt: skip
+    return incumbent_of([run for run in alike if not differences(run, alike[-1])])
 
 
 def one_of(config: TrainConfig, base: Path, what: str, *, seed: int, **fields) -> int:
@@ -99,12 +150,20 @@ def one_of(config: TrainConfig, base: Path, what: str, *, seed: int, **fields) -
 
 
 def tell(group: str, ledger: Ledger) -> None:
-    """The group in a few lines."""
-    found = experiments(ledger.runs())[group]
+    """The group in a few lines, and what is to be done next."""
+    runs = ledger.runs()
+    found = experiments(runs)[group]
+    last = found.runs[-1]
+    verdicts = [run for run in found.runs if run["verdict"] != INCUMBENT] or [last]
     print("---")
     print(f"group:     {group}")
-    print(f"tried:     {spread(numbers(found.runs))}")
-    if found.confirmations:
-        print(f"confirmed: {spread(numbers(found.confirmations))}")
-    last = (found.confirmations or found.runs)[-1]
-    print(f"verdict:   {last['verdict']}" + (f" ({last['note']})" if last["note"] else ""))
+    print(f"val_bpb:   {spread([*found.numbers.values()])}")
+    print(f"status:    {found.status}")
+    print(f"verdict:   {verdicts[-1]['verdict']}" + (f" ({verdicts[-1]['note']})" if verdicts[-1]["note"] else ""))
+    alike = [run for run in runs if believable(run) and believable(last) and not differences(run, last)]
+    incumbent = incumbent_of(alike)
+    if incumbent and incumbent.name != group and refresh_due(alike, incumbent):
+        seed, first = max(run["seed"] for run in alike) + 1, incumbent.first
+        again = command_line("train", "--group", incumbent.name, "--seed", seed)
+        print(f"due:       {incumbent.name} was last run {REFRESH} experiments ago: at its commit ({first['commit']}),"
+              f" with its own flags, {again}")  # fmt: skip

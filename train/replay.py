@@ -76,7 +76,7 @@ def replay(run: Path, wanted_device: str | None) -> bool:
     keep_to_the_cores_allowed()
     failure = read_failure(run)
     saved, shape = read_config(run)
-    config = TrainConfig(**saved["config"])
+    config = TrainConfig.from_json(saved["config"])
     device = pick_device(wanted_device or config.device)
     kernels.choose(saved_tiles(saved).table)
     ops_of_run(config, shape, device)

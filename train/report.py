@@ -16,10 +16,22 @@ from prepare.errors import one_line
 from prepare.words import printable
 
 from .resilience.durable import replace_file
-from .results.judge import CRASH, DISCARD, KEEP, Experiment, believable, differences, experiments, numbers
+from .results.judge import (
+    CRASH,
+    DISCARD,
+    INCUMBENT,
+    KEEP,
+    Experiment,
+    believable,
+    differences,
+    experiments,
+    incumbent_of,
+    next_seed,
+    noise_among,
+)
 from .results.ledger import Ledger, name_of
 from .results.plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, save, tidy
-from .results.statistics import spread
+from .results.statistics import Numbers, difference, spread, to_go_on
 
 LABEL_CHARS = 34
 FONT_SIZE = 8.5  # of the labels, in points
@@ -77,15 +89,23 @@ def comparable_sets(runs: Sequence[dict]) -> list[list[dict]]:
     return sorted(sets, key=len, reverse=True)
 
 
-def status_of(group: Experiment) -> str:
-    """Of its runs as tried: keep where one is, else discard where one is."""
-    found = {run["status"] for run in group.runs or group.confirmations}
-    return next(status for status in (KEEP, DISCARD, CRASH) if status in found)
-
-
 def headline(groups: dict[str, Experiment]) -> str:
-    counts = Counter(map(status_of, groups.values()))
-    return f"{len(groups)} experiments: " + ", ".join(f"{counts[s]} {s}" for s in (KEEP, DISCARD, CRASH))
+    counts = Counter(group.status for group in groups.values())
+    of = f"{len(groups)} experiment{'s' * (len(groups) != 1)}"
+    return f"{of}: " + ", ".join(f"{counts[s]} {s}" for s in (KEEP, DISCARD, CRASH))
+
+
+def fresh(group: Experiment) -> list[float]:
+    """Its numbers on seeds that came after it was found to be better."""
+    runs = group.confirmations or [run for run in group.runs if run["verdict"] == INCUMBENT]
+    return [run["val_bpb"] for run in runs if believable(run)]
+
+
+def verdict_of(group: Experiment) -> str:
+    """Of the run that decided."""
+    runs = group.confirmations or group.runs
+    run = [run for run in runs if run["verdict"] != INCUMBENT][-1:] or runs[-1:]
+    return _verdict(run[0])
 
 
 def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
@@ -98,14 +118,14 @@ def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
         lines.append(f"- looks at the holdout split: {looks}")
     if damaged:
         lines.append(f"- damaged lines of the ledger, left out: {damaged}")
-    head = ("", "experiment", "commit", "val_bpb", "fresh seeds", "GB", "status", "verdict", "description")
+    head = ("", "experiment", "commit", "val_bpb", "fresh seeds", "GB", "status", "verdict", "flags", "description")
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for i, group in enumerate(groups.values(), 1):
         tried = group.runs or group.confirmations
         memory = max(run["memory_gb"] or 0.0 for run in tried)
         cells = (
-            str(i), group.name, tried[0]["commit"], spread(numbers(group.runs)), spread(numbers(group.confirmations)),
-            f"{memory:.1f}", status_of(group), _verdict((group.confirmations or group.runs)[-1]),
+            str(i), group.name, tried[0]["commit"], spread([*group.numbers.values()]), spread(fresh(group)),
+            f"{memory:.1f}", group.status, verdict_of(group), " ".join(tried[0].get("flags") or []),
             tried[0]["description"],
         )  # fmt: skip
         lines.append("| " + " | ".join(map(_text, cells)) + " |")
@@ -113,24 +133,56 @@ def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
 
 
 def findings(runs: Sequence[dict], groups: dict[str, Experiment]) -> list[str]:
-    """The best of each set of comparable runs, and what fresh seeds said of it."""
+    """The incumbent of each set of comparable runs, what it gained and by which way, and what a new run has to beat."""
     lines = []
     sets = comparable_sets(runs)
     for members in sets:
-        where, first = members[0]["comparable"], members[0]["val_bpb"]
-        best = min((run for run in members if not run.get("confirms")), key=lambda run: run["val_bpb"], default=None)
-        if best is None:
+        where, incumbent = members[0]["comparable"], incumbent_of(members)
+        if incumbent is None:
             continue
-        lines.append(f"- {where['budget']} on {_text(where['machine'])}, {len(members)} runs: first {first:.6f}, best"
-                     f" {best['val_bpb']:.6f} ({_text(best['group'])}: {_text(best['description'])})")  # fmt: skip
-        if fresh := groups[best["group"]].confirmations:
-            lines.append(f"  - on fresh seeds: {spread(numbers(fresh))}; {_text(_verdict(fresh[-1]))}")
-        else:
-            lines.append("  - not confirmed: the best of many tries is flattered by luck (`--confirm`)")
+        first = experiments(members)[members[0]["group"]]
+        count = f"{len(members)} run{'s' * (len(members) != 1)}"
+        lines.append(f"- {where['budget']} on {_text(where['machine'])}, {count}: first"
+                     f" {spread([*first.numbers.values()])}, now {spread([*incumbent.numbers.values()])}"
+                     f" ({_text(incumbent.name)}: {_text(incumbent.first['description'])})")  # fmt: skip
+        noise = noise_among(members)
+        if noise is None:
+            lines.append("  - nothing is known of the noise: `--repeat 3` shows it")
+            continue
+        if incumbent.name != first.name:
+            found = difference(incumbent.numbers, first.numbers, noise)
+            low, high = found.interval
+            lines.append(f"  - against the first: {found.mean:+.6f}, with 95 % from {low:+.6f} to {high:+.6f};"
+                         f" {_text(way(incumbent, first, runs))}")  # fmt: skip
+        seed = next_seed({}, incumbent.numbers)
+        lines.append(f"  - a new run goes on to a second seed where, with seed {seed}, it is below"
+                     f" {to_go_on(seed, incumbent.numbers, noise):.6f}")  # fmt: skip
     for members in sets[1:]:
         first, reasons = _text(members[0]["run"]), _text("; ".join(differences(members[0], sets[0][0])))
-        lines.append(f"- {len(members)} runs, from {first} on, are not compared with the others: {reasons}")
+        some = "1 run," if len(members) == 1 else f"{len(members)} runs, from"
+        more = f"{some} {first}, is" if len(members) == 1 else f"{some} {first} on, are"
+        lines.append(f"- {more} not compared with the others: {reasons}")
     return lines
+
+
+def way(ours: Experiment, theirs: Experiment, runs: Sequence[dict]) -> str:
+    """Whether a gain inside a time budget came of more tokens or of better ones: by runs of equal steps where there are
+    any, of the same code, else by the tokens."""
+    code = ("commit_sha", "diff_sha256")
+    sides: list[Numbers] = []
+    steps = [run for run in runs if believable(run) and re.fullmatch(r"\d+ steps", run["budget"])]
+    for experiment in (ours, theirs):
+        same = [run for run in steps if all(run.get(key) == experiment.first.get(key) for key in code)]
+        sides.append({run["seed"]: run["val_bpb"] for run in same if not differences(run, steps[0])})
+    pace = [(run.get("summary") or {}).get("tokens_per_second") for run in (ours.latest, theirs.latest)]
+    tokens = f"{pace[0] / pace[1] - 1:+.1%} tokens a second" if all(pace) else "tokens a second are not known"
+    noise = noise_among([run for run in steps if not differences(run, steps[0])])
+    if not all(sides) or noise is None:
+        return f"{tokens}; runs of both by --steps would tell faster from better per token"
+    found = difference(*sides, noise)
+    low, high = found.interval
+    word = "better per token" if high < 0 else "worse per token" if low > 0 else "per token no difference is seen"
+    return f"{tokens}; at equal steps {found.mean:+.6f}, from {low:+.6f} to {high:+.6f}: {word}"
 
 
 def _verdict(run: dict) -> str:
@@ -147,7 +199,7 @@ def _text(words: str) -> str:
 
 
 def draw(runs: Sequence[dict], path: Path) -> None:
-    """val_bpb over experiments: keeps, discards, crashes, the running best, and what fresh seeds said of it.
+    """val_bpb over experiments: keeps, discards, crashes, the incumbent, and what fresh seeds said of it.
 
     Only runs that may be compared share an axis: the largest such set is drawn, with all crashes.
     """
@@ -167,7 +219,7 @@ def draw(runs: Sequence[dict], path: Path) -> None:
         "discard, above the picture": {"marker": "^", "color": GREY, "ms": small + 1, "zorder": 3},
         "crash": {"marker": "x", "color": VERMILION, "ms": big, "mew": 2, "zorder": 4},
         "mean ± sd on fresh seeds": {"marker": "D", "color": ORANGE, "mec": INK, "ms": big - 1, "zorder": 6},
-        "best so far": {"color": BLUE, "lw": 1.8, "zorder": 2},
+        "incumbent, mean": {"color": BLUE, "lw": 1.8, "zorder": 2},
     }
     used = set()
 
@@ -175,7 +227,8 @@ def draw(runs: Sequence[dict], path: Path) -> None:
         axes.plot(x, y, ls="", **styles[kind], **more)
         used.add(kind)
 
-    best, line, keeps = math.inf, [], []
+    before: list[dict] = []
+    line, keeps, best = [], [], math.nan
     edge = axes.get_xaxis_transform()  # x in data, y as a share of the picture
     for x, group in enumerate(groups.values(), 1):
         for run in group.runs:
@@ -185,22 +238,25 @@ def draw(runs: Sequence[dict], path: Path) -> None:
                 put("discard, above the picture", x, 0.985, transform=edge)
             else:
                 put(run["status"], x, run["val_bpb"])
-            if run["status"] == KEEP and run["val_bpb"] < best:
-                keeps.append((x, run["val_bpb"], best - run["val_bpb"], run["description"] or group.name))
-                best = run["val_bpb"]
-        if fresh := numbers(group.confirmations):
-            mean = statistics.fmean(fresh)
-            axes.plot([x, x + 0.25], [min(numbers(group.runs), default=mean), mean], color=ORANGE, lw=1, zorder=5)
-            if len(fresh) > 1:
-                axes.errorbar(x + 0.25, mean, statistics.stdev(fresh), color=ORANGE, capsize=4, zorder=5)
+        if again := fresh(group):
+            mean = statistics.fmean(again)
+            lowest = min((run["val_bpb"] for run in group.runs if believable(run)), default=mean)
+            axes.plot([x, x + 0.25], [lowest, mean], color=ORANGE, lw=1, zorder=5)
+            if len(again) > 1:
+                axes.errorbar(x + 0.25, mean, statistics.stdev(again), color=ORANGE, capsize=4, zorder=5)
             put("mean ± sd on fresh seeds", x + 0.25, mean)
-        line.append(best if best < math.inf else math.nan)
+        before += [run for run in (*group.runs, *group.confirmations) if run["run"] in shown]
+        if (incumbent := incumbent_of(before)) and incumbent.name == group.name:
+            level = statistics.fmean(incumbent.numbers.values())
+            keeps.append((x, level, best - level if best == best else 0.0, group.first["description"] or group.name))
+            best = level
+        line.append(best)
     if keeps:
-        axes.step(range(1, len(line) + 2), [*line, line[-1]], where="post", **styles["best so far"])
-        used.add("best so far")
+        axes.step(range(1, len(line) + 2), [*line, line[-1]], where="post", **styles["incumbent, mean"])
+        used.add("incumbent, mean")
     for kind, style in styles.items():
         if kind in used:
-            axes.plot([], [], label=kind, ls="-" if kind == "best so far" else "", **style)
+            axes.plot([], [], label=kind, ls="-" if kind == "incumbent, mean" else "", **style)
     figure.legend(loc="outside lower center", ncols=len(styles), frameon=False, fontsize=9)
     axes.set_xlabel("experiment", fontsize=10, color=INK)
     axes.set_ylabel("val_bpb (less is better)", fontsize=10, color=INK)

@@ -2,11 +2,7 @@
 
 import sys
 
-import torch
-from torch import Tensor
-
 from kernels import choose
-from model import GPT
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
@@ -14,39 +10,9 @@ from prepare.words import printable
 
 from .config import MAX_SEED, TrainConfig
 from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
+from .generate import generate
 from .results.run_folder import load_run
 from .tune import saved_tiles
-
-
-def next_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One draw from logits [V]; the likeliest where temperature is 0. Raises InputError where no logit is a number."""
-    logits = logits.float().cpu()
-    if not logits.max().isfinite():
-        raise InputError("the model's logits are not finite: it has learned nothing; name another RUN")
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        least = logits.topk(min(top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    # Of differences from the largest, and in fp64: no temperature above 0 makes a NaN of them, however large or small.
-    probabilities = torch.softmax((logits - logits.max()).double() / temperature, dim=-1).float()
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-@torch.no_grad()
-def generate(
-    model: GPT, tokens: list[int], count: int, *, banned: list[int], temperature: float, top_k: int, seed: int
-) -> list[int]:
-    """`count` tokens after `tokens`, none of them from `banned`. The context is the last seq_len tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, device = list(tokens), model.wte.device
-    start = len(tokens)
-    for _ in range(count):
-        context = torch.tensor([tokens[-model.config.seq_len :]], device=device)
-        logits = model(context)[0]
-        logits[banned] = float("-inf")
-        tokens.append(next_token(logits, temperature, top_k, generator))
-    return tokens[start:]
 
 
 def main(args: list[str] | None = None) -> int:
@@ -72,7 +38,7 @@ def main(args: list[str] | None = None) -> int:
         device = pick_device(options.device)
         model, tokenizer, saved = load_run(options.run, device)
         choose(saved_tiles(saved).table)
-        ops_of_run(TrainConfig(**saved["config"]), model.config, device, compiles=False)
+        ops_of_run(TrainConfig.from_json(saved["config"]), model.config, device, compiles=False)
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
         given = options.prompt.encode(errors="surrogateescape").decode(errors="replace")  # what is no UTF-8 is U+FFFD
         prompt = [tokenizer.bos, *tokenizer.encode(given)]

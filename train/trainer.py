@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from kernels import Table, chosen
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
@@ -24,6 +25,7 @@ from .clock import Stops, clock_of, seconds_since_start
 from .config import TrainConfig
 from .curves import draw_curves
 from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
+from .generate import generate
 from .loop import train
 from .memory import (
     check_fits,
@@ -42,6 +44,7 @@ from .resilience.signals import Interrupted, Signals
 from .resilience.state import RunState
 from .resilience.watchdog import HangError, Watchdog
 from .results.audit import Score, audit
+from .results.load import Load
 from .results.metrics import Value, utilisation
 from .results.progress import Reporter, announce, announce_resume, print_summary
 from .results.record import Record
@@ -54,6 +57,7 @@ from .tune import Tiles, saved_tiles, tiles_for
 # Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
 # a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
 VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
+SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 64
 
 
 def precompiler(config: TrainConfig, vocab_size: int, table: Table) -> Precompiler | None:
@@ -209,6 +213,7 @@ def begin(decided: Decided, record: Record, stack: ExitStack) -> RunFolder:
             {"folder": str(Path(data.folder).resolve()), **decided.fingerprint}, decided.tiles.as_json(),
             data.tokenizer_file,
         )  # fmt: skip
+        folder.write_changes(record.changes)
     record.begin(config, dataclasses.asdict(shape), decided.fingerprint, decided.tiles.digest)
     if config.tensorboard:
         folder.watchers.append(EventWriter(folder.path))
@@ -249,10 +254,11 @@ def go(
         folder, decided.shape, step.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread
     )
     stops = stack.enter_context(Stops())
-    ready = seconds_since_start()
+    ready, load = seconds_since_start(), Load(config.device)
     with signals.deferred():
         try:
             train(config, step, state, clock_of(config.device), report, checkpoints, signals.came, stops)
+            record.load = load.end()
             watchdog.phase()
             checkpoints.save()
             checkpoints.wait()
@@ -293,7 +299,8 @@ def conclude(
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(state.optimizer.masters)
-    folder.write_summary({**summary, "fingerprint": evaluation.fingerprint})
+    folder.write_summary({**summary, "fingerprint": evaluation.fingerprint, "seconds": record.seconds})
+    folder.write_sample(sampled(step.model, data, config.ops))
     draw_curves(folder.path)
     if not config.keep_checkpoints:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -311,6 +318,18 @@ def audited(config: TrainConfig, score: Score, model: GPT, data: Dataset) -> lis
         if not is_out_of_memory(error):
             traceback.print_exc()
         return [f"not done: {type(error).__name__}: {' '.join(str(error).split())}"]
+
+
+def sampled(model: GPT, data: Dataset, ops: str) -> str:
+    """A few words of what was learned, to be read beside those of other runs; a reason, where there can be none."""
+    special = list(range(data.tokenizer.bos, data.tokenizer.vocab_size))
+    prompt = [data.tokenizer.bos, *data.tokenizer.encode(SAMPLE_PROMPT)]
+    try:
+        with kernels.ops_in_force("reference" if ops == "compile" else ops):  # its shapes change with every token
+            tokens = generate(model, prompt, SAMPLE_TOKENS, banned=special, temperature=0.8, top_k=50, seed=0)
+        return SAMPLE_PROMPT + data.tokenizer.decode(tokens) + "\n"
+    except Exception as error:  # of any kind: the run has its number
+        return f"not sampled: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def summarise(
@@ -355,6 +374,7 @@ def summarise(
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],
         "tokenizer_sha256": evaluation.fingerprint["tokenizer_sha256"][:16],
         "seed": config.seed,
-        # What `judge.differences` asks; on a CPU, whose defaults are small, with no published number in any case.
-        "comparable": "no (CPU defaults)" if config.device == "cpu" else "with equal fingerprint, budget and machine",
+        # What `judge.differences` asks.
+        "comparable": "with equal fingerprint, budget and machine"
+                      + "; with no published number (CPU defaults)" * (config.device == "cpu"),
     }

@@ -38,6 +38,7 @@ NOT_RUN = {
     "bench.gpu_tests": "needs a GPU",
     "bench.offline": "compiles every kernel",
     "train.tune": "compiles kernels, or needs a GPU",
+    "bench.nights": "simulates thousands of nights",
     "bench.profile": "runs steps of the default size",
     "pytest ": "runs other tests",
     "make ": "installs, trains or tests",

@@ -77,7 +77,7 @@ FLOORS = (
     ("resilience",),
     ("results",),
     ("tune",),
-    ("curves", "loop"),
+    ("curves", "generate", "loop"),
     ("trainer",),
     ("experiment",),
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from model import GPT
 from prepare import InputError
-from train import sample
+from train import generate, sample
 from train.results.run_folder import load_run
 
 
@@ -36,7 +36,7 @@ def test_no_temperature_is_too_large_or_too_small(dtype, temperature):
     logits = torch.arange(8.0).to(dtype)
     logits[7] = -math.inf
     generator = torch.Generator().manual_seed(0)
-    drawn = {sample.next_token(logits, temperature, 10**30, generator) for _ in range(200)}
+    drawn = {generate.next_token(logits, temperature, 10**30, generator) for _ in range(200)}
     assert drawn <= {*range(7)}
     if temperature > 1e30:
         assert drawn == {*range(7)}  # one of seven is left out once in 10¹² times
@@ -48,7 +48,7 @@ def test_no_temperature_is_too_large_or_too_small(dtype, temperature):
 def test_logits_that_are_no_numbers_are_bad_input(bad):
     for temperature in (0, 1.0):
         with pytest.raises(InputError, match="not finite"):
-            sample.next_token(torch.tensor([0.0, bad]), temperature, 0, torch.Generator())
+            generate.next_token(torch.tensor([0.0, bad]), temperature, 0, torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_special_tokens_are_never_drawn(small_run, monkeypatch):
     logits[0, 7] = 50.0
     monkeypatch.setattr(GPT, "forward", lambda self, tokens: logits.clone())
     options = {"temperature": 1.0, "top_k": 0, "seed": 0}
-    assert sample.generate(model, [tokenizer.bos], 3, banned=special, **options) == [7, 7, 7]
+    assert generate.generate(model, [tokenizer.bos], 3, banned=special, **options) == [7, 7, 7]
 
 
 def test_sample_past_the_context(small_run, capsys):

@@ -14,7 +14,7 @@ from .checkpoint import checkpoint_folders
 from .durable import lock
 
 # A run that goes on is one run: what makes it several, or part of a group, was settled when it began.
-OF_A_GROUP = ("repeat", "confirm", "group", "confirms")
+OF_A_GROUP = ("repeat", "confirm", "max_seeds", "group")
 
 
 def parse(args: list[str] | None = None) -> TrainConfig:

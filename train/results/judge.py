@@ -1,15 +1,28 @@
 """What a run's number says: which runs it may be compared with, its status, its verdict.
 
-An experiment is a group of runs: one, or the seeds of `--repeat`, and with them the fresh seeds of `--confirm`. Where
-there are fresh seeds they alone speak for it: the number that made a run a candidate is the luckiest of many.
+An experiment is a group of runs, one for each seed. One experiment at a time is the incumbent: the first of its kind,
+and then whichever was found to be better. The others are compared with it, seed by seed (`statistics`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from .statistics import verdict
+from .load import pace_note
+from .statistics import (
+    BETTER,
+    MAX_SEEDS,
+    NOT_BETTER,
+    Noise,
+    Numbers,
+    decide,
+    difference,
+    noise_of,
+)
 
 CRASH, KEEP, DISCARD = "crash", "keep", "discard"
+BASELINE, INCUMBENT, NOT_COMPARED = "baseline", "incumbent", "not compared"
+REFRESH = 12  # experiments after which the incumbent is run again: a machine drifts, and luck should not last
 
 
 @dataclass
@@ -18,26 +31,43 @@ class Experiment:
 
     name: str
     runs: list[dict] = field(default_factory=list)  # as tried
-    confirmations: list[dict] = field(default_factory=list)  # on fresh seeds, after it was a new best
+    confirmations: list[dict] = field(default_factory=list)  # of ledgers of before: on fresh seeds, after a new best
 
     @property
     def first(self) -> dict:
         return (self.runs or self.confirmations)[0]
 
     @property
-    def evidence(self) -> list[float]:
-        """The val_bpb of the runs that speak for it."""
-        return numbers(self.confirmations) or numbers(self.runs)
+    def latest(self) -> dict:
+        """Of the runs that have a number."""
+        return [run for run in (*self.runs, *self.confirmations) if believable(run)][-1]
+
+    @property
+    def numbers(self) -> dict[int, float]:
+        """By seed, those that speak for it: `confirmations` alone, where there are any. Of one seed twice, the mean."""
+        runs = [run for run in self.confirmations if believable(run)] or [run for run in self.runs if believable(run)]
+        by_seed: dict[int, list[float]] = {}
+        for run in runs:
+            by_seed.setdefault(run["seed"], []).append(run["val_bpb"])
+        return {seed: fmean(values) for seed, values in by_seed.items()}
+
+    @property
+    def status(self) -> str:
+        """Of its runs as tried: keep where one is, else discard where one is."""
+        found = {run["status"] for run in self.runs or self.confirmations}
+        return next(status for status in (KEEP, DISCARD, CRASH) if status in found)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """status: keep, discard or crash, by the number alone. verdict: baseline, better, worse, within noise, unknown, not
-    compared, failed or interrupted. note: why, where that is not plain."""
+    """status: keep, once the experiment is the baseline, the incumbent, or better; else discard; or crash. verdict:
+    baseline, incumbent, better, not better, undecided and what would decide, not compared, failed or interrupted. note:
+    why, where that is not plain."""
 
     status: str
     verdict: str
     note: str = ""
+    rule: str = "by seeds"  # rows of before have none: their status was that of one number
 
 
 def believable(run: dict) -> bool:
@@ -105,36 +135,81 @@ def metric_was_edited(run: dict, earlier: Sequence[dict]) -> bool:
     return first is not None and bool(differences(run, first))
 
 
-def judge(run: dict, earlier: Sequence[dict]) -> Judgement:
-    """The judgement on a run, by the runs that were in the ledger before it.
+def incumbent_of(runs: Sequence[dict]) -> Experiment | None:
+    """Of comparable runs: the experiment that was kept last; in a ledger of before, the one of its lowest `keep`."""
+    kept = [run for run in runs if believable(run) and run["status"] == KEEP]
+    if not kept:
+        return None
+    by_seeds = [run for run in kept if run.get("rule")]
+    last = by_seeds[-1] if by_seeds else min(kept, key=lambda run: run["val_bpb"])
+    return experiments(runs)[last["group"]]
 
-    keep: better than the best comparable `keep` of other experiments, or the first of its kind.
-    """
+
+def next_seed(ours: Numbers, theirs: Numbers) -> int:
+    """With which seed an experiment goes on: the incumbent's latest first, since a later run is nearer in time, and
+    those that came after it was kept owe nothing to luck; then one that nobody has had."""
+    of_theirs = next((seed for seed in reversed(theirs) if seed not in ours), None)
+    return max([*ours, *theirs]) + 1 if of_theirs is None else of_theirs
+
+
+def noise_among(runs: Sequence[dict]) -> Noise | None:
+    """Of comparable runs."""
+    return noise_of([experiment.numbers for experiment in experiments(runs).values()])
+
+
+def judge(run: dict, earlier: Sequence[dict]) -> Judgement:
+    """The judgement on a run, by the runs that were in the ledger before it."""
     if run["outcome"] != "finished":
         return Judgement(CRASH, run["outcome"], run["error"])
     if not believable(run):
         audit = [] if run.get("audit") == "ok" else [f"audit: {run['audit']}"]
-        return Judgement(DISCARD, "not compared", "; ".join([*audit, *run.get("doubts", [])]))
+        return Judgement(DISCARD, NOT_COMPARED, "; ".join([*audit, *run.get("doubts", [])]))
     others = [e for e in earlier if e["group"] != run["group"] and believable(e)]
     if metric_was_edited(run, others):
         return Judgement(
-            DISCARD, "not compared", "the code that evaluates is not that of the runs before: where that is meant, move"
+            DISCARD, NOT_COMPARED, "the code that evaluates is not that of the runs before: where that is meant, move"
             " results.tsv and results.jsonl away and begin anew",
         )  # fmt: skip
-    comparable = [e for e in others if not differences(run, e)]
-    if not comparable:
-        note = "; ".join(differences(run, others[-1])) if others else ""
-        return Judgement(KEEP, "not compared" if others else "baseline", note)
-    best = min((e for e in comparable if e["status"] == KEEP), key=lambda e: e["val_bpb"], default=None)
-    if best is None:
-        return Judgement(KEEP, "baseline")
-    status = KEEP if run["val_bpb"] < best["val_bpb"] else DISCARD
-    ours = experiments([*earlier, run])[run["group"]].evidence
-    theirs = experiments(earlier)[best["group"]].evidence
-    word = verdict(ours, theirs)
-    note = f"against {best['group']}"
-    if (tiles := [e.get("tiles", "default") for e in (run, best)])[0] != tiles[1]:
+    comparable = [e for e in earlier if believable(e) and not differences(run, e)]
+    incumbent = incumbent_of(comparable)
+    if incumbent is None:  # the first of its kind: another budget, another machine or other data begin anew
+        note = f"the first of its kind: {'; '.join(differences(run, others[-1]))}" if others else ""
+        return Judgement(KEEP, BASELINE, note)
+    if incumbent.name == run["group"]:
+        is_first = not any(e["group"] != run["group"] for e in comparable)
+        return Judgement(KEEP, BASELINE if is_first else INCUMBENT)
+    return _against(incumbent, run, comparable)
+
+
+def _against(incumbent: Experiment, run: dict, comparable: Sequence[dict]) -> Judgement:
+    together = [*comparable, run]
+    ours, theirs = experiments(together)[run["group"]].numbers, incumbent.numbers
+    note = f"against {incumbent.name}"
+    if (tiles := [e.get("tiles", "default") for e in (run, incumbent.latest)])[0] != tiles[1]:
         note += f", whose kernels had other tiles ({tiles[1]}, here {tiles[0]})"
-    if word == "unknown":
-        note += f": {len(ours)} and {len(theirs)} runs show no noise"
-    return Judgement(status, word, note)
+    if pace := pace_note(run, incumbent.latest):
+        note += f", with {pace}"
+    noise = noise_among(together)
+    seed = next_seed(ours, theirs)
+    if noise is None:
+        return Judgement(
+            DISCARD, f"undecided: next seed {seed}",
+            f"{note}; nothing is known of the noise yet: a second seed of any experiment shows it, a third better",
+        )  # fmt: skip
+    found = difference(ours, theirs, noise)
+    low, high = found.interval
+    note += f": {found.mean:+.6f}, with 95 % from {low:+.6f} to {high:+.6f}, {_seeds(len(ours))}"
+    word = decide(ours, theirs, noise, (run.get("config") or {}).get("max_seeds") or MAX_SEEDS)
+    if word == BETTER:
+        return Judgement(KEEP, BETTER, note)
+    return Judgement(DISCARD, word if word == NOT_BETTER else f"undecided: next seed {seed}", note)
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def refresh_due(runs: Sequence[dict], incumbent: Experiment) -> bool:
+    """Whether so many experiments have come since the incumbent's last run that it should be run once more."""
+    last = max(i for i, run in enumerate(runs) if run["group"] == incumbent.name)
+    return len({run["group"] for run in runs[last + 1 :]}) >= REFRESH

@@ -46,6 +46,22 @@ def source_state() -> dict:
     }
 
 
+def changes(at_most: int = 200_000) -> bytes:
+    """What the run's code changed, its commit against that one's parent and what is not committed, as git prints it;
+    empty outside a repository. Commits that are reset are gone by morning."""
+    try:
+        parent = _git("rev-parse", "--verify", "--quiet", "HEAD~1").decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        parent = "HEAD"  # the first commit changed nothing
+    try:
+        diff = _git("diff", parent)
+    except (OSError, subprocess.CalledProcessError):
+        return b""
+    if len(diff) <= at_most:
+        return diff
+    return diff[:at_most] + f"\n[cut: {len(diff) - at_most:,} bytes more]\n".encode()
+
+
 def why_no_commit() -> tuple[str, str]:
     """Why `source_state` knows no commit, and what mends that."""
     try:

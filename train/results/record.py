@@ -18,15 +18,21 @@ from prepare.words import printable
 
 from ..budget import Budget
 from ..clock import seconds_since_start
-from ..config import TrainConfig
+from ..config import DEVICE_DEFAULTS, MAX_SEEDS, TrainConfig, to_args
 from ..resilience.signals import UNREAD, Interrupted
 from ..resilience.watchdog import HangError
 from ..step import TrainingError
 from .judge import Judgement, described, judge, other_code
 from .ledger import RUN, Ledger, name_of
 from .metrics import Value, jsonable
-from .provenance import evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
+from .provenance import changes, evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
 from .run_folder import default_run_dir
+
+# What is no part of an experiment: how it is called, where it lies, which of its seeds it is.
+NO_FLAGS = {
+    "name": "run", "run_dir": None, "description": "", "group": None, "seed": 42, "repeat": 1, "confirm": False,
+    "resume": None, "max_seeds": MAX_SEEDS,
+}  # fmt: skip
 
 
 class Record:
@@ -40,11 +46,14 @@ class Record:
         self.result: tuple[dict[str, Value], Evaluation] | None = None
         self.source = source_state()
         self.sources = [self.source]  # of every process that trained it, where one differs from the one before
+        self.changes = changes()
         self.code_sha256 = evaluating_code_sha256()
         self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model: dict = {}
         self.data: dict = {}
         self.tiles = "default"
+        self.load: dict = {}
+        self.flags = to_args(dataclasses.replace(config, **NO_FLAGS))
         self.seconds: dict[str, float] = {}
 
     def begin(self, config: TrainConfig, model: dict, data: dict, tiles: str) -> None:
@@ -100,7 +109,7 @@ class Record:
         summary, evaluation = self.result
         comparable = {
             "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
-            "budget": self._budget(),
+            "budget": self.budget(),
             "machine": self.machine["name"],
         }
         memory = summary["peak_vram_mb" if self.config.device == "cuda" else "peak_rss_mb"]
@@ -152,12 +161,13 @@ class Record:
         except OSError:
             return 0
 
-    def _budget(self) -> str:
-        """What was given for training: two runs with different budgets are not compared."""
+    def budget(self) -> str:
+        """What is given for training: two runs with different budgets are not compared."""
         config = self.config
         if config.steps is not None:
             return f"{config.steps} steps"
-        return f"{config.time_budget:g} s after {config.untimed_steps} steps" if config.time_budget else "default"
+        seconds = config.time_budget or DEVICE_DEFAULTS["cuda" if "gpu" in self.machine else "cpu"]["time_budget"]
+        return f"{seconds:g} s after {config.untimed_steps} steps"
 
     def _write(self, facts: dict) -> Judgement:
         config = self.config
@@ -166,11 +176,10 @@ class Record:
             "kind": RUN,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": name_of(self.folder),
-            "group": config.confirms or config.group or name_of(self.folder),
-            "confirms": config.confirms,
+            "group": config.group or name_of(self.folder),
             "description": config.description,
             "seed": config.seed,
-            "budget": self._budget(),
+            "budget": self.budget(),
             **facts,
             **self.source,
             "commit": ">".join(short_commit(source) or "none" for source in self.sources),
@@ -183,6 +192,8 @@ class Record:
             "versions": versions(),
             "data": self.data,
             "tiles": self.tiles,
+            "load": self.load,
+            "flags": self.flags,
             "seconds": {**self.seconds, "total": total},
         }
         ledger = Ledger.beside(self.folder)

@@ -124,6 +124,12 @@ class RunFolder:
         )
         replace_file(self.path / "tokenizer.json", tokenizer_file)
 
+    def write_changes(self, diff: bytes) -> None:
+        replace_file(self.path / "changes.diff", diff)
+
+    def write_sample(self, text: str) -> None:
+        replace_file(self.path / "sample.txt", text.encode(errors="replace"))
+
     def write_metrics(self, row: dict) -> None:
         """Appends one step, with one call of the system: what was printed is in the file. A full disk may tear a line;
         the next one is still its own."""

@@ -42,14 +42,19 @@ def test_a_report_over_200_runs_takes_under_5_seconds(tmp_path):
     assert png_size(tmp_path / "report.png") == (1200, 650)
     table = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ")]
     assert len(table) == 201
-    assert all(line.replace("\\|", "").count("|") == 10 for line in table)
+    assert all(line.replace("\\|", "").count("|") == 11 for line in table)
+
+
+def of_seeds(name: str, *values: float, first: int = 42, **more) -> list[dict]:
+    return [entry(f"{name}-{s}", value, group=name, seed=s, **more) for s, value in enumerate(values, first)]
 
 
 def test_the_report_tells_luck_from_gain(tmp_path, capsys):
     ledger = Ledger(tmp_path)
-    add(ledger, *(entry(f"base-{i}", bpb, group="base") for i, bpb in enumerate([1.000, 1.004, 0.996])))
-    add(ledger, entry("lucky", 0.900, description="a lucky seed"), entry("broken", description="no luck"))
-    add(ledger, *(entry(f"l{i}", bpb, group="lucky", confirms="lucky") for i, bpb in enumerate([1.001, 0.999, 1.003])))
+    add(ledger, *of_seeds("base", 1.000, 1.004, 0.996))
+    add(ledger, *of_seeds("lucky", 0.992, 1.004), entry("broken", description="no luck"))
+    add(ledger, *of_seeds("gain", 0.985, 0.984, description="wider", flags=["--depth=9"]))
+    add(ledger, *of_seeds("gain", 0.986, first=45))
     other = entry("other", 0.5)
     other["comparable"]["budget"] = "60 s after 10 steps"
     add(ledger, other)
@@ -59,15 +64,33 @@ def test_the_report_tells_luck_from_gain(tmp_path, capsys):
         file.write("{torn\n")
     assert report_main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "4 experiments: 3 keep, 0 discard, 1 crash" in out
-    assert "best 0.900000 (lucky: a lucky seed)" in out
-    assert "on fresh seeds: 1.001000 ± 0.002000 (3); within noise (against base)" in out
-    assert "1 runs, from other on, are not compared with the others: budget: 60 s after 10 steps" in out
+    assert "5 experiments: 3 keep, 1 discard, 1 crash" in out
+    assert "8 runs: first 1.000000 ± 0.004000 (3), now 0.985000 ± 0.001000 (3) (gain: wider)" in out
+    assert "against the first: -0.015" in out
+    assert "tokens a second are not known; runs of both by --steps would tell faster from better per token" in out
+    assert "a new run goes on to a second seed where, with seed 45, it is below 0.98" in out
+    assert "1 run, other, is not compared with the others: budget: 60 s after 10 steps" in out
     assert "looks at the holdout split: 1" in out
     assert "damaged lines of the ledger, left out: 1" in out
-    rows = (tmp_path / "report.md").read_text().splitlines()
-    assert "| 0.900000 (1) | 1.001000 ± 0.002000 (3) | 44.0 | keep | within noise (against base) |" in "\n".join(rows)
-    assert "| crash | failed (loss is nan) | no luck |" in "\n".join(rows)
+    report = (tmp_path / "report.md").read_text()
+    assert "| 0.985000 ± 0.001000 (3) | 0.986000 (1) | 44.0 | keep | better (against base" in report
+    assert "| --depth=9 | wider |" in report
+    assert "| crash | failed (loss is nan) | - | no luck |" in report
+
+
+def test_the_report_tells_faster_from_better_per_token(tmp_path, capsys):
+    ledger = Ledger(tmp_path)
+    for name, gain, tokens, sha in (("base", 0.0, 1000.0, "a"), ("fast", -0.02, 1200.0, "b")):
+        more = {"summary": {"tokens_per_second": tokens}, "commit_sha": sha}
+        add(ledger, *of_seeds(name, 1.000 + gain, 1.004 + gain, 0.996 + gain, **more))
+        for seed, value in ((42, 1.1), (43, 1.104), (44, 1.096)):
+            steps = entry(f"{name}-steps-{seed}", value, group=f"{name}-steps", seed=seed, budget="900 steps", **more)
+            steps["comparable"]["budget"] = "900 steps"
+            add(ledger, steps)
+    assert report_main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "+20.0% tokens a second; at equal steps +0.000000, from " in out
+    assert "per token no difference is seen" in out
 
 
 @pytest.mark.parametrize("entries", [[entry("a", 1.0)], [entry("a")], [entry("a", 1.0), entry("b", 1.0)]])
@@ -80,7 +103,7 @@ def test_a_report_of_little(tmp_path, entries):
 def test_a_report_of_single_runs_and_of_none(tmp_path, capsys):
     add(Ledger(tmp_path), entry("a", 1.0), entry("b", 0.9))
     assert report_main([str(tmp_path / "b"), "--out", str(tmp_path)]) == 0
-    assert "1 experiments: 1 keep" in capsys.readouterr().out
+    assert "1 experiment: 0 keep, 1 discard" in capsys.readouterr().out
     assert report_main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere has no run in a ledger" in capsys.readouterr().err
 
