@@ -46,8 +46,8 @@ def test_which_modules_are_commands():
     assert sorted(commands()) == [
         "bench.ceilings", "bench.compare", "bench.gpu_tests", "bench.nights", "bench.offline", "bench.profile",
         "bench.regressions", "bench.roofline", "bench.runs", "bench.tune", "prepare", "train", "train.compare",
-        "train.curves", "train.doctor", "train.evaluate", "train.export", "train.precompile", "train.replay", "train.report",
-        "train.sample", "train.tune",
+        "train.curves", "train.doctor", "train.evaluate", "train.export", "train.precompile", "train.replay",
+        "train.report", "train.sample", "train.tune",
     ]  # fmt: skip
 
 
