@@ -3,7 +3,7 @@
 `python -m bench.roofline [--gpu h100|h200] [--depth N] [--vocab-size V] [--config RUN/config.json]` prints a line for
 an op and direction: what binds it, its share, and the MFU that the sum would give. An op takes the longer of its two
 times, as if bytes and FLOPs overlapped wholly: no launch gaps, no tails, every fusion that `cost` counts on. It is a
-bound to measure against, not a prediction. The ops are those that the model calls (bench/suite/ops.py); one without a
+bound to measure against, not a prediction. The ops are those that the model calls (train/tune/ops.py); one without a
 known cost is an error.
 
 `--measured FILE` sets beside it what bench/test_step.py measured: the gap of each op, where the next millisecond is.

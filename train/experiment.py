@@ -32,7 +32,7 @@ from .results.ledger import Ledger, name_of
 from .results.provenance import why_no_commit
 from .results.record import Record
 from .results.run_folder import reserved_run_dir
-from .results.statistics import spread
+from .results.statistics import UNDECIDED, spread
 from .trainer import run
 
 
@@ -57,6 +57,11 @@ def experiment(config: TrainConfig, signals: Signals) -> int:
         if record.began and isinstance(error, Exception):  # who interrupts does not wait for a picture
             draw_curves(record.folder)
         raise
+    verdict = summary["verdict"]
+    if verdict.startswith(UNDECIDED) and config.group is None:
+        seed = int(verdict.removeprefix(f"{UNDECIDED}: next seed ").split()[0])
+        line = command_line("train", "--group", name_of(record.folder), "--seed", seed)
+        print(f"to know more: {line}, and the other options as they were; --confirm does it by itself", flush=True)
     if summary["audit"] != "ok":
         print(f"FAIL: audit: {summary['audit']}", flush=True)
         return 1

@@ -39,7 +39,7 @@ def rows(folder) -> list[dict]:
 
 
 @pytest.mark.usefixtures("pictures")
-def test_a_finished_run(corpus, tmp_path):
+def test_a_finished_run(corpus, tmp_path, capsys):
     assert run_main(corpus, tmp_path / "a", "--description", "the baseline") == 0
     assert run_main(corpus, tmp_path / "b", "--seed", "7") == 0
     first, second = rows(tmp_path)
@@ -49,6 +49,7 @@ def test_a_finished_run(corpus, tmp_path):
     assert [summary[key] for key in ("audit", "status", "verdict")] == ["ok", "keep", "baseline"]
     assert (second["status"], second["verdict"]) == ("discard", "undecided: next seed 42")
     assert "nothing is known of the noise" in second["note"]
+    assert " -m train --group b --seed 42, and the other options as they were" in capsys.readouterr().out
     full = Ledger(tmp_path).runs()[0]
     assert full["config"]["depth"] == 2
     assert full["seconds"].keys() >= {"setup", "compile", "training", "evaluation", "overshoot", "audit", "total"}
