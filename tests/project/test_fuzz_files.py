@@ -27,7 +27,7 @@ from train.results.run_folder import RunFolder
 def test_no_file_is_forgotten(small_data, small_run):
     assert sorted(path.name for path in small_data.iterdir()) == sorted(DATA_FILES)
     assert {path.name for path in small_run.iterdir()} == {
-        *RUN_FILES, "summary.json", "metrics.jsonl", "curves.png", "checkpoints"
+        *RUN_FILES, "summary.json", "metrics.jsonl", "curves.png", "checkpoints", "changes.diff", "sample.txt",
     }  # fmt: skip
     (checkpoint,) = (small_run / "checkpoints").iterdir()
     assert {path.name for path in checkpoint.iterdir()} == set(CHECKPOINT_FILES)

@@ -37,7 +37,8 @@ def finished(corpus, tmp_path_factory):
 
 def test_a_run_learns_and_writes_its_folder(finished, corpus):
     assert sorted(p.name for p in finished.iterdir()) == [
-        "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "summary.json", "tokenizer.json",
+        "changes.diff", "config.json", "curves.png", "metrics.jsonl", "model.safetensors", "sample.txt", "summary.json",
+        "tokenizer.json",
     ]  # fmt: skip
     history = losses(finished)
     assert len(history) == 30
@@ -71,7 +72,7 @@ def test_what_is_printed_is_in_the_summary_as_numbers(corpus, tmp_path, capsys):
     text = {"tiles", "packing", "val_sha256", "tokenizer_sha256", "comparable", "audit", "status", "verdict"}
     assert {key for key, value in summary.items() if isinstance(value, str)} == text | {"sha256"}
     for key, value in summary.items():
-        if key not in ("fingerprint", "sha256"):
+        if key not in ("fingerprint", "sha256", "seconds"):
             assert printed[f"{key}:"] == shown(key, value)
     assert summary["total_seconds"] > summary["training_seconds"] > 0
     row = json.loads((tmp_path / "results.jsonl").read_text())
