@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[1]
 WORKERS = 4  # their largest tests, 36 GB and three below 20, may meet on a GPU of 80 GB
 LIMIT = 130.0  # seconds a file
 # The longest first, by what they have to compile; what tests times comes last, alone.
-LONGEST = ("test_rotary_attention_kernel.py", "test_compile_ops.py", "test_kernels_together.py", "test_adamw_kernel.py")
+LONGEST = (
+    "test_rotary_attention_kernel.py", "test_compile_ops.py", "test_attention_forms.py", "test_kernels_together.py",
+    "test_adamw_kernel.py",
+)  # fmt: skip
 ALONE = ("test_bench_suite.py",)
 PYTEST = ("-m", "gpu", "-rs", "--tb=short", "--durations=3", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
 

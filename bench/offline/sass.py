@@ -1,9 +1,10 @@
 """The loops of a compiled matrix kernel, read from its machine code: what a turn of each costs, and what bounds it.
 
 A loop is a backward branch; of nested ones the innermost that holds products counts. Code that the assembler moved out
-of a loop's range is not seen, and its way back, a branch from behind the loop's end into its middle, is no loop. The
-model: cycles of one of the four sub-partitions of a multiprocessor for the warps that reside on it (CTAs per
-multiprocessor x warps / 4), one turn each.
+of a loop's range is not seen, and its way back, a branch from behind the loop's end into its middle, is no loop. What a
+branch inside a loop passes over, as the masks of attention in one loop, counts as if it never did. The model: cycles
+of one of the four sub-partitions of a multiprocessor for the warps that reside on it (CTAs per multiprocessor x
+warps / 4), one turn each.
 
     tensor   HGMMA of 64 x N: N/2. Dense bf16 does 4,096 FLOPs a cycle and multiprocessor, 512 FMA on each of its four
              tensor cores (NVIDIA, "H100 Tensor Core GPU Architecture"; x 132 x 1.83 GHz it is the datasheet's 989.5

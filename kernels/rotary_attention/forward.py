@@ -13,34 +13,33 @@ from ..common import tl, triton
 from . import tiles
 from .prologue import query_scale
 from .rows import fits_tma, load_rows, row_source
-from .tiles import key_runs
+from .tiles import hide_keys, key_runs
 
 
 @triton.jit
 def _fwd_run(
-    acc, total, divisor, peak, q, k_source, v_source, batch, head, start, stop, m0, seq_len, window,
+    acc, total, divisor, peak, q, k_source, v_source, batch, head, edges, m0, seq_len, window,
     k_stride_b, v_stride_b, RUNNING_MAX: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    TMA: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    TMA: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of one run of tiles: to the output times `divisor`, the sum of its weights; to `total`, the sum of
     the weights before they were rounded; and to the peak."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    for n0 in range(start, stop, BLOCK_N):
+    for n0 in range(edges[RUN], edges[RUN + 4 - RUNS], BLOCK_N):
         k = load_rows(
             k_source, batch, n0, head, seq_len, k_stride_b,
-            STRIDE=K_STRIDE, MASKED=CAUSAL or WINDOWED, TMA=TMA, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
+            STRIDE=K_STRIDE, MASKED=RUN != 1, TMA=TMA, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
         v = load_rows(
             v_source, batch, n0, head, seq_len, v_stride_b,
-            STRIDE=V_STRIDE, MASKED=CAUSAL or WINDOWED, TMA=TMA, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
+            STRIDE=V_STRIDE, MASKED=RUN != 1, TMA=TMA, ROWS=BLOCK_N, HEAD_DIM=HEAD_DIM,
         )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N], exponents of 2
-        if CAUSAL:
-            scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
-        if WINDOWED:
-            scores = tl.where(offs_n[None, :] >= (offs_m - n0 - window)[:, None], scores, float("-inf"))
+        scores = hide_keys(
+            scores, offs_m, offs_n, n0, edges[1], edges[2], window, RUN=RUN, RUNS=RUNS, NARROW=NARROW,
+        )  # fmt: skip
         if RUNNING_MAX:
             higher = tl.maximum(peak, tl.max(scores, axis=1))
             total *= tl.exp2(peak - higher)
@@ -68,7 +67,7 @@ def _attention_fwd_kernel(
     seq_len, window, q_stride_b, v_stride_b, least,
     RUNNING_MAX: tl.constexpr, Q_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NARROW: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, RUNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Neighbours share a head, the longest rows first."""
     blocks = tl.cdiv(seq_len, BLOCK_M)
@@ -87,22 +86,13 @@ def _attention_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     divisor = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), least if RUNNING_MAX else 0.0, tl.float32)
-    start, full, diagonal, stop = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
-    acc, total, divisor, peak = _fwd_run(
-        acc, total, divisor, peak, q, k_source, v_source, batch, head // GROUP, start, full, m0, seq_len, window,
-        q_stride_b, v_stride_b, RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
-        CAUSAL=NARROW, WINDOWED=True, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
-    )  # fmt: skip
-    acc, total, divisor, peak = _fwd_run(
-        acc, total, divisor, peak, q, k_source, v_source, batch, head // GROUP, full, diagonal, m0, seq_len, window,
-        q_stride_b, v_stride_b, RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
-        CAUSAL=False, WINDOWED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
-    )  # fmt: skip
-    acc, total, divisor, peak = _fwd_run(
-        acc, total, divisor, peak, q, k_source, v_source, batch, head // GROUP, diagonal, stop, m0, seq_len, window,
-        q_stride_b, v_stride_b, RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
-        CAUSAL=True, WINDOWED=False, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
-    )  # fmt: skip
+    edges = key_runs(m0, seq_len, window, BLOCK_M, BLOCK_N)
+    for run in tl.static_range(RUNS):
+        acc, total, divisor, peak = _fwd_run(
+            acc, total, divisor, peak, q, k_source, v_source, batch, head // GROUP, edges, m0, seq_len, window,
+            q_stride_b, v_stride_b, RUNNING_MAX=RUNNING_MAX, K_STRIDE=Q_STRIDE, V_STRIDE=V_STRIDE, TMA=TMA,
+            RUN=run, RUNS=RUNS, NARROW=NARROW, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+        )  # fmt: skip
 
     # Rows past the end may have seen no key.
     total, divisor = tl.where(live, total, 1.0), tl.where(live, divisor, 1.0)
@@ -137,7 +127,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, head_dim: int, window: int) -
         row_source(v, block.block_n, head_dim, tma), out, neg_lse,
         T, window, q.stride(0), v.stride(0), least,
         RUNNING_MAX=q.dtype == torch.float16, Q_STRIDE=q.stride(1), V_STRIDE=v.stride(1),
-        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, NARROW=block.both_edges(window), TMA=tma,
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, NARROW=block.both_edges(window), TMA=tma, RUNS=block.runs,
         BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return out, neg_lse

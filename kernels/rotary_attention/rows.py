@@ -21,7 +21,7 @@ def load_rows(
     `row_source` made of it. Without MASKED the caller knows that all of them are tokens.
     """
     if TMA:
-        rows = source.load([batch, first, head * HEAD_DIM]).reshape(ROWS, HEAD_DIM)
+        rows = source.load([batch.to(tl.int32), first, head * HEAD_DIM]).reshape(ROWS, HEAD_DIM)
     else:
         base = source + (batch.to(tl.int64) * batch_stride + head * HEAD_DIM) + first * tl.full((), STRIDE, tl.int64)
         offs = tl.arange(0, ROWS)

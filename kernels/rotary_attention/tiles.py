@@ -3,8 +3,13 @@
 A row of tiles falls into three runs: tiles that an edge of the window cuts (masked), tiles wholly inside (no mask at
 all), and tiles that the other edge cuts (masked). Tiles outside the window are in none of them. The two functions that
 compute the runs are plain arithmetic: the tests run them as Python too, and hold them against the window itself.
+
+A kernel walks them in three loops, or in one in which a branch asks each tile whether it is masked: a few instructions
+a tile, where every loop has a pipeline to fill. Both give the same bits. Run RUN of RUNS goes from edges[RUN] to
+edges[RUN + 4 - RUNS], of the four edges that the functions compute.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -20,7 +25,9 @@ class Tiles(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
-    tma: bool = False  # of queries that stay and keys that pass: loads by the tensor memory accelerator
+    tma: bool = False  # loads by the tensor memory accelerator
+    runs: int = 3  # loops over a row of tiles, 3 or 1
+    ahead: bool = False  # of dk and dv: log-sum-exp and delta come stages ahead, with queries and dout
 
     def both_edges(self, window: int) -> bool:
         """Whether both edges of the window may cut one tile: then the tiles at its far edge need both masks. `window`
@@ -50,15 +57,18 @@ def config(head_dim: int, dtype: torch.dtype, num_heads: int) -> Config:
         small = Tiles(16, 16, 4, 1)
         return Config(prologue, small, small, small)
     arch = gpu_arch()
-    # A program divides its number by that of the heads. By another than a power of two it keeps what comes of it, for
+    if arch == 90:
+        # The accelerator needs no register for an address, and so there are three stages: with loads by pointers ptxas
+        # would let no product begin before the last has ended. dK/dV has registers for them in one loop, not in three.
+        forward, dq = Tiles(128, 128, 8, 3, tma=True), Tiles(128, 64, 8, 3, tma=True)
+        return Config(prologue, forward, dq, Tiles(64, 128, 8, 3, tma=True, runs=1))
+    if arch in (100, 103):
+        passing = Tiles(128, 64, 8, 2, tma=True)
+        return Config(prologue, passing, passing, Tiles(64, 128, 8, 2))
+    # Without wgmma both factors of a product pass through registers: these are the largest tiles that do not spill. A
+    # program divides its number by that of the heads. By another than a power of two it keeps what comes of it, for
     # want of which registers the largest tiles spill.
     shifts = num_heads & (num_heads - 1) == 0
-    if arch in (90, 100, 103):
-        # The accelerator needs no register for an address, which leaves enough on Hopper for twice the keys a turn.
-        passing = Tiles(128, 128 if arch == 90 else 64, 8, 2, tma=True)
-        dq = passing if arch != 90 or shifts else Tiles(128, 64, 8, 3, tma=True)
-        return Config(prologue, passing, dq, Tiles(64, 128, 8, 2))
-    # Without wgmma both factors of a product pass through registers: these are the largest tiles that do not spill.
     forward = Tiles(128, 64, 8, 2) if shifts and arch != 120 else Tiles(128, 32, 8, 3)
     dkv = Tiles(64, 64, 8, 2) if shifts or arch != 80 else Tiles(32, 64, 8, 3)
     return Config(prologue, forward, Tiles(128, 32, 8, 2), dkv)
@@ -69,26 +79,38 @@ def prologue_candidates(head_dim: int, dtype: torch.dtype, num_heads: int) -> li
                 num_warps=(2, 4, 8))  # fmt: skip
 
 
-# What these leave out spilled hundreds of bytes a thread, or took more than 227 KiB (bench/LOG.md, 2026-11-24).
+# Of what stays, 64 rows have the 4 warps of a warp group. What differs most from the default comes first: there may be
+# no time for all of them.
 def candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int, window: int) -> list[Tile]:
     """Of the two kernels whose queries stay while the keys pass."""
     if dtype.itemsize > 2:
         return []
-    return grid(
-        lambda tile: tile["block_m"] * min(tile["block_n"], 64) <= 1024 * tile["num_warps"]
-        and tile["block_n"] * tile["num_stages"] < 512,
-        block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4),
-        tma=(True, False) if gpu_arch() >= 90 else (False,),
-    )  # fmt: skip
+    arch = gpu_arch()
+    keys = (128, 64) if arch in (90, 100, 103) else (64, 32)
+    return [
+        Tiles(queries, keys, queries // 16, stages, tma, runs)._asdict()
+        for runs, stages, queries, keys, tma in product((1, 3), (3, 2, 4), (128, 64), keys, loads(arch))
+        if (queries + 2 * keys * stages) * head_dim * dtype.itemsize <= 227 * 1024
+    ]
 
 
 def dkv_candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int, window: int) -> list[Tile]:
     if dtype.itemsize > 2:
         return []
-    return [{**tile, "tma": False} for tile in grid(
-        lambda tile: tile["block_m"] * tile["block_n"] <= 2048 or tile["num_warps"] == 8,
-        block_m=(32, 64), block_n=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4),
-    )]  # fmt: skip
+    arch = gpu_arch()
+    hopper = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 64, 4)]
+    others = [(64, 64, 8), (32, 64, 8), (32, 64, 4)]
+    forms = [(tma, 1, ahead) for ahead in (False, True) for tma in loads(arch)] + [(False, 3, False)]
+    return [
+        Tiles(*size, stages, *form)._asdict()
+        for form, stages, size in product(forms, (3, 2), hopper if arch in (90, 100, 103) else others)
+        if form[1] == 1 or size[2] == 8  # three loops of four warps spill
+    ]
+
+
+def loads(arch: int) -> tuple[bool, ...]:
+    """`tma` to try. Hopper's products wait for each other with loads by pointers, and before it there is no TMA."""
+    return {90: (True,), 100: (True,), 103: (True,), 120: (True, False)}.get(arch, (False,))
 
 
 @triton.jit
@@ -117,3 +139,21 @@ def query_runs(n0, seq_len, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     full = min(full, stop)
     edge = max(full, min(n0 + window + 1, seq_len) // BLOCK_M * BLOCK_M)
     return start, full, edge, stop
+
+
+@triton.jit
+def hide_keys(
+    scores, offs_m, offs_n, n0, full, diagonal, window,
+    RUN: tl.constexpr, RUNS: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """The scores [BLOCK_M, BLOCK_N] of a tile in run RUN of RUNS, −inf where a query does not see the key. NARROW: both
+    edges of the window may cut one tile."""
+    left = n0 < full if RUNS == 1 else RUN == 0
+    late = n0 >= diagonal if RUNS == 1 else RUN == 2
+    if left:
+        scores = tl.where(offs_n[None, :] >= (offs_m - n0 - window)[:, None], scores, float("-inf"))
+        if NARROW:
+            scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
+    if late:
+        scores = tl.where(offs_n[None, :] <= (offs_m - n0)[:, None], scores, float("-inf"))
+    return scores

@@ -44,20 +44,25 @@ for kernel, count in launches.items():
 """
 
 
-# With three stages and loads by pointers, ptxas lets no product of attention begin before the last has ended.
+# With three stages and loads by pointers, ptxas lets no product of attention begin before the last has ended. Its own
+# tiles have descriptors; heads are a power of two or not, and a tile has one edge of the window or both.
 STAGES = """
 import torch
-from train.tune.usage import usage
+import kernels
 from kernels.rotary_attention import tiles
 from kernels.rotary_attention.forward import attention_fwd
 from train.precompile import compiling_only
+from train.tune.usage import usage
 
-q, k, v = torch.empty(1, 512, 3 * 128, device="meta", dtype=torch.bfloat16).split(128, dim=-1)
+kernels.set_ops("triton")
 with compiling_only(90) as launches:
-    own = tiles.config(128, q.dtype, 1)
-    for forward in (own.forward, tiles.Tiles(128, 64, 8, 3)):
-        tiles.config = lambda *_: own._replace(forward=forward)
-        attention_fwd(q, k, v, 128, 256)
+    for heads, window in ((1, 512), (3, 100)):
+        qkv = torch.empty(1, 1024, 3 * heads * 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        out = kernels.rotary_attention(qkv, *kernels.rotary_tables(1024, 128, device="meta"), heads, window)
+        out.backward(torch.empty_like(out))
+    own = tiles.config(128, qkv.dtype, 1)
+    tiles.config = lambda *_: own._replace(forward=tiles.Tiles(128, 64, 8, 3))
+    attention_fwd(*qkv.split(3 * 128, dim=-1), 128, 256)
 print(*[fault for kernel, count in launches.items() for fault in usage(kernel, count, warnings=True).faults(90)])
 """
 

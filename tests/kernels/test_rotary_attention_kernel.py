@@ -1,12 +1,11 @@
 """rotary_attention's kernels: interpreted at small odd shapes on a CPU, in bf16 at the real ones on a GPU."""
 
-import inspect
 import math
 
 import pytest
 import torch
 
-from kernels.common import EPS, triton
+from kernels.common import EPS
 from kernels.rotary_attention import (
     backward,
     forward,
@@ -18,19 +17,15 @@ from kernels.rotary_attention import (
     tiles,
 )
 from kernels.rotary_attention.tiles import Config, Rows, Tiles
-from tests.helpers.kernel_checks import (
-    DEVICE,
-    assert_as_good,
-    baselines,
-    compared,
-    outputs_and_gradients,
-    real_and_small,
-)
+from tests.helpers.attention_checks import check, mutated, random_inputs
+from tests.helpers.kernel_checks import DEVICE, assert_as_good, baselines, outputs_and_gradients, real_and_small
 from tests.helpers.visited_tiles import visited_tiles
 
 real_config = tiles.config
 SMALL_TILES = Config(Rows(8, 4), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1))
-TMA_TILES = SMALL_TILES._replace(forward=Tiles(32, 16, 4, 1, tma=True), dq=Tiles(16, 32, 4, 1, tma=True))
+TMA_TILES = SMALL_TILES._replace(
+    forward=Tiles(32, 16, 4, 1, tma=True), dq=Tiles(16, 32, 4, 1, tma=True), dkv=Tiles(16, 32, 4, 1, tma=True)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,35 +33,6 @@ def small_tiles(kernels_everywhere, monkeypatch):
     """Interpreted, kernels have tiles small against T."""
     if DEVICE == "cpu":
         monkeypatch.setattr(tiles, "config", lambda head_dim, dtype, num_heads: SMALL_TILES)
-
-
-def random_inputs(B, T, H, KVH, head_dim, has_ve, seed=0):
-    """qkv, ve, gate in fp64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
-
-    qkv = draw(B, T, (H + 2 * KVH) * head_dim)
-    return [qkv, draw(B, T, KVH * head_dim), draw(B, T, KVH)] if has_ve else [qkv, None, None]
-
-
-def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
-    """Output and every gradient of `op` in `dtype`, as good as the reference's in the same dtype.
-
-    Inputs of 16 bits are rounded first: that error is nobody's. `draws` are of the cotangent. The backward has a weight
-    from its exponent and a log-sum-exp of up to log₂(e)·√head_dim: rounded to fp32, that is √head_dim·2⁻²⁴ of it, where
-    PyTorch has a lone key's weight of 1 without error.
-    """
-    cos, sin = rotary_tables(inputs[0].shape[1], head_dim, device=DEVICE)
-    if dtype.itemsize == 2:
-        inputs = [None if x is None else x.to(dtype) for x in inputs]
-    functions = [
-        lambda qkv, ve, gate, f=f: f(qkv, cos, sin, H, window, ve, gate) for f in (op, rotary_attention_ref)
-    ]
-    results = compared(*functions, [inputs] * draws, dtype)
-    for name, values in zip(("out", "dqkv", "dve", "dgate"), results, strict=False):
-        assert_as_good(name, *values, method=0.0 if name == "out" else math.sqrt(head_dim) * 2.0**-24)
 
 
 @pytest.mark.parametrize(
@@ -249,16 +215,6 @@ def test_kernels_multiply_only_visited_tiles(window, monkeypatch):
     assert products == H * expected
 
 
-def mutated(kernel, old, new, path):
-    """A jitted function with one piece of its source replaced."""
-    source = inspect.getsource(kernel.fn)
-    assert source.count(old) >= 1, f"{old!r} is not in {kernel.fn.__name__}"
-    path.write_text(source.replace(old, new))
-    scope = {}
-    exec(compile(path.read_text(), str(path), "exec"), kernel.fn.__globals__ | {"triton": triton}, scope)
-    return scope[kernel.fn.__name__]
-
-
 MUTANTS = [
     (prologue, "_prologue_kernel", "y2 = x2 * cos - x1 * sin", "y2 = x2 * cos + x1 * sin"),
     (prologue, "_prologue_kernel", "v + weight[:, None] * ve", "v + weight[:, None] * ve * 0.5"),
@@ -266,14 +222,14 @@ MUTANTS = [
     (prologue, "_prologue_kernel", "LN_2 * factor", "factor"),
     (prologue, "rotary_norm_bwd", "dy1 - y1 * along", "dy1"),
     (prologue, "rotary_norm_bwd", "du1 * sin + du2 * cos", "du2 * cos - du1 * sin"),
-    (forward, "_fwd_run", "offs_m - n0 - window", "offs_m - n0 - window + 1"),
-    (forward, "_fwd_run", "<= (offs_m - n0)", "<= (offs_m - n0 + 1)"),
-    (forward, "_attention_fwd_kernel", "CAUSAL=NARROW", "CAUSAL=False"),
+    (forward, "hide_keys", "offs_m - n0 - window", "offs_m - n0 - window + 1"),
+    (forward, "hide_keys", "<= (offs_m - n0)", "<= (offs_m - n0 + 1)"),
+    (forward, "_attention_fwd_kernel", "NARROW=NARROW", "NARROW=False"),
     (forward, "_attention_fwd_kernel", "head // GROUP", "head % (NUM_HEADS // GROUP)"),
     (forward, "key_runs", "m0 + BLOCK_M - 1 - window", "m0 - window"),
     (backward, "_dq_run", "(dp + neg_delta[:, None])", "dp"),
-    (backward, "_dq_run", "offs_m - n0 - window", "offs_m - n0 - window - 1"),
-    (backward, "_attention_dq_kernel", "CAUSAL=NARROW", "CAUSAL=False"),
+    (backward, "hide_keys", "offs_m - n0 - window", "offs_m - n0 - window - 1"),
+    (backward, "_attention_dq_kernel", "NARROW=NARROW", "NARROW=False"),
     (backward, "_attention_dq_kernel", "SQUARE=LOG2_E * LOG2_E", "SQUARE=HEAD_DIM"),
     (backward, "_dkv_run", "tl.broadcast_to(neg_delta[None, :]", "tl.broadcast_to(0.0 * neg_delta[None, :]"),
     (backward, "_dkv_run", "(distance >= 0) &", ""),
@@ -300,7 +256,7 @@ WRONG_LOADS = [
     (SMALL_TILES, "head * HEAD_DIM)", "0)"),
     (SMALL_TILES, "batch.to(tl.int64) * batch_stride", "0"),
     (TMA_TILES, "head * HEAD_DIM]", "0]"),
-    (TMA_TILES, "[batch, first,", "[0, first,"),
+    (TMA_TILES, "[batch.to(tl.int32), first,", "[0, first,"),
 ]
 
 
