@@ -169,6 +169,7 @@ def tell(group: str, ledger: Ledger) -> None:
     incumbent = incumbent_of(alike)
     if incumbent and incumbent.name != group and refresh_due(alike, incumbent):
         seed, first = max(run["seed"] for run in alike) + 1, incumbent.first
-        again = command_line("train", "--group", incumbent.name, "--seed", seed)
-        print(f"due:       {incumbent.name} was last run {REFRESH} experiments ago: at its commit ({first['commit']}),"
-              f" with its own flags, {again}")  # fmt: skip
+        flags = [*(first.get("flags") or []), *(["--description", first["description"]] * bool(first["description"]))]
+        again = command_line("train", *flags, "--group", incumbent.name, "--seed", seed)
+        print(f"due:       {incumbent.name} was last run {REFRESH} experiments ago: once more, at its commit"
+              f" ({first['commit']}): {again}")  # fmt: skip

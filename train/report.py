@@ -205,13 +205,15 @@ def draw(runs: Sequence[dict], path: Path) -> None:
     """
     sets = comparable_sets(runs)
     shown = {run["run"] for run in sets[0]} if sets else set()
+    # By the numbers of the table, in which every experiment has a row.
+    places = {name: x for x, name in enumerate(experiments(runs), 1)}
     groups = experiments([run for run in runs if run["run"] in shown or run["status"] == CRASH])
     figure = new_figure(12, 6.5)
     axes = figure.subplots()
     tidy(axes)
     low, high = limits(sets[0] if sets else [])
     axes.set_ylim(low, high)
-    axes.set_xlim(0, len(groups) + 1)
+    axes.set_xlim(0, len(places) + 1)
     big, small = (8, 5) if len(groups) <= 60 else (5.5, 3.5)
     styles = {
         "keep": {"marker": "o", "color": GREEN, "ms": big, "zorder": 5},
@@ -230,7 +232,8 @@ def draw(runs: Sequence[dict], path: Path) -> None:
     before: list[dict] = []
     line, keeps, best = [], [], math.nan
     edge = axes.get_xaxis_transform()  # x in data, y as a share of the picture
-    for x, group in enumerate(groups.values(), 1):
+    for name, group in groups.items():
+        x = places[name]
         for run in group.runs:
             if run["status"] == CRASH:
                 put("crash", x, 0.02, transform=edge)
@@ -250,9 +253,10 @@ def draw(runs: Sequence[dict], path: Path) -> None:
             level = statistics.fmean(incumbent.numbers.values())
             keeps.append((x, level, best - level if best == best else 0.0, group.first["description"] or group.name))
             best = level
-        line.append(best)
+        line.append((x, best))
     if keeps:
-        axes.step(range(1, len(line) + 2), [*line, line[-1]], where="post", **styles["incumbent, mean"])
+        line.append((len(places) + 1, line[-1][1]))
+        axes.step(*zip(*line, strict=True), where="post", **styles["incumbent, mean"])
         used.add("incumbent, mean")
     for kind, style in styles.items():
         if kind in used:

@@ -17,7 +17,9 @@ from .statistics import (
     Numbers,
     decide,
     difference,
+    looks,
     noise_of,
+    paired,
 )
 
 CRASH, KEEP, DISCARD = "crash", "keep", "discard"
@@ -198,15 +200,21 @@ def _against(incumbent: Experiment, run: dict, comparable: Sequence[dict]) -> Ju
         )  # fmt: skip
     found = difference(ours, theirs, noise)
     low, high = found.interval
-    note += f": {found.mean:+.6f}, with 95 % from {low:+.6f} to {high:+.6f}, {_seeds(len(ours))}"
-    word = decide(ours, theirs, noise, (run.get("config") or {}).get("max_seeds") or MAX_SEEDS)
+    max_seeds = max((run.get("config") or {}).get("max_seeds") or MAX_SEEDS, len(ours))
+    plan, look = looks(max_seeds), len(ours) - 1
+    note += (
+        f": {found.mean:+.6f}, with 95 % from {low:+.6f} to {high:+.6f}; p {found.p:.3f}, a gain below"
+        f" {plan.better[look]:.3f}, given up above {plan.stop[look]:.3f}{_by_seed(ours, theirs)}"
+    )
+    word = decide(ours, theirs, noise, max_seeds)
     if word == BETTER:
         return Judgement(KEEP, BETTER, note)
     return Judgement(DISCARD, word if word == NOT_BETTER else f"undecided: next seed {seed}", note)
 
 
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
+def _by_seed(ours: Numbers, theirs: Numbers) -> str:
+    """What two runs of one seed differ by: nothing, where the code computes the same."""
+    return "".join(f"; on seed {seed} {value:+.6f}" for seed, value in paired(ours, theirs).items())
 
 
 def refresh_due(runs: Sequence[dict], incumbent: Experiment) -> bool:

@@ -6,7 +6,7 @@ import time
 
 import psutil
 
-WORTH_SAYING = 0.05  # of the pace: runs of one code differ by less on an idle machine
+WORTH_SAYING = 0.10  # of the pace: runs of one code differ by less on a machine with nothing else to do
 
 
 class Load:
@@ -56,6 +56,8 @@ def gpu_clock() -> dict:
 def pace_note(run: dict, other: dict) -> str:
     """Where a run was slower or faster than another by more than chance: by how much, and what may have done it."""
     ours, theirs = (e.get("summary") or {} for e in (run, other))
+    if run["budget"].endswith(" steps") and " s " not in run["budget"]:
+        return ""  # it changes no number
     if not (ours.get("tokens_per_second") and theirs.get("tokens_per_second")):
         return ""
     change = ours["tokens_per_second"] / theirs["tokens_per_second"] - 1
@@ -64,6 +66,9 @@ def pace_note(run: dict, other: dict) -> str:
     text = f"{abs(change):.0%} {'more' if change > 0 else 'fewer'} tokens a second"
     load, before = (e.get("load") or {} for e in (run, other))
     causes = []
+    size = (ours.get("num_params_M") or 0.0) / (theirs.get("num_params_M") or 1.0) - 1
+    if "num_params_M" in ours and abs(size) > 0.01:
+        causes.append(f"the model has {abs(size):.0%} {'more' if size > 0 else 'fewer'} parameters")
     cores = load.get("other_cores", 0.0) - before.get("other_cores", 0.0)
     if change < 0 and cores > 0.2:
         causes.append(f"other processes took {load['other_cores']:.1f} cores, there {before.get('other_cores', 0):.1f}")

@@ -46,18 +46,18 @@ class Noise:
 
     Args:
         variance: of a number.
-        correlation: of two experiments' numbers on one seed; 0 where that is not known yet.
+        correlation: of two experiments' numbers on one seed; None where that is not known yet.
         df: degrees of freedom of the estimate.
     """
 
     variance: float
-    correlation: float
+    correlation: float | None
     df: int
 
     @property
     def of_a_difference(self) -> float:
-        """The standard deviation of a difference of two runs on one seed."""
-        return math.sqrt(2 * self.variance * (1 - self.correlation))
+        """The standard deviation of a difference of two runs on one seed, or more where that is not known."""
+        return math.sqrt(2 * self.variance * (1 - (self.correlation or 0.0)))
 
 
 def noise_of(groups: Sequence[Numbers]) -> Noise | None:
@@ -73,7 +73,7 @@ def noise_of(groups: Sequence[Numbers]) -> Noise | None:
         return None
     left, left_df = _left_beside_group_and_seed(rows, len(repeated))
     if left_df < ENOUGH:
-        return Noise(variance, 0.0, df)
+        return Noise(variance, None, df)
     own = max(left / left_df, (1 - MOST) * variance)
     variance = max(variance, own)
     return Noise(variance, 1 - own / variance, left_df)
@@ -127,11 +127,15 @@ def _weights(both: int, ours: int, theirs: int, correlation: float) -> tuple[np.
 
 
 def difference(ours: Numbers, theirs: Numbers, noise: Noise) -> Difference:
-    """Ours less theirs, by all of both."""
+    """Ours less theirs, by all of both. Where it is not known what seeds have in common, by the pairs of one seed, as
+    if they had nothing: that owes nothing to a seed's luck, and its error is too large rather than too small."""
     both = [seed for seed in ours if seed in theirs]
+    if both and noise.correlation is None:
+        middle = fmean(ours[seed] - theirs[seed] for seed in both)
+        return Difference(middle, noise.of_a_difference / math.sqrt(len(both)), noise.df)
     alone = [value for seed, value in ours.items() if seed not in theirs]
     others = [value for seed, value in theirs.items() if seed not in ours]
-    weights, variance = _weights(len(both), len(alone), len(others), round(noise.correlation, 3))
+    weights, variance = _weights(len(both), len(alone), len(others), round(noise.correlation or 0.0, 3))
     values = [*(ours[seed] for seed in both), *(theirs[seed] for seed in both), *alone, *others]
     return Difference(float(np.dot(weights, values)), math.sqrt(noise.variance * variance), noise.df)
 
@@ -184,6 +188,11 @@ def decide(ours: Numbers, theirs: Numbers, noise: Noise, max_seeds: int = MAX_SE
         if p > stop:
             return NOT_BETTER
     return UNDECIDED
+
+
+def paired(ours: Numbers, theirs: Numbers) -> dict[int, float]:
+    """The differences on the seeds that both have."""
+    return {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
 
 
 def to_go_on(seed: int, theirs: Numbers, noise: Noise, max_seeds: int = MAX_SEEDS) -> float:

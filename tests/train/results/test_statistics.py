@@ -20,6 +20,7 @@ from train.results.statistics import (
     error_of,
     looks,
     noise_of,
+    paired,
     spread,
     to_go_on,
     welch_p,
@@ -31,7 +32,7 @@ def test_one_experiment_shows_how_much_a_number_varies():
     assert noise_of([{42: 1.0}, {42: 2.0}, {43: 3.0}]) is None
     assert noise_of([{42: 1.0, 43: 1.0}]) is None  # the same number twice shows no noise
     found = noise_of([{42: 1.0, 43: 2.0, 44: 3.0}, {42: 9.0}])
-    assert (found.variance, found.correlation, found.df) == (pytest.approx(1.0), 0.0, 2)
+    assert (found.variance, found.correlation, found.df) == (pytest.approx(1.0), None, 2)
     pooled = noise_of([{42: 1.0, 43: 2.0, 44: 3.0}, {45: 5.0, 46: 9.0}])
     assert (pooled.variance, pooled.df) == (pytest.approx((2.0 + 8.0) / 3), 3)
 
@@ -85,6 +86,19 @@ def test_where_the_seed_is_nearly_all_it_is_that_of_the_pairs():
     found = difference(ours, paired, Noise(100.0, 0.8, 7))
     assert found.mean == pytest.approx(-1.25)
     assert found.error == pytest.approx(math.sqrt(2 * 100.0 * 0.2 / 2))
+
+
+def test_where_nothing_is_known_of_the_seeds_their_luck_counts_on_neither_side():
+    """Code that computes the same is no worse on an unlucky seed, and no better on a lucky one."""
+    theirs, noise = {42: 1.000, 43: 1.010, 44: 0.990}, Noise(1e-4, None, 2)
+    for seed, value in theirs.items():
+        assert difference({seed: value}, theirs, noise).mean == 0.0
+        assert decide({seed: value}, theirs, noise) == NOT_BETTER
+    found = difference({42: 0.98, 44: 0.98}, theirs, noise)
+    assert found.mean == pytest.approx(-0.015)
+    assert found.error == pytest.approx(0.01)  # of two pairs of two runs, as if seeds had nothing in common
+    assert difference({7: 0.98}, theirs, noise).mean == pytest.approx(-0.02)  # no pair: the means are all there is
+    assert paired({42: 0.98, 9: 1.0}, theirs) == {42: pytest.approx(-0.02)}
 
 
 def test_no_other_linear_unbiased_estimate_varies_less():
