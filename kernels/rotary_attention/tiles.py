@@ -5,8 +5,8 @@ all), and tiles that the other edge cuts (masked). Tiles outside the window are 
 compute the runs are plain arithmetic: the tests run them as Python too, and hold them against the window itself.
 
 A kernel walks them in three loops, or in one in which a branch asks each tile whether it is masked: a few instructions
-a tile, where every loop has a pipeline to fill. Both give the same bits. Run RUN of RUNS goes from edges[RUN] to
-edges[RUN + 4 - RUNS], of the four edges that the functions compute.
+a tile, where every loop has a pipeline to fill. Both sum the same numbers in the same order. Run RUN of RUNS goes from
+edges[RUN] to edges[RUN + 4 - RUNS], of the four edges that the functions compute.
 """
 
 from itertools import product
@@ -86,10 +86,10 @@ def candidates(head_dim: int, dtype: torch.dtype, num_heads: int, seq_len: int, 
     if dtype.itemsize > 2:
         return []
     arch = gpu_arch()
-    keys = (128, 64) if arch in (90, 100, 103) else (64, 32)
+    blocks_n = (128, 64) if arch in (90, 100, 103) else (64, 32)
     return [
         Tiles(queries, keys, queries // 16, stages, tma, runs)._asdict()
-        for runs, stages, queries, keys, tma in product((1, 3), (3, 2, 4), (128, 64), keys, loads(arch))
+        for runs, stages, queries, keys, tma in product((1, 3), (3, 2, 4), (128, 64), blocks_n, loads(arch))
         if (queries + 2 * keys * stages) * head_dim * dtype.itemsize <= 227 * 1024
     ]
 
