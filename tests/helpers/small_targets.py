@@ -10,9 +10,9 @@ from train.tune.targets import Target, targets
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def config_of(depth: int = 2, rows: int = 1, **more) -> TrainConfig:
+def config_of(depth: int = 2, rows: int = 1, d_model: int = 64, **more) -> TrainConfig:
     return resolve(
-        TrainConfig(depth=depth, d_model=64, head_dim=32, seq_len=32, device_batch_size=rows,
+        TrainConfig(depth=depth, d_model=d_model, head_dim=32, seq_len=32, device_batch_size=rows,
                     total_batch_size=2 * 32 * rows, window_pattern="SL"[-depth:], ops="triton", **more), "cuda",
     )  # fmt: skip
 
