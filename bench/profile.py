@@ -24,7 +24,7 @@ from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from train.config import TrainConfig, resolve
-from train.device import ask_for_workspace, keep_to_the_cores_allowed
+from train.device import ask_for_workspace, keep_to_the_cores_allowed, pick_ops
 from train.memory import fit_default
 from train.tune.steps import make_step
 
@@ -148,8 +148,7 @@ def record(config: TrainConfig, vocab_size: int, steps: int, path: Path) -> None
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     kernels.set_ops(config.ops)
     try:
-        dtype = torch.bfloat16 if on_gpu else torch.float32
-        step, batches, values = make_step(config, config.model_config(vocab_size), dtype)
+        step, batches, values = make_step(config, config.model_config(vocab_size))
         for _ in range(WARM_UP):
             step(batches, values)
         with torch.profiler.profile(activities=activities) as profiler:
@@ -166,8 +165,8 @@ def record(config: TrainConfig, vocab_size: int, steps: int, path: Path) -> None
 def main(args: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = Parser("bench.profile", __doc__)
-    parser.add_argument("--ops", choices=("triton", "compile", "reference"),
-                        default="triton" if device == "cuda" else "reference")  # fmt: skip
+    parser.add_argument("--ops", choices=("triton", "cpu", "compile", "reference"),
+                        default="triton" if device == "cuda" else "cpu")  # fmt: skip
     parser.add_argument("--vocab-size", type=int, default=8192 if device == "cuda" else 1024)
     parser.add_argument("--device-batch-size", type=int, help="rows of a micro-step")
     parser.add_argument("--steps", type=int, default=2, help="to profile (default: 2)")
@@ -180,8 +179,7 @@ def main(args: list[str] | None = None) -> int:
         if options.trace:
             report(analyse(read_trace(options.trace)), options.rows)
             return 0
-        if options.ops == "triton" and device == "cpu":
-            raise InputError("--ops triton needs a CUDA device")
+        pick_ops(options.ops, device)
         keep_to_the_cores_allowed()
         ask_for_workspace()
         config = TrainConfig(ops=options.ops, device_batch_size=options.device_batch_size, graphs=options.graphs)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .choice import Choice, Tile, grid
-from .common import tl, triton, use_kernels
+from .common import tl, triton, use_cpu_forms, use_kernels
+from .cpu import adamw_update_cpu
 
 # Columns of a row of hyperparameters (fp32, on the device: a captured step reads them anew at every replay).
 LR, BIAS1, BIAS2 = 0, 1, 2
@@ -187,7 +188,8 @@ def adamw_update(
     Raises:
         ValueError: shapes, dtypes, strides or addresses that the kernel does not take.
     """
-    update = _launch if use_kernels(masters[0]) else adamw_update_ref
+    plain = adamw_update_cpu if use_cpu_forms() else adamw_update_ref
+    update = _launch if use_kernels(masters[0]) else plain
     update(masters, grads, exp_avgs, exp_avg_sqs, copies, hyper, apply, betas, eps)
 
 

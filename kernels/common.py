@@ -22,7 +22,7 @@ except ImportError:  # there is no Triton for macOS: there the kernels are defin
 
 __all__ = [
     "EPS", "Factors", "GradScaled", "compiles", "device_type", "gpu_arch", "graph_is_kept", "layer_weight",
-    "ops_in_force", "recomputed", "set_ops", "tl", "triton", "upcast", "use_kernels",
+    "ops_in_force", "recomputed", "set_ops", "tl", "triton", "upcast", "use_cpu_forms", "use_kernels",
 ]  # fmt: skip
 
 EPS = 2.0**-23  # fp32's machine epsilon, everywhere a norm divides
@@ -56,11 +56,11 @@ _meta_device = "cuda"
 
 def set_ops(ops: str | None) -> None:
     """Chooses for every op at once: "triton" (the kernels, on any device: the interpreter and meta tensors reach them
-    too), "reference", "compile" (the references, for a caller who compiles what calls them), or None for the default:
-    kernels on a GPU, references on a CPU."""
+    too), "cpu" (kernels/cpu), "reference", "compile" (the references, for a caller who compiles what calls them), or
+    None for the default: kernels on a GPU, references on a CPU."""
     global _ops
-    if ops not in ("triton", "reference", "compile", None):
-        raise ValueError(f"ops {ops!r} must be 'triton', 'reference', 'compile' or None")
+    if ops not in ("triton", "cpu", "reference", "compile", None):
+        raise ValueError(f"ops {ops!r} must be 'triton', 'cpu', 'reference', 'compile' or None")
     _ops = ops
 
 
@@ -90,6 +90,11 @@ def use_kernels(x: Tensor) -> bool:
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         raise ValueError(f"a tensor is on {x.device}, and kernels run on the current one: torch.cuda.set_device first")
     return True
+
+
+def use_cpu_forms() -> bool:
+    """Whether an op runs its form for a CPU (kernels/cpu)."""
+    return _ops == "cpu"
 
 
 def gpu_arch() -> int:

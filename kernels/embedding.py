@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import Choice, Tile, elements, grid
-from .common import tl, triton, use_kernels
+from .common import tl, triton, use_cpu_forms, use_kernels
+from .cpu import embedding_cpu
 
 
 def embedding_ref(tokens: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
@@ -223,6 +224,8 @@ def embedding(tokens: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: tokens that are no integers, or tables that the kernels do not take.
     """
+    if use_cpu_forms():
+        return embedding_cpu(tokens, tables)
     if not use_kernels(tables[0]):
         return embedding_ref(tokens, tables)
     return list(_Embedding.apply(tokens, [getattr(table, "main_grad", None) for table in tables], *tables))

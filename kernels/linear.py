@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import use_kernels
+from .common import use_cpu_forms, use_kernels
+from .cpu import linear_cpu
 from .product import product
 from .weight_grad import weight_grad
 
@@ -76,6 +77,8 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None, overwrite:
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
+    if use_cpu_forms():
+        return linear_cpu(x, weight, residual)
     if not use_kernels(x):
         return linear_ref(x, weight, residual)
     overwrite = overwrite and residual is not None and residual.is_contiguous()

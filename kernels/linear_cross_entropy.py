@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import Choice, Tile, elements, grid
-from .common import device_type, tl, triton, upcast, use_kernels
+from .common import device_type, tl, triton, upcast, use_cpu_forms, use_kernels
+from .cpu import linear_cross_entropy_cpu, token_losses_cpu
 from .product import product
 from .weight_grad import weight_grad
 
@@ -31,6 +32,8 @@ MAX_SOFTCAP = 64.0  # V·e^c stays finite in fp32
 
 def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = SOFTCAP) -> Tensor:
     """x: [..., D]; weight: [V, D]. Returns [..., V] in fp32 or wider: for sampling, where one row is wanted."""
+    if use_cpu_forms():
+        x = x.to(weight.dtype)
     return softcap * torch.tanh(upcast(F.linear(x, weight)) / softcap)
 
 
@@ -170,6 +173,10 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> None:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected [N, D] and [V, D]")
     if targets.shape != x.shape[:1] or targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"targets: {tuple(targets.shape)} {targets.dtype}, expected [{x.shape[0]}] int32 or int64")
+    _check_softcap(softcap)
+
+
+def _check_softcap(softcap: float) -> None:
     if not 0 < softcap <= MAX_SOFTCAP:
         raise ValueError(f"softcap {softcap} must be above 0 and at most {MAX_SOFTCAP:g}")
 
@@ -242,7 +249,7 @@ def linear_cross_entropy(
     Args:
         x: [N, D]; weight: [V, D]. Where `weight` carries `main_grad`, the kernels add its gradient there.
         targets: [N], integers in [0, V), or −1 for a token that does not count.
-        softcap: above 0; for the kernels at most 64.
+        softcap: above 0; at most 64, but for the references.
         reduction: "mean" over the tokens that count, or "none" for one loss a token, 0 where it does not count. "none"
             is for evaluation: with gradients enabled the reference does it, and holds the logits of all rows.
 
@@ -259,6 +266,8 @@ def linear_cross_entropy(
     if kernels:
         _check(x, weight, targets, softcap)
         targets = targets.contiguous()
+    elif use_cpu_forms():
+        _check_softcap(softcap)
     if not kernels and torch.compiler.is_compiling():
         # As the published system compiles it: the chunks take gradients inside their forward, which cannot be traced.
         # The compiler fuses what follows the product, so of all rows only z is kept, and in the dtype of x.
@@ -268,9 +277,13 @@ def linear_cross_entropy(
             return linear_cross_entropy_ref(x, weight, targets, softcap, reduction)
         if kernels:
             return _LinearCrossEntropy.apply(x, weight, targets, softcap, getattr(weight, "main_grad", None))
+        if use_cpu_forms():
+            return linear_cross_entropy_cpu(x, weight, targets, softcap, IGNORED)
         return _ChunkedMean.apply(x, weight, targets, softcap)
     if kernels:
         losses = _chunked_losses(x, weight, targets, softcap)
+    elif use_cpu_forms():
+        losses = token_losses_cpu(x, weight, targets, softcap, IGNORED)
     else:
         rows = _chunk_rows(weight.shape[0], x)
         parts = zip(x.split(rows), targets.split(rows), strict=True)

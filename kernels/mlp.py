@@ -32,7 +32,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .choice import Choice, Tile
-from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_kernels
+from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_cpu_forms, use_kernels
+from .cpu import relu2_mlp_cpu, rms_norm_cpu
 from .gemm import (
     column_halves,
     fitting_tile,
@@ -368,15 +369,19 @@ class _Relu2MLP(torch.autograd.Function):
         return dx, dw_fc, dw_proj, dout if needs_dresidual else None, None, None, None, None
 
 
+def _norm_relu2_mlp_cpu(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    return relu2_mlp_cpu(rms_norm_cpu(x)[1], w_fc, w_proj, x)
+
+
 def _run(
-    reference: Callable, x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor | None, recompute: bool,
+    plain: Callable, x: Tensor, w_fc: Tensor, w_proj: Tensor, residual: Tensor | None, recompute: bool,
     overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     if not use_kernels(x):
         inputs = (x, w_fc, w_proj) if residual is None else (x, w_fc, w_proj, residual)
         if recompute and torch.is_grad_enabled():
-            return checkpoint(reference, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return reference(*inputs)
+            return checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return plain(*inputs)
     main_grads = getattr(w_fc, "main_grad", None), getattr(w_proj, "main_grad", None)
     overwrite = overwrite and residual.is_contiguous()
     return _Relu2MLP.apply(x, w_fc, w_proj, residual, *main_grads, recompute, overwrite)
@@ -406,13 +411,15 @@ def relu2_mlp(
         if x.rstd is not None or x.stream is not residual:
             raise ValueError("x: only the factors that `norm_factors(residual)` returns, without x0")
         return norm_relu2_mlp(residual, w_fc, w_proj, recompute)
-    return _run(relu2_mlp_ref, x, w_fc, w_proj, residual, recompute, overwrite)
+    plain = relu2_mlp_cpu if use_cpu_forms() else relu2_mlp_ref
+    return _run(plain, x, w_fc, w_proj, residual, recompute, overwrite)
 
 
 def norm_relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, recompute: bool = False) -> Tensor:
     """The same block on the stream itself, [..., D], which it norms and which is its residual; its arguments and errors
     are those of `relu2_mlp`. Not yet timed."""
-    return _run(norm_relu2_mlp_ref, x, w_fc, w_proj, None, recompute)
+    plain = _norm_relu2_mlp_cpu if use_cpu_forms() else norm_relu2_mlp_ref
+    return _run(plain, x, w_fc, w_proj, None, recompute)
 
 
 def cost(

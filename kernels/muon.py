@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .choice import Choice, Tile, elements, grid
-from .common import tl, triton, use_kernels
+from .common import tl, triton, use_cpu_forms, use_kernels
+from .cpu import muon_update_cpu
 from .polar_express import polar_express, polar_express_ref
 
 BETA2 = 0.95
@@ -266,6 +267,9 @@ def muon_update(
     Raises:
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
+    if use_cpu_forms():
+        muon_update_cpu(master, grad, momentum, second_moment, copy, hyper, apply, iterate_dtype, BETA2)
+        return
     update = _launch if use_kernels(master) else muon_update_ref
     update(master, grad, momentum, second_moment, copy, hyper, apply, iterate_dtype)
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import Choice, Tile
-from .common import Factors, GradScaled, tl, triton, use_kernels
+from .common import Factors, GradScaled, tl, triton, use_cpu_forms, use_kernels
+from .cpu import qkv_projection_cpu
 from .gemm import GROUP_M, gemm_candidates, gemm_config, gemm_grid, gemm_tile, tile_offsets
 from .product import product
 from .weight_grad import weight_grad
@@ -150,6 +151,8 @@ def qkv_projection(
     if use_kernels(x):
         main_grads = getattr(weight, "main_grad", None), getattr(gate_weight, "main_grad", None)
         qkv, gate = _QKVProjection.apply(x, weight, gate_weight, rstd, *main_grads)
+    elif use_cpu_forms():
+        qkv, gate = qkv_projection_cpu(rstd[..., None] * x if factored else x, weight, gate_weight)
     else:
         qkv, gate = qkv_projection_ref(x, weight, gate_weight, rstd)
     if not factored:

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import Choice, Tile, elements, grid
-from .common import EPS, Factors, gpu_arch, tl, triton, upcast, use_kernels
+from .common import EPS, Factors, gpu_arch, tl, triton, upcast, use_cpu_forms, use_kernels
+from .cpu import rms_norm_cpu
 
 
 def rms_norm_ref(
@@ -289,7 +290,8 @@ def rms_norm(
         ValueError: shapes, dtypes or strides that the kernels do not take.
     """
     if not use_kernels(x):
-        s, *rest = rms_norm_ref(x, x0, lambda_r, lambda_0)
+        norm = rms_norm_cpu if use_cpu_forms() else rms_norm_ref
+        s, *rest = norm(x, x0, lambda_r, lambda_0)
         return None if y_only else s, *rest
     dlambda_r, dlambda_0 = getattr(lambda_r, "main_grad", None), getattr(lambda_0, "main_grad", None)
     return _RMSNorm.apply(x, x0, lambda_r, lambda_0, dlambda_r, dlambda_0, "y" if y_only else "s, y")

@@ -137,9 +137,9 @@ class TrainConfig:
 
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"),
                                 begins="machine")  # fmt: skip
-    ops: str | None = option(None, "triton kernels, PyTorch reference, or the reference under torch.compile"
-                             " (default: triton on a GPU, else reference)",
-                             choices=("triton", "reference", "compile"))  # fmt: skip
+    ops: str | None = option(None, "triton kernels, forms for a CPU, PyTorch reference, or the reference under"
+                             " torch.compile (default: triton on a GPU, else cpu)",
+                             choices=("triton", "cpu", "reference", "compile"))  # fmt: skip
     graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
     device_batch_size: int | None = option(None, "rows of a micro-step")
     autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
@@ -177,6 +177,12 @@ class TrainConfig:
     @property
     def grad_accum_steps(self) -> int:
         return self.total_batch_size // self.micro_batch_tokens
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """Of the parameters as the forward reads them. Where it is not fp32, the optimizer has fp32 masters beside."""
+        bf16 = self.device == "cuda" or (self.ops == "cpu" and self.autocast)
+        return torch.bfloat16 if bf16 else torch.float32
 
     @property
     def model_options(self) -> dict[str, bool]:

@@ -89,29 +89,31 @@ def gpu_name() -> str:
 
 
 def pick_ops(wanted: str | None, device: str) -> str:
-    """Triton kernels, references or compiled references, set for every op. Raises InputError where Triton has no
-    device to run on, or no way to it, or torch.compile no compiler."""
+    """Which forms of the ops, set for every op. Raises InputError where Triton has no device to run on, or no way to
+    it, torch.compile no compiler, or the forms for a CPU are to run on a GPU."""
     if wanted == "triton" and device == "cpu":
         raise InputError("--ops triton needs a CUDA device: leave the flag out to train on the references")
+    if wanted == "cpu" and device == "cuda":
+        raise InputError("--ops cpu is for a CPU: leave the flag out to train by the kernels, or take --device cpu")
     if wanted == "compile":
         check_compiler(device)
-    ops = wanted or ("triton" if device == "cuda" else "reference")
+    ops = wanted or ("triton" if device == "cuda" else "cpu")
     if ops == "triton":
         check_launching()
     kernels.set_ops(ops)
     return ops
 
 
-def ops_of_run(config: TrainConfig, shape: GPTConfig, device: str, compiles: bool = True) -> str:
-    """The ops that a finished run's model is computed with, set for every op: its own, as long as it is on its own
-    device, else the default, which is the references for a shape that the kernels do not take. `compiles` False: what
-    was compiled is not, for a caller whose shapes change with every call."""
+def on_device(config: TrainConfig, shape: GPTConfig, device: str, compiles: bool = True) -> TrainConfig:
+    """A finished run's configuration as its model is computed on `device`, the ops set for every op: its own, as long
+    as it is on its own device, else the default, which is the references for a shape that the kernels do not take.
+    `compiles` False: what was compiled is not, for a caller whose shapes change with every call."""
     wanted = config.ops if device == config.device else None
     if wanted == "compile" and not compiles:
         wanted = "reference"
-    if wanted is None and why_not_kernels(shape.head_dim, shape.d_model):
+    if wanted is None and device == "cuda" and why_not_kernels(shape.head_dim, shape.d_model):
         wanted = "reference"
-    return pick_ops(wanted, device)
+    return dataclasses.replace(config, device=device, ops=pick_ops(wanted, device))
 
 
 def pick_graphs(wanted: bool | None, device: str, ops: str) -> bool:

@@ -12,7 +12,7 @@ from prepare.errors import one_line
 from prepare.words import printable
 
 from .config import TrainConfig
-from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
+from .device import keep_to_the_cores_allowed, on_device, pick_device
 from .memory import halving, is_out_of_memory
 from .results.audit import ROUNDED_MEAN, audit
 from .results.ledger import HOLDOUT, Ledger, name_of
@@ -53,7 +53,8 @@ def evaluate(options) -> int:
     model, tokenizer, saved = load_run(options.run, device)
     config = TrainConfig.from_json(saved["config"])
     choose(saved_tiles(saved).table)
-    ops = ops_of_run(config, model.config, device)
+    config = on_device(config, model.config, device)
+    model.to_forward_dtype(config.forward_dtype)
     try:
         data = Dataset.open(options.data or saved["data"]["folder"])
     except InputError as error:
@@ -84,7 +85,7 @@ def evaluate(options) -> int:
     recorded = None if options.data else recorded_summary(Path(options.run))
     found = halving(
         lambda rows: audit(
-            score, model, data, ops, config.seq_len, config.packing, batch_size=rows, rows=AUDITED_ROWS,
+            score, model, data, config.ops, config.seq_len, config.packing, batch_size=rows, rows=AUDITED_ROWS,
             recorded=recorded and recorded["fingerprint"],
         ), rows, device,
     )  # fmt: skip

@@ -93,9 +93,10 @@ class _AttentionWithoutScores(TorchFunctionMode):
 def _counting(config: TrainConfig, limit: float) -> Iterator[LiveBytes]:
     """Inside, ops on tensors of device "meta" do what they do on the run's device, and launch nothing. The compiled
     references are counted as they are, and autocast as fp32: neither keeps more than that."""
+    ops = "reference" if config.ops == "compile" else config.ops
     with ExitStack() as stack:
-        stack.enter_context(kernels.ops_in_force("triton" if config.ops == "triton" else "reference", config.device))
-        stack.enter_context(_launches_left_out() if config.ops == "triton" else _AttentionWithoutScores(config.device))
+        stack.enter_context(kernels.ops_in_force(ops, config.device))
+        stack.enter_context(_launches_left_out() if ops == "triton" else _AttentionWithoutScores(config.device))
         yield stack.enter_context(LiveBytes(limit))
 
 
@@ -103,7 +104,7 @@ def count(config: TrainConfig, shape: GPTConfig, rows: int, limit: float = float
     """What a step in micro-steps of `rows` rows needs. Raises TooMuchError beyond `limit` bytes."""
     with _counting(config, limit) as memory:
         model = GPT(shape, device="meta", **config.model_options)
-        optimizer = Optimizer(model, config, forward_dtype(config.device))
+        optimizer = Optimizer(model, config, config.forward_dtype)
         state = memory.now
         tokens = torch.empty(rows, shape.seq_len, dtype=torch.int32, device="meta")
         loss = model(tokens, tokens)
@@ -111,11 +112,6 @@ def count(config: TrainConfig, shape: GPTConfig, rows: int, limit: float = float
         optimizer.update(loss.detach())
         snapshot = sum(t.nbytes for t in optimizer.state().values()) if config.device == "cpu" else 0
         return Need(state + snapshot, memory.peak - state)
-
-
-def forward_dtype(device: str) -> torch.dtype:
-    """Of the parameters as the forward reads them."""
-    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def available_bytes(device: str) -> int:

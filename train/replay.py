@@ -13,7 +13,7 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 
 from .config import TrainConfig
-from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
+from .device import keep_to_the_cores_allowed, on_device, pick_device
 from .memory import is_out_of_memory
 from .optimizer import Optimizer
 from .resilience.failure import find, layers, read_failure
@@ -79,9 +79,9 @@ def replay(run: Path, wanted_device: str | None) -> bool:
     config = TrainConfig.from_json(saved["config"])
     device = pick_device(wanted_device or config.device)
     kernels.choose(saved_tiles(saved).table)
-    ops_of_run(config, shape, device)
+    config = on_device(config, shape, device)
     model = build_model(shape, failure.parameters, device, run)
-    optimizer = Optimizer(model, config, torch.bfloat16 if device == "cuda" else torch.float32)
+    optimizer = Optimizer(model, config, config.forward_dtype)
     step = TrainStep(model, optimizer, config.autocast)
     torch.set_rng_state(failure.generators["rng.cpu"])
     if device == "cuda" and "rng.cuda" in failure.generators:

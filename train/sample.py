@@ -9,7 +9,7 @@ from prepare.errors import one_line
 from prepare.words import printable
 
 from .config import MAX_SEED, TrainConfig
-from .device import keep_to_the_cores_allowed, ops_of_run, pick_device
+from .device import keep_to_the_cores_allowed, on_device, pick_device
 from .generate import generate
 from .results.run_folder import load_run
 from .tune import saved_tiles
@@ -38,7 +38,8 @@ def main(args: list[str] | None = None) -> int:
         device = pick_device(options.device)
         model, tokenizer, saved = load_run(options.run, device)
         choose(saved_tiles(saved).table)
-        ops_of_run(TrainConfig.from_json(saved["config"]), model.config, device, compiles=False)
+        config = on_device(TrainConfig.from_json(saved["config"]), model.config, device, compiles=False)
+        model.to_forward_dtype(config.forward_dtype)
         special = list(range(tokenizer.bos, tokenizer.vocab_size))
         given = options.prompt.encode(errors="surrogateescape").decode(errors="replace")  # what is no UTF-8 is U+FFFD
         prompt = [tokenizer.bos, *tokenizer.encode(given)]

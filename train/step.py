@@ -24,7 +24,7 @@ class TrainStep:
     """
 
     def __init__(self, model: GPT, optimizer: Optimizer | None, autocast: bool = False):
-        """`optimizer` None: for evaluation alone. `autocast` matters on a CPU alone."""
+        """`optimizer` None: for evaluation alone. `autocast` matters on a CPU alone, to parameters in fp32."""
         # The parts of a split sum are added in fp32 and rounded once, as everywhere else. Here, so that evaluations,
         # replays and benchmarks of a step multiply as the run does: the setting is the process's. And what is fp32 is
         # fp32: some containers ask for TF32 by the environment, which the audit's tolerance does not allow for.
@@ -39,7 +39,8 @@ class TrainStep:
 
     def precision(self):
         """The context the forward runs in: bf16 matrix products on a CPU that has them, nothing elsewhere."""
-        return torch.autocast("cpu", torch.bfloat16) if self.autocast and self.device.type == "cpu" else nullcontext()
+        wanted = self.autocast and self.device.type == "cpu" and self.model.wte.dtype == torch.float32
+        return torch.autocast("cpu", torch.bfloat16) if wanted else nullcontext()
 
     def __call__(
         self, batches: Sequence[Batch], values: StepValues, apply: bool = True

@@ -30,7 +30,6 @@ from .loop import train
 from .memory import (
     check_fits,
     fit_default,
-    forward_dtype,
     halving,
     is_out_of_memory,
     out_of_memory_is_input_error,
@@ -186,7 +185,7 @@ def build(decided: Decided, record: Record, stack: ExitStack) -> Built:
     torch.manual_seed(config.seed)
     model = GPT(decided.shape, device=config.device, **config.model_options)
     model.init_weights(config.seed)
-    optimizer = Optimizer(model, config, forward_dtype(config.device))
+    optimizer = Optimizer(model, config, config.forward_dtype)
     step = TrainStep(model, optimizer, config.autocast)
     with record.timed("compile"):
         if kernels_compile and (why := kernels_compile.wait()):

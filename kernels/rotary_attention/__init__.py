@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common import GradScaled, use_kernels
+from ..common import GradScaled, use_cpu_forms, use_kernels
+from ..cpu import rotary_attention_cpu
 from .backward import attention_bwd
 from .compiled import compiled_attention, compiled_window_attention, prepare_compiled_attention
 from .forward import attention_fwd
@@ -146,6 +147,8 @@ def rotary_attention(
     gate = gate.tensor if scaled and gate is not None else gate
     if use_kernels(qkv):
         return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale)
+    if use_cpu_forms():
+        return rotary_attention_cpu(qkv, cos, sin, num_heads, window, ve, gate)
     if torch.compiler.is_compiling():
         return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate, compiled_window_attention)
     return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)

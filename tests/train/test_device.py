@@ -129,22 +129,25 @@ def test_a_run_is_scored_with_its_own_ops(monkeypatch):
         ("cuda", "reference", usual, "cuda", "reference"), ("cuda", "reference", wide, "cuda", "reference"),
         ("cuda", "triton", usual, "cuda", "triton"), ("cuda", "compile", wide, "cuda", "compile"),
         ("cpu", "reference", usual, "cuda", "triton"), ("cpu", "reference", wide, "cuda", "reference"),
-        ("cuda", "triton", usual, "cpu", "reference"), ("cpu", "compile", usual, "cpu", "compile"),
+        ("cuda", "triton", usual, "cpu", "cpu"), ("cpu", "compile", usual, "cpu", "compile"),
+        ("cpu", "reference", usual, "cpu", "reference"), ("cuda", "triton", wide, "cpu", "cpu"),
     ):  # fmt: skip
         config = resolve(TrainConfig(ops=ops, d_model=256, head_dim=shape.head_dim), of)
-        assert device.ops_of_run(config, shape, on) == expected
-    assert device.ops_of_run(resolve(TrainConfig(ops="compile"), "cpu"), usual, "cpu", compiles=False) == "reference"
+        found = device.on_device(config, shape, on)
+        assert (found.ops, found.device) == (expected, on)
+    compiled = resolve(TrainConfig(ops="compile"), "cpu")
+    assert device.on_device(compiled, usual, "cpu", compiles=False).ops == "reference"
 
 
 @pytest.mark.parametrize("command", [evaluate.main, lambda args: sample.main([*args, "--tokens", "2"])],
                          ids=["evaluate", "sample"])  # fmt: skip
-def test_a_finished_run_of_references_asks_for_no_kernel(small_run, monkeypatch, command):
+def test_a_finished_run_of_a_cpu_asks_for_no_kernel(small_run, monkeypatch, command):
     """Looking at it takes the ops that its configuration has."""
     asked = []
     pick = device.pick_ops
     monkeypatch.setattr(device, "pick_ops", lambda wanted, on: asked.append(wanted) or pick(wanted, on))
     assert command([str(small_run), "--device", "cpu"]) == 0
-    assert asked == ["reference"]
+    assert asked == ["cpu"]
 
 
 def test_what_is_fp32_is_fp32_whatever_the_environment_asks_for(small_run, monkeypatch):

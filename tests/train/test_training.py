@@ -106,14 +106,16 @@ def test_same_seed_same_losses_bit_for_bit(corpus, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_two_threads_give_the_same_bits_twice():
+@pytest.mark.parametrize("ops", ["cpu", "reference"])
+def test_two_threads_give_the_same_bits_twice(ops):
     """At the CPU's default shape: the tests' own is too small for a second thread, and has one (conftest.py)."""
-    config = resolve(TrainConfig(ops="reference"), "cpu")
+    config = resolve(TrainConfig(ops=ops), "cpu")
     torch.set_num_threads(2)
     try:
-        once, again = (steps.make_step(config, config.model_config(1024), torch.float32) for _ in range(2))
-        for step, batches, values in (once, again):
-            step(batches, values)
+        with kernels.ops_in_force(config.ops):
+            once, again = (steps.make_step(config, config.model_config(1024)) for _ in range(2))
+            for step, batches, values in (once, again):
+                step(batches, values)
     finally:
         torch.set_num_threads(1)
     for p, q in zip(once[0].model.parameters(), again[0].model.parameters(), strict=True):

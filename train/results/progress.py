@@ -113,7 +113,8 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     ops = f"{config.ops} ops"
     if config.ops == "compile":
         ops += f" ({kernels.compiled_attention(torch.device(config.device))})"
-    print(f"device: {where}, {ops}{', bf16 autocast' if config.autocast else ''}")
+    precision = "" if not config.autocast else ", bf16" if config.ops == "cpu" else ", bf16 autocast"
+    print(f"device: {where}, {ops}{precision}")
     print(f"data:   {printable(data.source)}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
     print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
     micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"

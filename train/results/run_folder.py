@@ -170,7 +170,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Model (fp32 on a CPU; bf16, scalars excepted, on a GPU), tokenizer and config.json of a finished run.
+    """Model (in fp32), tokenizer and config.json of a finished run.
 
     Raises InputError where the folder is no finished run.
     """
@@ -184,8 +184,6 @@ def load_run(folder: str | Path, device: str = "cpu") -> tuple[GPT, Tokenizer, d
         raise InputError(f"{folder / 'tokenizer.json'} is not the tokenizer of this run; {_MEND}")
     weights = load_tensors(folder / "model.safetensors", _MEND)
     model = build_model(shape, weights, device, folder)
-    if device == "cuda":
-        model.to_forward_dtype(torch.bfloat16)
     return model.eval(), tokenizer, saved
 
 
