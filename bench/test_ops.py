@@ -32,6 +32,7 @@ VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 HEAD_ROWS = 32768  # of a chunk of the head, about
 HAS_VE, WITHOUT = (("has_ve", True),), (("has_ve", False),)
+KEY_OFFSET = (*HAS_VE, ("key_offset", True))
 # head_dim 64, fewer key-value heads, sizes that are no multiple of any tile.
 OTHER_SIZES = {
     "cuda": (
@@ -40,6 +41,7 @@ OTHER_SIZES = {
         Op("rotary_attention, head_dim 64", 1, "rotary_attention", (128, 2048, 8, 8, 64, 1024), HAS_VE),
         Op("rotary_attention, grouped", 1, "rotary_attention", (64, 2048, 8, 2, 128, 2048), WITHOUT),
         Op("rotary_attention, odd", 1, "rotary_attention", (65, 1999, 4, 4, 128, 777), HAS_VE),
+        Op("rotary_attention, key offset", 1, "rotary_attention", (128, 2048, 4, 4, 128, 2048), KEY_OFFSET),
         Op("relu2_mlp, wider", 1, "mlp", (131072, 768, 3072)),
         Op("linear_cross_entropy, wider", 1, "linear_cross_entropy", (65536, 768, 50257)),
     ),

@@ -16,6 +16,7 @@ class GPTConfig:
     head_dim: int = 128
     num_kv_heads: int = 0  # 0: as many as heads
     window_pattern: str = "SSSL"  # repeated over the layers; S sees T/2 keys back, L all; the last layer is always L
+    key_offset: bool = False  # on L layers the slow half of each key's channels is that of the token before
 
     def __post_init__(self):
         if self.depth < 1:
@@ -28,6 +29,8 @@ class GPTConfig:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide the {self.num_heads} heads")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern {self.window_pattern!r} must be a string of S and L")
+        if self.key_offset and self.head_dim % 4:
+            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4: key_offset moves half of its pairs")
 
     @property
     def num_heads(self) -> int:
@@ -47,6 +50,11 @@ class GPTConfig:
         short, full = self.seq_len // 2, self.seq_len
         pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)] + ["L"]
         return [short if kind == "S" else full for kind in pattern]
+
+    @property
+    def offset_layers(self) -> list[int]:
+        """Layers with a key offset: those that see all."""
+        return [i for i, window in enumerate(self.windows) if self.key_offset and window == self.seq_len]
 
     @property
     def ve_layers(self) -> list[int]:

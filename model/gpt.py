@@ -165,8 +165,9 @@ class GPT(nn.Module):
             qkv, gate = kernels.qkv_projection(y, w_qkv, w_gate)
         with _forgetting(ve, lambda: look_up()[0], recompute and value is not None):
             attn = kernels.rotary_attention(
-                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True
-            )
+                qkv, self.cos, self.sin, config.num_heads, config.windows[i], ve, gate, overwrite=True,
+                key_offset=i in config.offset_layers,
+            )  # fmt: skip
         # A factor is also what the products before attention have kept.
         x = kernels.linear(attn, weight(self.w_out, i), residual=x, overwrite=not self.fused_norms)
         x, y = norm(x)

@@ -111,6 +111,7 @@ class TrainConfig:
     num_kv_heads: int = option(0, "key-value heads; 0: as many as heads")
     seq_len: int | None = option(None, "tokens a row")
     window_pattern: str = option("SSSL", "attention windows, repeated over the layers: S half, L all; the last is L")
+    key_offset: bool = option(False, "on L layers the slow rotary half of each key is that of the token before")
 
     total_batch_size: int | None = option(None, "tokens of a step, a multiple of device_batch_size x seq_len",
                                          begins="optimizer")  # fmt: skip
@@ -199,6 +200,7 @@ class TrainConfig:
                 head_dim=self.head_dim,
                 num_kv_heads=self.num_kv_heads,
                 window_pattern=self.window_pattern,
+                key_offset=self.key_offset,
             )
         except ValueError as error:
             raise InputError(str(error)) from None

@@ -70,12 +70,20 @@ class GPT(nn.Module):
             j = config["ve_layers"].index(i)
             gate = 2 * torch.sigmoid(F.linear(x[..., : config["gate_channels"]], self.w_gate[j]))
             v = v + gate[..., None] * F.embedding(tokens, self.value_embeddings[j]).view_as(v)
+        if i in config["offset_layers"]:
+            k = self.offset(k)
         q, k = self.norm(self.rotate(q)), self.norm(self.rotate(k))
         distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
         mask = (distance >= 0) & (distance <= window)
         k, v = (y.repeat_interleave(heads // kv_heads, dim=2) for y in (k, v))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T, head_dim]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def offset(self, k: Tensor) -> Tensor:
+        """Of keys [B, T, KVH, head_dim] every other quarter is that of the token before; the first has its own."""
+        before = torch.cat([k[:, :1], k[:, :-1]], dim=1)
+        own, late = k.chunk(4, dim=-1), before.chunk(4, dim=-1)
+        return torch.cat([own[0], late[1], own[2], late[3]], dim=-1)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotary positions on [B, T, H, head_dim]: its halves are the two coordinates."""

@@ -148,7 +148,8 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
         folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
         stack.enter_context(saying_how_to_go_on(folder))
         checkpoint = newest_checkpoint(folder.checkpoints)
-        check_same(str(checkpoint.path), config.fixed(), checkpoint.values["config"], "config.json was changed")
+        then = TrainConfig.from_json(checkpoint.values["config"]).fixed()  # what is newer than it at its default
+        check_same(str(checkpoint.path), config.fixed(), then, "config.json was changed")
         record.goes_on_from(checkpoint.values)
     keep_to_the_cores_allowed()
     default_batch = config.device_batch_size is None

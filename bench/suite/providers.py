@@ -113,8 +113,8 @@ def mixed_norm(norm: Callable, x, x0=None, lambda_r=None, lambda_0=None):
 
 
 def flash_attention(module: str) -> dict[str, Function]:
-    """FlashAttention, 2 or 3 by its module. Rotary, QK-norm and value embedding around it are the reference's,
-    compiled: as a user of it would have them."""
+    """FlashAttention, 2 or 3 by its module. Rotary, QK-norm, key offset and value embedding around it are the
+    reference's, compiled: as a user of it would have them."""
     attend = import_module(module).flash_attn_func
 
     def window_attention(q, k, v, window):
@@ -125,8 +125,8 @@ def flash_attention(module: str) -> dict[str, Function]:
     def compiled():
         return torch.compile(rotary_attention_ref, dynamic=False)
 
-    def rotary_attention(qkv, ve=None, gate=None, *, cos, sin, num_heads, window):
-        return compiled()(qkv, cos, sin, num_heads, window, ve, gate, window_attention)
+    def rotary_attention(qkv, ve=None, gate=None, *, cos, sin, num_heads, window, key_offset=False):
+        return compiled()(qkv, cos, sin, num_heads, window, ve, gate, window_attention, key_offset)
 
     return {"rotary_attention": rotary_attention}
 

@@ -99,9 +99,28 @@ def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
+def _slow(half_of_keys: Tensor) -> Tensor:
+    """Of one half of the channels [B, KVH, T, half], those that turn slowly."""
+    return half_of_keys[..., half_of_keys.shape[-1] // 2 :]
+
+
+def _offset_(half_of_keys: Tensor) -> None:
+    """The slow channels of each key are those of the one before; the first keeps its own."""
+    slow = _slow(half_of_keys)
+    slow[:, :, 1:] = slow[:, :, :-1].clone()
+
+
+def _offset_backward_(grad: Tensor) -> None:
+    slow = _slow(grad)
+    first = slow[:, :, 0].clone()
+    slow[:, :, :-1] = slow[:, :, 1:].clone()
+    slow[:, :, -1] = 0
+    slow[:, :, 0] += first
+
+
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate):
+    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, key_offset):
         B, T, width = qkv.shape
         half = cos.shape[-1]
         head_dim = 2 * half
@@ -113,7 +132,11 @@ class _RotaryAttention(torch.autograd.Function):
         x = heads[:, :, :normed].transpose(1, 2)
         x1, x2 = (_contiguous(part, wide) for part in x.split(half, dim=-1))  # [B, N, T, half]
         cos, sin = cos[:T].to(wide), sin[:T].to(wide)
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(head_dim).add_(EPS).rsqrt_()
+        if key_offset:
+            _offset_(x1[:, num_heads:])
+            _offset_(x2[:, num_heads:])
+        squares = torch.linalg.vecdot(x1, x1).add_(torch.linalg.vecdot(x2, x2))
+        rstd = squares.div_(head_dim).add_(EPS).rsqrt_().unsqueeze(-1)
         scale = LOG2_E / math.sqrt(head_dim)
         rstd[:, :num_heads] *= scale
         y1, y2 = _rotate(x1.mul_(rstd), x2.mul_(rstd), cos, sin)
@@ -129,7 +152,7 @@ class _RotaryAttention(torch.autograd.Function):
         groups = q.shape[0] // k.shape[0]
         out, total = _attention(q, _repeated(k, groups), _repeated(v, groups), window)
         ctx.save_for_backward(q, k, v, out, total, y1, y2, rstd, cos, sin, ve, weight)
-        ctx.num_heads, ctx.window, ctx.scale = num_heads, window, scale
+        ctx.num_heads, ctx.window, ctx.scale, ctx.key_offset = num_heads, window, scale, key_offset
         return _from_heads(out, B).reshape(B, T, -1)
 
     @staticmethod
@@ -154,6 +177,9 @@ class _RotaryAttention(torch.autograd.Function):
         for g, y in ((g1, y1), (g2, y2)):
             g.addcmul_(y, mean, value=-1).mul_(rstd)
         x1, x2 = _rotate(g1, g2, cos, -sin)
+        if ctx.key_offset:
+            _offset_backward_(x1[:, ctx.num_heads :])
+            _offset_backward_(x2[:, ctx.num_heads :])
 
         dqkv = q.new_empty(B, T, normed + dv.shape[2], head_dim)
         dx = dqkv[:, :, :normed].transpose(1, 2)
@@ -164,12 +190,12 @@ class _RotaryAttention(torch.autograd.Function):
             dve = (weight * dv).to(ve.dtype).view(ve.shape)
             dgate = torch.linalg.vecdot(dv, ve.view(dv.shape).to(wide)) * (weight - weight.square() / 2)[..., 0]
             dgate = dgate.to(q.dtype)
-        return dqkv.view(B, T, -1), None, None, None, None, dve, dgate
+        return dqkv.view(B, T, -1), None, None, None, None, dve, dgate, None
 
 
 def rotary_attention_cpu(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, window: int, ve: Tensor | None = None,
-    gate: Tensor | None = None,
+    gate: Tensor | None = None, key_offset: bool = False,
 ) -> Tensor:  # fmt: skip
     """`rotary_attention`."""
-    return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate)
+    return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, key_offset)

@@ -2,6 +2,7 @@
 
     q, k, v = split(qkv)
     v ← v + 2·σ(gate)·ve                                  (on layers with a value embedding)
+    k[t, slow] ← k[t − 1, slow] for t > 0                 (with a key offset: key_offset.py)
     q, k ← norm(rotary(q)), norm(rotary(k))               halves rotated: (x₁c + x₂s, x₂c − x₁s)
     out[t] = Σ_j softmax_j(q[t]·k[j] / √head_dim) · v[j]    over t − window ≤ j ≤ t
 
@@ -14,6 +15,7 @@ Bytes a token at 4 heads of 128 in bf16, as launched, reading each tile once:
 
     prologue   2 KB of q and k in, 2 KB out; with ve 3 KB more       attention     3 KB in, 1 KB out
     dq         5 KB in, 1 KB out                                     dk and dv     4 KB in, 2 KB out; with ve 2 KB more
+    key offset 0.5 KB in, 0.5 KB out, forward and backward
 
 FLOPs a token, W the mean number of visited keys: forward 4·H·head_dim·W; backward 14·H·head_dim·W as launched (scores
 and their gradient once for dq, once more for dk and dv), 10·H·head_dim·W as `cost` counts them.
@@ -28,6 +30,7 @@ from ..cpu import rotary_attention_cpu
 from .backward import attention_bwd
 from .compiled import compiled_attention, compiled_window_attention, prepare_compiled_attention
 from .forward import attention_fwd
+from .key_offset import key_offset_bwd_, key_offset_fwd_
 from .prologue import prologue_fwd_
 from .reference import ROTARY_BASE, rotary_attention_ref, rotary_norm_ref, rotary_tables, window_mask
 
@@ -91,15 +94,17 @@ def _check(
 
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale):
+    def forward(ctx, qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale, key_offset):
         num_kv_heads = _check(qkv, cos, sin, num_heads, window, ve, gate, grad_scale)
         head_dim = 2 * cos.shape[-1]
         qkv = qkv.detach() if overwrite else qkv.clone(memory_format=torch.contiguous_format)
-        factors = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
         ctx.widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        if key_offset:
+            key_offset_fwd_(qkv.split(ctx.widths, dim=-1)[1], head_dim)
+        factors = prologue_fwd_(qkv, cos, sin, num_heads, num_kv_heads, ve, gate)
         out, neg_lse = attention_fwd(*qkv.split(ctx.widths, dim=-1), head_dim, window)
         ctx.save_for_backward(qkv, out, neg_lse, factors, cos, sin, ve, gate, grad_scale)
-        ctx.window = window
+        ctx.window, ctx.head_dim, ctx.key_offset = window, head_dim, key_offset
         return out
 
     @staticmethod
@@ -108,7 +113,9 @@ class _RotaryAttention(torch.autograd.Function):
         qkv, *saved, grad_scale = ctx.saved_tensors
         q, k, v = qkv.split(ctx.widths, dim=-1)
         dqkv, dve, dgate = attention_bwd(dout, q, k, v, *saved, ctx.window, grad_scale)
-        return dqkv, None, None, None, None, dve, dgate, None, None
+        if ctx.key_offset:
+            key_offset_bwd_(dqkv.split(ctx.widths, dim=-1)[1], ctx.head_dim, grad_scale)
+        return dqkv, None, None, None, None, dve, dgate, None, None, None
 
 
 def rotary_attention(
@@ -120,6 +127,7 @@ def rotary_attention(
     ve: Tensor | None = None,
     gate: Tensor | GradScaled | None = None,
     overwrite: bool = False,
+    key_offset: bool = False,
 ) -> Tensor:
     """Attention over the packed projections of one layer.
 
@@ -130,6 +138,7 @@ def rotary_attention(
         window: keys back that a query sees, besides its own.
         ve: [B, T, KVH·head_dim], the tokens' value embeddings; with it `gate`, [B, T, KVH], before the sigmoid.
         overwrite: the caller needs qkv no more, and the kernels may work in its memory instead of in a copy.
+        key_offset: the slow half of each key's channels is that of the token before. head_dim is a multiple of 4.
 
     Where qkv and gate come as `GradScaled`, from a `qkv_projection` of factors, the kernels multiply their gradients by
     its scale, [B, T] in fp32, token by token, while they have them in registers. References give them as they are.
@@ -146,12 +155,13 @@ def rotary_attention(
     qkv, grad_scale = qkv if scaled else (qkv, None)
     gate = gate.tensor if scaled and gate is not None else gate
     if use_kernels(qkv):
-        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale)
+        return _RotaryAttention.apply(qkv, cos, sin, num_heads, window, ve, gate, overwrite, grad_scale, key_offset)
     if use_cpu_forms():
-        return rotary_attention_cpu(qkv, cos, sin, num_heads, window, ve, gate)
+        return rotary_attention_cpu(qkv, cos, sin, num_heads, window, ve, gate, key_offset)
     if torch.compiler.is_compiling():
-        return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate, compiled_window_attention)
-    return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate)
+        attention = compiled_window_attention
+        return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate, attention, key_offset)
+    return rotary_attention_ref(qkv, cos, sin, num_heads, window, ve, gate, key_offset=key_offset)
 
 
 def cost(
@@ -162,13 +172,15 @@ def cost(
     head_dim: int,
     window: int,
     has_ve: bool = False,
+    key_offset: bool = False,
     itemsize: int = 2,
     backward: bool = False,
 ) -> tuple[int, int]:
     """(bytes, FLOPs) of the op itself: every input read once, every output written once, only visited pairs counted.
 
     Forward: qkv, ve and gate in, out out; 2 products. Backward: the same inputs, out and its gradient in, the gradients
-    of qkv, ve and gate out; 5 products, the scores' recomputation one of them.
+    of qkv, ve and gate out; 5 products, the scores' recomputation one of them. A key offset adds nothing: who reads the
+    keys could read each slow half a token earlier.
     """
     w = min(window, seq_len - 1)
     pairs = batch * num_heads * ((w + 1) * seq_len - w * (w + 1) // 2)

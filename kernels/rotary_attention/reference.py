@@ -41,6 +41,14 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor
     return out.transpose(1, 2)
 
 
+def key_offset_ref(k: Tensor) -> Tensor:
+    """Keys [B, T, KVH, head_dim], their slow rotary pairs those of the token before; position 0 keeps its own."""
+    before = torch.cat([k[:, :1], k[:, :-1]], dim=1)
+    fast1, _, fast2, _ = k.chunk(4, dim=-1)
+    _, slow1, _, slow2 = before.chunk(4, dim=-1)
+    return torch.cat([fast1, slow1, fast2, slow2], dim=-1)
+
+
 def rotary_attention_ref(
     qkv: Tensor,
     cos: Tensor,
@@ -50,6 +58,7 @@ def rotary_attention_ref(
     ve: Tensor | None = None,
     gate: Tensor | None = None,
     attention: Callable[[Tensor, Tensor, Tensor, int], Tensor] = window_attention_ref,
+    key_offset: bool = False,
 ) -> Tensor:
     B, T, width = qkv.shape
     head_dim = 2 * cos.shape[-1]
@@ -58,6 +67,8 @@ def rotary_attention_ref(
     if ve is not None:
         weight = 2 * torch.sigmoid(upcast(gate))[..., None]  # [B, T, KVH, 1]
         v = (upcast(v) + weight * upcast(ve.view(v.shape))).to(v.dtype)
+    if key_offset:
+        k = key_offset_ref(k)
     q = rotary_norm_ref(q, cos, sin).to(qkv.dtype)
     k = rotary_norm_ref(k, cos, sin).to(qkv.dtype)
     return attention(q, k, v, window).reshape(B, T, num_heads * head_dim)

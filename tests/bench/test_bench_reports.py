@@ -347,7 +347,7 @@ def test_every_kernel_has_tests_for_a_gpu(gpu_test_files):
     assert sorted(names) == [
         "test_adamw_kernel.py", "test_attention_forms.py",
         "test_bench_suite.py", "test_compile_ops.py", "test_embedding_kernel.py",
-        "test_fused_norms.py", "test_kernels_together.py", "test_linear_cross_entropy_kernel.py",
+        "test_fused_norms.py", "test_kernels_together.py", "test_key_offset.py", "test_linear_cross_entropy_kernel.py",
         "test_linear_kernel.py", "test_loader.py", "test_loop.py", "test_mlp_kernel.py", "test_muon_kernel.py",
         "test_persistent_products.py", "test_polar_express_kernel.py", "test_pretend_gpu.py", "test_product_kernel.py",
         "test_rms_norm_kernel.py", "test_rotary_attention_kernel.py", "test_weight_grad_kernel.py",

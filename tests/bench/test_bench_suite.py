@@ -52,6 +52,24 @@ SMALL = {
 }
 
 
+def test_an_offset_of_keys_is_part_of_the_op(monkeypatch):
+    """Its constants say so, and who leaves it out gets no time."""
+    op = dataclasses.replace(SMALL["rotary_attention"], flags=(*VE, ("key_offset", True)))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for provider in (TRITON, EAGER, COMPILE):
+        assert_right(provider, op, "both", DEVICE, torch.float32)
+    torch._dynamo.reset()
+
+    def without(*inputs, key_offset, **constants):
+        assert key_offset
+        return problems.rotary_attention(*inputs, **constants)
+
+    with pytest.raises(AssertionError, match="errs by"):
+        assert_right(Provider("wrong", "reference", {"rotary_attention": without}), op, "forward", "cpu", torch.float32)
+    assert problems.shape_label(op) == "2x19-h4/2x16-w7-ve-offset"
+    assert problems.cost(op, "both") == problems.cost(SMALL["rotary_attention"], "both")
+
+
 @pytest.mark.parametrize("op", SMALL.values(), ids=SMALL.keys())
 def test_kernels_and_references_pass_their_check(monkeypatch, op):
     exact_bfloat16(monkeypatch)  # Polar Express iterates in it

@@ -56,6 +56,9 @@ def test_layers_by_window_and_value_embedding():
     attention = [op for op in roofline.micro_step_ops(CONFIG, GPTConfig()) if op.module == "rotary_attention"]
     counts = {(op.sizes[5], dict(op.flags)["has_ve"]): op.count for op in attention}
     assert counts == {(1024, False): 4, (1024, True): 2, (2048, True): 2}
+    ops = roofline.micro_step_ops(CONFIG, GPTConfig(key_offset=True))
+    offsets = [(op.sizes[5], op.count) for op in ops if dict(op.flags).get("key_offset")]
+    assert offsets == [(2048, 2)]
 
 
 # By hand, from the shapes: milliseconds of all layers of the default model at 790 TFLOP/s and 4.3 TB/s. A product is

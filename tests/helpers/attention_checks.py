@@ -22,8 +22,8 @@ def random_inputs(B, T, H, KVH, head_dim, has_ve, seed=0):
     return [qkv, draw(B, T, KVH * head_dim), draw(B, T, KVH)] if has_ve else [qkv, None, None]
 
 
-def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
-    """Output and every gradient of `op` in `dtype`, as good as the reference's in the same dtype.
+def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1, **options):
+    """Output and every gradient of `op` in `dtype`, as good as the reference's in the same dtype, both with `options`.
 
     Inputs of 16 bits are rounded first: that error is nobody's. `draws` are of the cotangent. The backward has a weight
     from its exponent and a log-sum-exp of up to log₂(e)·√head_dim: rounded to fp32, that is √head_dim·2⁻²⁴ of it, where
@@ -33,7 +33,7 @@ def check(inputs, H, window, head_dim, dtype, op=rotary_attention, draws=1):
     if dtype.itemsize == 2:
         inputs = [None if x is None else x.to(dtype) for x in inputs]
     functions = [
-        lambda qkv, ve, gate, f=f: f(qkv, cos, sin, H, window, ve, gate) for f in (op, rotary_attention_ref)
+        lambda qkv, ve, gate, f=f: f(qkv, cos, sin, H, window, ve, gate, **options) for f in (op, rotary_attention_ref)
     ]
     results = compared(*functions, [inputs] * draws, dtype)
     for name, values in zip(("out", "dqkv", "dve", "dgate"), results, strict=False):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,10 +68,11 @@ def test_a_compiled_step_is_a_step_on_references(monkeypatch):
     assert all(p.grad is None and not torch.equal(p, start[name]) for name, p in step.model.named_parameters())
 
 
-@pytest.mark.parametrize("kv_heads", [0, 1], ids=["as many kv heads", "one kv head"])
-def test_the_graph_itself_with_other_kv_heads(in_fp64, kv_heads):
+@pytest.mark.parametrize(("kv_heads", "key_offset"), [(0, False), (1, False), (2, True)],
+                         ids=["as many kv heads", "one kv head", "a key offset"])  # fmt: skip
+def test_the_graph_itself_of_other_shapes(in_fp64, kv_heads, key_offset):
     """Traced and divided, without the C++ compiler: it is another shape of what the test above has compiled."""
-    shape = GPTConfig(vocab_size=512, seq_len=32, depth=2, d_model=64, head_dim=16, num_kv_heads=kv_heads)
+    shape = replace(SHAPE, num_kv_heads=kv_heads, key_offset=key_offset)
     reference, step = random_step("reference", shape), random_step("compile", shape)
     step.forward = torch.compile(step.model, dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition")
     for s in (reference, step):
@@ -175,12 +177,13 @@ def test_a_window_off_by_one_is_found(wrong, block_masks, monkeypatch):
     assert flex_error(300, 150, block_masks) > 1e-3
 
 
-def test_a_compiled_model_scores_rows_of_any_length(monkeypatch, block_masks):
+@pytest.mark.parametrize("key_offset", [False, True])
+def test_a_compiled_model_scores_rows_of_any_length(monkeypatch, block_masks, key_offset):
     """As on a GPU, where there are masks for the length trained on alone, and the audit scores rows of a few tokens."""
     monkeypatch.setattr(compiled_attention, "compiled_attention", lambda device: "FlexAttention")
     compile_for_real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_for_real(*args, **options, backend="eager"))
-    step = random_step("compile")
+    step = random_step("compile", replace(SHAPE, key_offset=key_offset))
     for T in (32, 5):
         tokens = torch.randint(SHAPE.vocab_size, (3, T), generator=torch.Generator().manual_seed(T))
         losses = step.token_losses(tokens, tokens)

@@ -31,11 +31,11 @@ def rotary_tables(T, head_dim):
     return angle.cos(), angle.sin()  # in fp64: rounded ones would change the norm of what they rotate
 
 
-def attention_case(B, T, H, KVH, head_dim, window, ve):
+def attention_case(B, T, H, KVH, head_dim, window, ve, key_offset=False):
     cos, sin = rotary_tables(T, head_dim)
 
     def op(qkv, *values):
-        return kernels.rotary_attention(qkv, cos, sin, H, window, *values)
+        return kernels.rotary_attention(qkv, cos, sin, H, window, *values, key_offset=key_offset)
 
     inputs = [random(B, T, (H + 2 * KVH) * head_dim)]
     return op, inputs + [random(B, T, KVH * head_dim), random(B, T, KVH)] * ve
@@ -52,6 +52,9 @@ CASES = {
     "attention, one key head of four": lambda: attention_case(2, 40, 4, 1, 16, 20, ve=True),
     "attention, two key heads of four": lambda: attention_case(1, 33, 4, 2, 32, 33, ve=True),
     "attention, one token": lambda: attention_case(2, 1, 2, 2, 16, 5, ve=True),
+    "attention, key offset": lambda: attention_case(2, 37, 2, 2, 16, 37, ve=True, key_offset=True),
+    "attention, key offset, grouped heads": lambda: attention_case(1, 40, 2, 1, 16, 11, ve=False, key_offset=True),
+    "attention, key offset, one token": lambda: attention_case(2, 1, 2, 2, 16, 1, ve=False, key_offset=True),
     "rms_norm": lambda: (lambda x: kernels.rms_norm(x), [random(3, 5, 48)]),
     "rms_norm of a mix": lambda: (
         kernels.rms_norm, [random(3, 5, 48), random(3, 5, 48), torch.tensor(1.1).double(), torch.tensor(0.3).double()],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import rotary_attention, rotary_tables, set_ops
+from kernels.rotary_attention import key_offset
 from tests.helpers.kernel_checks import SMALL_GEMM, exact_bfloat16
 from tests.helpers.kernel_memory import watch_memory
 from tests.helpers.persistent_tiles import PERSISTENT, choose
@@ -174,6 +175,21 @@ def test_attention():
         results.append([out.detach(), *torch.autograd.grad(out, given, dout[-len(x) :])])
     for alone, value in zip(*results, strict=True):
         assert_same_end(value, alone)
+
+
+def test_key_offset():
+    B, T, head_dim = 9_800, 144, 128
+    x, scale = far(B, T, 3 * 4 * head_dim, last=1), torch.rand(B, T)
+    for shift in (
+        lambda k, scale: key_offset.key_offset_fwd_(k, head_dim),
+        lambda k, scale: key_offset.key_offset_bwd_(k, head_dim, scale),
+    ):
+        alone = x[-1:].clone()
+        before = alone.clone()
+        for rows, scales in ((alone, scale[-1:]), (x, scale)):
+            shift(rows.chunk(3, dim=-1)[1], scales)
+        assert not torch.equal(alone, before)
+        assert_same_end(x, alone)
 
 
 @pytest.mark.parametrize("tile", [

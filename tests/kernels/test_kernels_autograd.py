@@ -21,6 +21,10 @@ def attention(qkv, ve, gate):
     return kernels.rotary_attention(qkv, *kernels.rotary_tables(9, 16, device=DEVICE), 2, 5, ve, gate)
 
 
+def attention_with_a_key_offset(qkv, ve, gate):
+    return kernels.rotary_attention(qkv, *kernels.rotary_tables(9, 16, device=DEVICE), 2, 9, ve, gate, key_offset=True)
+
+
 def normed_products(x, weight, gate_weight):
     return [out.tensor for out in kernels.qkv_projection(kernels.Factors(x, draw(5).exp()), weight, gate_weight)]
 
@@ -64,6 +68,9 @@ OPS = {
     "qkv_projection": (kernels.qkv_projection, lambda: [draw(5, 24), draw(16, 24), draw(2, 8)], [1, 2]),
     "qkv_projection of a stream": (normed_products, lambda: [draw(5, 24), draw(16, 24), draw(2, 8)], [1, 2]),
     "rotary_attention": (attention, lambda: [draw(1, 9, 64), draw(1, 9, 16), draw(1, 9, 1)], []),
+    "rotary_attention, key offset": (
+        attention_with_a_key_offset, lambda: [draw(1, 9, 64), draw(1, 9, 16), draw(1, 9, 1)], []
+    ),
     "embedding": (look_up, lambda: [draw(7, 8), draw(7, 4)], [0, 1]),
     "linear_cross_entropy": (loss, lambda: [draw(12, 8), draw(40, 8)], [1]),
 }  # fmt: skip

@@ -16,16 +16,18 @@ def _restore_ops():
     kernels.set_ops(None)
 
 
-@pytest.mark.parametrize("kv_heads", [0, 1], ids=["as many kv heads", "one kv head"])
-def test_two_layers_on_kernels_are_two_layers_on_references(monkeypatch, kv_heads):
+@pytest.mark.parametrize(("kv_heads", "key_offset"), [(0, False), (1, False), (1, True)],
+                         ids=["as many kv heads", "one kv head", "a key offset"])  # fmt: skip
+def test_two_layers_on_kernels_are_two_layers_on_references(monkeypatch, kv_heads, key_offset):
     shape = GPTConfig(
-        vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32, num_kv_heads=kv_heads, window_pattern="S"
-    )
+        vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32, num_kv_heads=kv_heads, window_pattern="S",
+        key_offset=key_offset,
+    )  # fmt: skip
     check_step(monkeypatch, shape, rows=2)
 
 
 SMALL = GPTConfig(vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32)
-REAL = [(GPTConfig(), 4), (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768), 2)]
+REAL = [(GPTConfig(), 4), (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768, key_offset=True), 2)]
 
 
 @real_and_small("shape, rows", REAL, [(SMALL, 2)])

@@ -2,6 +2,7 @@
 projections are zero, and causality, windows and most gradients would be tested on nothing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,8 +60,9 @@ def test_initial_distributions():
     assert model.lambda_0.tolist() == pytest.approx([0.1, 0.1])
 
 
-def test_a_later_token_changes_no_earlier_loss():
-    model, tokens = random_model(SMALL), random_tokens(SMALL)
+@pytest.mark.parametrize("key_offset", [False, True])
+def test_a_later_token_changes_no_earlier_loss(key_offset):
+    model, tokens = random_model(replace(SMALL, key_offset=key_offset)), random_tokens(SMALL)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     before = model(inputs, targets, reduction="none")
     for t in range(1, SMALL.seq_len):
@@ -90,14 +92,23 @@ def test_layers_get_the_windows_of_the_pattern():
     assert GPTConfig(depth=6).windows == [1024, 1024, 1024, 2048, 1024, 2048]  # the last is L whatever the pattern
 
 
+def test_a_key_offset_is_on_the_layers_that_see_all():
+    assert GPTConfig().offset_layers == []
+    assert GPTConfig(key_offset=True).offset_layers == [3, 7]
+    assert GPTConfig(key_offset=True, depth=3, window_pattern="LS").offset_layers == [0, 2]
+    assert GPTConfig(key_offset=True, depth=2, window_pattern="S", seq_len=1).offset_layers == [1]
+
+
 def test_value_embeddings_on_every_other_layer_the_last_included():
     assert GPTConfig().ve_layers == [1, 3, 5, 7]
     assert GPTConfig(depth=5).ve_layers == [0, 2, 4]
 
 
-def test_loss_follows_the_written_equations():
+@pytest.mark.parametrize("key_offset", [False, True])
+def test_loss_follows_the_written_equations(key_offset):
     """Two layers of the design, spelled out for one row, without the ops."""
-    config = GPTConfig(vocab_size=50, seq_len=6, depth=2, d_model=64, head_dim=16, num_kv_heads=2, window_pattern="S")
+    config = GPTConfig(vocab_size=50, seq_len=6, depth=2, d_model=64, head_dim=16, num_kv_heads=2, window_pattern="S",
+                       key_offset=key_offset)  # fmt: skip
     model, tokens = random_model(config), random_tokens(config, rows=1)
     hd, H, K, T = 16, 4, 2, 6
 
@@ -122,6 +133,9 @@ def test_loss_follows_the_written_equations():
         if layer == 1:
             gate = 2 * torch.sigmoid(y[:, :32] @ model.w_gate[0].T)
             v = v + gate.repeat_interleave(hd, dim=1) * model.value_embeddings[0][inputs]
+        if key_offset and layer == 1:
+            slow = torch.tensor([i % (hd // 2) >= hd // 4 for i in range(hd)]).repeat(K)
+            k = torch.stack([torch.where(slow, k[max(t - 1, 0)], k[t]) for t in range(T)])
         heads = []
         for h in range(H):
             g = h // (H // K)
@@ -145,8 +159,10 @@ def test_loss_follows_the_written_equations():
     torch.testing.assert_close(model(tokens[:, :-1])[0], logits[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_against_finite_differences():
-    config = GPTConfig(vocab_size=40, seq_len=8, depth=2, d_model=32, head_dim=16, num_kv_heads=1, window_pattern="S")
+@pytest.mark.parametrize("key_offset", [False, True])
+def test_gradients_against_finite_differences(key_offset):
+    config = GPTConfig(vocab_size=40, seq_len=8, depth=2, d_model=32, head_dim=16, num_kv_heads=1, window_pattern="S",
+                       key_offset=key_offset)  # fmt: skip
     model, tokens = random_model(config), random_tokens(config)
 
     def loss():
@@ -200,7 +216,7 @@ def test_a_shorter_row_is_a_prefix():
     [
         ({"depth": 0}, "depth"), ({"d_model": 100}, "d_model"), ({"head_dim": 15, "d_model": 60}, "head_dim"),
         ({"num_kv_heads": 3}, "num_kv_heads"), ({"window_pattern": "SX"}, "window_pattern"),
-        ({"d_model": 16, "head_dim": 16}, "d_model"),
+        ({"d_model": 16, "head_dim": 16}, "d_model"), ({"head_dim": 18, "d_model": 54, "key_offset": True}, "head_dim"),
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_named(change, named):

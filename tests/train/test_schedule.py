@@ -1,7 +1,10 @@
 """Schedules at their corners, and the budget with a clock of the test's own."""
 
+from dataclasses import asdict
+
 import pytest
 
+from model import GPTConfig
 from prepare import InputError
 from train.budget import Budget
 from train.config import TrainConfig, resolve
@@ -98,3 +101,15 @@ def test_a_key_that_is_not_known_names_the_nearest():
         TrainConfig.from_json({"matrix_rl": 0.1})
     with pytest.raises(InputError, match=r"'zzz' that this program does not know$"):
         TrainConfig.from_json({"zzz": 0.1})
+
+
+def test_a_configuration_of_before_there_were_key_offsets_has_none():
+    saved = asdict(resolve(TrainConfig(), "cpu"))
+    del saved["key_offset"]
+    config = TrainConfig.from_json(saved)
+    assert config == resolve(TrainConfig(), "cpu")
+    assert not config.model_config(100).key_offset
+    shape = asdict(config.model_config(100))
+    del shape["key_offset"]
+    assert GPTConfig(**shape) == config.model_config(100)
+    assert resolve(TrainConfig(key_offset=True), "cpu").model_config(100).key_offset

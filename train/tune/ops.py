@@ -79,12 +79,13 @@ def _qkv_projection(x, weight, gate_weight=None):
     yield Op(name, 1, "qkv_projection", sizes, (("norm", True),) * normed)
 
 
-def _rotary_attention(qkv, cos, sin, num_heads, window, ve=None, gate=None, overwrite=False):
+def _rotary_attention(qkv, cos, sin, num_heads, window, ve=None, gate=None, overwrite=False, key_offset=False):
     batch, seq_len, width = (qkv.tensor if isinstance(qkv, kernels.GradScaled) else qkv).shape
     head_dim = 2 * cos.shape[-1]
     sizes = (batch, seq_len, num_heads, (width // head_dim - num_heads) // 2, head_dim, window)
-    name = f"rotary_attention, window {window}{', value embedding' * (ve is not None)}"
-    yield Op(name, 1, "rotary_attention", sizes, (("has_ve", ve is not None),))
+    name = f"rotary_attention, window {window}{', value embedding' * (ve is not None)}{', key offset' * key_offset}"
+    flags = (("has_ve", ve is not None), *((("key_offset", True),) * key_offset))
+    yield Op(name, 1, "rotary_attention", sizes, flags)
 
 
 def _relu2_mlp(x, w_fc, w_proj, residual, recompute=False, overwrite=False):

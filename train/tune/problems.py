@@ -79,8 +79,9 @@ def shape_label(op: Op) -> str:
     if op.module == "rotary_attention":
         batch, seq_len, heads, kv_heads, head_dim, window = op.sizes
         grouped = f"/{kv_heads}" if kv_heads != heads else ""
-        ve = "-ve" if dict(op.flags).get("has_ve") else ""
-        return f"{batch}x{seq_len}-h{heads}{grouped}x{head_dim}-w{window}{ve}"
+        flags = dict(op.flags)
+        more = "-ve" * flags.get("has_ve", False) + "-offset" * flags.get("key_offset", False)
+        return f"{batch}x{seq_len}-h{heads}{grouped}x{head_dim}-w{window}{more}"
     if op.module == "embedding":
         tokens, vocab_size, widths = op.sizes
         return f"{tokens}-v{vocab_size}x{sum(widths)}"
@@ -140,7 +141,10 @@ def build(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
         inputs = [randn(batch, seq_len, (heads + 2 * kv_heads) * head_dim)]
         if flags.get("has_ve"):
             inputs += [randn(batch, seq_len, kv_heads * head_dim), randn(batch, seq_len, kv_heads)]
-        return Problem(op, inputs, {"cos": cos, "sin": sin, "num_heads": heads, "window": window})
+        problem = Problem(op, inputs, {"cos": cos, "sin": sin, "num_heads": heads, "window": window})
+        if flags.get("key_offset"):
+            problem.constants["key_offset"] = True
+        return problem
     if op.module == "mlp":
         rows, width, hidden = op.sizes
         weights = [randn(hidden, width, scale=width**-0.5), randn(width, hidden, scale=hidden**-0.5)]
@@ -182,8 +186,8 @@ def qkv_projection(x, weight, gate_weight=None):
     return [out for out in kernels.qkv_projection(x, weight, gate_weight) if out is not None]
 
 
-def rotary_attention(qkv, ve=None, gate=None, *, cos, sin, num_heads, window):
-    return kernels.rotary_attention(qkv, cos, sin, num_heads, window, ve, gate)
+def rotary_attention(qkv, ve=None, gate=None, *, cos, sin, num_heads, window, key_offset=False):
+    return kernels.rotary_attention(qkv, cos, sin, num_heads, window, ve, gate, key_offset=key_offset)
 
 
 def embedding(*tables, tokens):

@@ -209,6 +209,23 @@ def test_an_edited_config_is_refused(stopped, capsys):
     assert "matrix_lr was 0.02 and is 0.05; config.json was changed" in capsys.readouterr().err
 
 
+def test_a_run_of_before_an_option_goes_on_with_its_default(stopped, whole, monkeypatch):
+    path = stopped / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["config"]["key_offset"], saved["model"]["key_offset"]
+    path.write_text(json.dumps(saved))
+    newest = train.trainer.newest_checkpoint
+
+    def of_before(folder):
+        checkpoint = newest(folder)
+        del checkpoint.values["config"]["key_offset"]
+        return checkpoint
+
+    monkeypatch.setattr(train.trainer, "newest_checkpoint", of_before)
+    assert main("--resume", str(stopped)) == 0
+    assert_same(stopped, whole)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

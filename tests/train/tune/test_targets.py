@@ -26,7 +26,8 @@ PARAMETERS = {
     "tma": ("TMA",), "runs": ("RUNS",), "ahead": ("AHEAD",),
 }  # fmt: skip
 WIDE = [target for target in small_targets(config_of(depth=1, d_model=128)) if target.name.startswith("embedding")]
-SMALL = {(target.name, target.key): target for target in small_targets(config_of(depth=1)) + WIDE}
+OFFSET = [t for t in small_targets(config_of(depth=1, key_offset=True), False) if t.name == "attention-key-offset"]
+SMALL = {(target.name, target.key): target for target in small_targets(config_of(depth=1)) + WIDE + OFFSET}
 # Those with a tile of their own and another beside it, at this size.
 WITH_ANOTHER = [
     of for of, target in SMALL.items()
@@ -122,18 +123,20 @@ def test_a_product_that_several_ops_share_counts_in_each():
     assert shared.calls == config.depth + 1
 
 
+@pytest.mark.parametrize("key_offset", [False, True])
 @pytest.mark.parametrize("fused_norms", [False, True])
-def test_every_choice_of_a_step_is_a_target(fused_norms):
+def test_every_choice_of_a_step_is_a_target(fused_norms, key_offset):
     """As the memory check walks through a step, and so does a run that asks which tiles it takes."""
-    config = config_of(rows=8, fused_norms=fused_norms)
+    config = config_of(rows=8, fused_norms=fused_norms, key_offset=key_offset)
     shape = config.model_config(100)
     with asked() as calls:
         count(config, shape, 1)
     found = small_targets(config, fused_norms)
     assert {(target.name, target.key) for target in found} == calls.keys()
+    assert ("attention-key-offset" in {target.name for target in found}) == key_offset
     both = small_targets(config)
     assert {(t.name, t.key) for t in both if not t.fused_norms} == {
-        (t.name, t.key) for t in small_targets(config_of(rows=8), False)
+        (t.name, t.key) for t in small_targets(config_of(rows=8, key_offset=key_offset), False)
     }
     assert calls.keys() <= {(t.name, t.key) for t in both}
 
