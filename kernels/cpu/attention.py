@@ -32,7 +32,7 @@ def _mask(queries: int, before: int, window: int, dtype: torch.dtype, device: to
     return torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
 
 
-def _blocks(T: int, window: int):
+def blocks(T: int, window: int):
     """Of each block of queries: first query, first key that one of them sees, end of both."""
     for start in range(0, T, BLOCK):
         yield start, max(0, start - window), min(start + BLOCK, T)
@@ -50,7 +50,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Te
     out = torch.empty_like(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     total = q.new_empty(*q.shape[:2], 1, dtype=wide)
-    for start, first, end in _blocks(q.shape[1], window):
+    for start, first, end in blocks(q.shape[1], window):
         P = _weights(q, k, window, start, first, end)
         torch.sum(P, -1, keepdim=True, dtype=wide, out=total[:, start:end])
         out[:, start:end] = torch.bmm(P, v[:, first:end]) / total[:, start:end]
@@ -61,7 +61,7 @@ def _attention_backward(dout: Tensor, q, k, v, out, total, window: int) -> tuple
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dout = (dout / total).to(q.dtype)
     delta = torch.linalg.vecdot(upcast(dout), upcast(out)).neg_().to(q.dtype).unsqueeze(-1)
-    for start, first, end in _blocks(q.shape[1], window):
+    for start, first, end in blocks(q.shape[1], window):
         P = _weights(q, k, window, start, first, end)
         d, keys = dout[:, start:end], slice(first, end)
         dv[:, keys].baddbmm_(P.mT, d)

@@ -1,15 +1,18 @@
 """Windowed attention as a compiled model runs it: the best that PyTorch offers without kernels of our own.
 
 On a CUDA device FlashAttention-3 where `flash_attn_interface` can be imported on a Hopper, as the published system uses
-it, else FlexAttention with a block mask, which skips the tiles outside the window as our kernels do. On a CPU the
-reference's `scaled_dot_product_attention`: FlexAttention has no backward there (seen in torch 2.11 and 2.13).
+it, else FlexAttention with a block mask, which skips the tiles outside the window as our kernels do. On a CPU
+FlexAttention has no backward (seen in torch 2.11 and 2.13), and `scaled_dot_product_attention` takes several times as
+long as batched products over the blocks that are seen, with a softmax that the compiler fuses (bench/LOG.md).
 """
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from .reference import window_attention_ref
+from ..common import upcast
+from ..cpu.attention import blocks
+from .reference import window_attention_ref, window_mask
 
 try:
     from flash_attn_interface import flash_attn_func
@@ -27,7 +30,7 @@ def _has_flash_attention_3(device: torch.device) -> bool:
 def compiled_attention(device: torch.device) -> str:
     """The name of what a compiled model attends with on `device`."""
     if device.type != "cuda":
-        return "SDPA"
+        return "products"
     return "FlashAttention-3" if _has_flash_attention_3(device) else "FlexAttention"
 
 
@@ -63,10 +66,26 @@ def flash_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tens
     return out[0] if isinstance(out, tuple) else out  # older builds return the log-sum-exp as well
 
 
+def block_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """`window_attention_ref` by batched products, a block of queries with the keys that one of them sees."""
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, head_dim]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    outs = []
+    for start, first, end in blocks(T, window):
+        seen = window_mask(end - first, window, q.device)[start - first :]
+        scores = upcast(q[:, :, start:end] @ k[:, :, first:end].mT) * scale
+        weights = torch.where(seen, scores, -torch.inf).softmax(-1).to(v.dtype)
+        outs.append(weights @ v[:, :, first:end])
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
 def compiled_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """`window_attention_ref` as fast as PyTorch has it: what a compiled model runs."""
     attention = {
-        "SDPA": window_attention_ref,
+        "products": block_window_attention,
         "FlexAttention": flex_window_attention,
         "FlashAttention-3": flash_window_attention,
     }[compiled_attention(q.device)]
