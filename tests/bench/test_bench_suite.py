@@ -124,7 +124,7 @@ MUTANTS = {
     "mix": ("rms_norm", "forward", without_mix),
     "momentum": ("muon_update", "update", without_momentum),
     "bias correction": ("adamw_update", "update", lambda *x, hyper, apply: problems.adamw_update(
-        *x, hyper=hyper * torch.tensor([1.0, 0.9, 1.0]), apply=apply)),
+        *x, hyper=hyper * torch.tensor([1.0, 0.9, 1.0, 1.0]), apply=apply)),
     "orthogonality": ("polar_express", "update", lambda g, dtype: kernels.polar_express(g, dtype) * 1.1),
     "NaN": ("embedding", "forward", not_a_number),
     "a result too few": ("embedding", "forward", lambda *x, **c: problems.embedding(*x, **c)[:1]),
