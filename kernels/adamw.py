@@ -198,4 +198,4 @@ def adamw_update(
 
 def cost(elements: int, copy_itemsize: int = 2) -> tuple[int, int]:
     """Bytes that have to move and FLOPs; `copy_itemsize` is 0 where the forward reads the masters."""
-    return elements * (7 * 4 + copy_itemsize), elements * 13
+    return elements * (7 * 4 + copy_itemsize), elements * 14
