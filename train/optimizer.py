@@ -136,9 +136,9 @@ class Optimizer:
             return AdamWGroup(names, lr, betas, masters, grads, [self._copy(n) for n in names], decay)
 
         groups: list[AdamWGroup | MuonGroup] = [
-            adamw(["lm_head"], config.lm_head_lr * width_scale),
-            adamw(["wte"], config.embedding_lr * width_scale),
-            adamw(["value_embeddings"], config.embedding_lr * width_scale),
+            adamw(["lm_head"], config.lm_head_lr * width_scale, decay=config.lm_head_decay),
+            adamw(["wte"], config.embedding_lr * width_scale, decay=config.wte_decay),
+            adamw(["value_embeddings"], config.embedding_lr * width_scale, decay=config.value_embedding_decay),
             adamw(["lambda_r"], config.scalar_lr * 0.01),
             adamw(["lambda_0"], config.scalar_lr, betas=(0.96, 0.95)),
         ]
