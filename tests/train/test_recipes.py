@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import train.__main__
+import train.trainer
 from model import GPTConfig
 from prepare import Dataset, InputError
 from train.config import TrainConfig, changed_from_recipe, parse_given, resolve, to_args
@@ -149,3 +151,18 @@ def test_the_help_shows_the_defaults_of_each_recipe(capsys):
         "begins at (default: 1)", "published SSSL, tuned SSSSL, cpu SSSL", "published 0, tuned 0.003, cpu 0",
     ):  # fmt: skip
         assert text in said, text
+
+
+def test_a_run_without_data_takes_the_vocabulary_of_its_recipe(monkeypatch, tmp_path):
+    """Wherever it runs: the published recipe on a CPU prepares 8,192 tokens."""
+    asked = []
+
+    def prepare(source, out, vocab_size):
+        asked.append((source, out.name, vocab_size))
+        raise InputError("enough")
+
+    monkeypatch.setenv("TIMEBOX_HOME", str(tmp_path))
+    monkeypatch.setattr(train.trainer, "prepare", prepare)
+    for recipe in ("published", "cpu"):
+        assert train.__main__.main(["--device", "cpu", "--recipe", recipe, "--run-dir", str(tmp_path / "run")]) == 2
+    assert asked == [("stdlib", "stdlib", 8192), ("stdlib", "stdlib-1024", 1024)]
