@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 GATE_CHANNELS = 32  # the value embedding's gate reads this many channels of the normed stream
+SHORT_WINDOWS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a GPT. Raises ValueError, in one line, for shapes that do not fit together."""
+    """Shape of a GPT, and where it starts. Raises ValueError, in one line, for shapes that do not fit together."""
 
     vocab_size: int = 8192
     seq_len: int = 2048
@@ -15,8 +16,13 @@ class GPTConfig:
     d_model: int = 512
     head_dim: int = 128
     num_kv_heads: int = 0  # 0: as many as heads
-    window_pattern: str = "SSSL"  # repeated over the layers; S sees T/2 keys back, L all; the last layer is always L
+    window_pattern: str = "SSSL"  # repeated over the layers; S sees T/short_window back, L all; the last is always L
+    short_window: int = 2
     key_offset: bool = False  # on L layers the slow half of each key's channels is that of the token before
+    rope_base: float = 10_000.0
+    init_scale: float = 1.0  # of every weight that starts uniform: value embeddings, w_qkv, w_fc
+    lambda_r_init: float = 1.0
+    lambda_0_init: float = 0.1
 
     def __post_init__(self):
         if self.depth < 1:
@@ -31,6 +37,8 @@ class GPTConfig:
             raise ValueError(f"window_pattern {self.window_pattern!r} must be a string of S and L")
         if self.key_offset and self.head_dim % 4:
             raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4: key_offset moves half of its pairs")
+        if self.short_window not in SHORT_WINDOWS:
+            raise ValueError(f"short_window {self.short_window} must be one of {', '.join(map(str, SHORT_WINDOWS))}")
 
     @property
     def num_heads(self) -> int:
@@ -47,7 +55,7 @@ class GPTConfig:
     @property
     def windows(self) -> list[int]:
         """Keys back that each layer's queries see, besides their own."""
-        short, full = self.seq_len // 2, self.seq_len
+        short, full = self.seq_len // self.short_window, self.seq_len
         pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)] + ["L"]
         return [short if kind == "S" else full for kind in pattern]
 

@@ -79,7 +79,7 @@ class GPT(nn.Module):
         self.config, self.recompute, self.fused_norms = config, recompute, fused_norms
         for name, shape in parameter_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device)))
-        cos, sin = kernels.rotary_tables(config.seq_len, config.head_dim, device=device)
+        cos, sin = kernels.rotary_tables(config.seq_len, config.head_dim, config.rope_base, device=device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -87,7 +87,8 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fills every parameter. Drawn on the CPU in fp32, so that a seed means the same weights on every device."""
         generator = torch.Generator().manual_seed(seed)
-        bound = math.sqrt(3 / self.config.d_model)  # a uniform of variance 1 / d_model
+        # A uniform of variance init_scale² / d_model.
+        bound = self.config.init_scale * math.sqrt(3 / self.config.d_model)
 
         def normal(shape, std):
             return torch.randn(shape, generator=generator) * std
@@ -103,8 +104,8 @@ class GPT(nn.Module):
         self.w_out.zero_()
         self.w_proj.zero_()
         self.w_gate.zero_()
-        self.lambda_r.fill_(1.0)
-        self.lambda_0.fill_(0.1)
+        self.lambda_r.fill_(self.config.lambda_r_init)
+        self.lambda_0.fill_(self.config.lambda_0_init)
 
     def to_forward_dtype(self, dtype: torch.dtype) -> None:
         """Rounds every parameter but the scalars to what the forward reads: bf16 on a GPU, fp32 on a CPU."""

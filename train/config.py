@@ -1,7 +1,6 @@
 """One flat configuration; the command line is made from its fields.
 
-A field left at None takes its value from the device: the GPU column is the published configuration, the CPU column was
-chosen by measurement (bench/LOG.md).
+A field left at None takes its value from the recipe, or from the device (recipes.py).
 """
 
 import argparse
@@ -15,9 +14,12 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from model import GPTConfig
+from model.config import SHORT_WINDOWS
 from prepare import InputError
 from prepare.arguments import Parser
 from prepare.words import printable
+
+from .recipes import BEFORE_RECIPES, DEVICE_DEFAULTS, RECIPES, recipe_defaults, why_no_recipe
 
 ROOT = Path(__file__).parent.parent  # of the repository
 RUNS = Path("runs")  # where the folders of runs are by default
@@ -25,34 +27,6 @@ MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations
 GONE = ("confirms",)  # options of before, which no result depends on
 MAX_SEEDS = 3  # of an experiment, until it is known whether it is better
 MAX_DEPTH = 100_000  # a shape has an entry a layer: without a limit, one of 20 digits never ends
-
-DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cuda": {
-        "time_budget": 300.0,
-        "depth": 8,
-        "head_dim": 128,
-        "seq_len": 2048,
-        "device_batch_size": 128,
-        "total_batch_size": 524_288,
-        "eval_tokens": 40 * 524_288,
-        "embedding_lr": 0.6,
-        "scalar_lr": 0.5,
-        "matrix_lr": 0.04,
-    },
-    "cpu": {
-        "time_budget": 60.0,
-        "depth": 2,
-        "head_dim": 64,
-        "seq_len": 256,
-        "device_batch_size": 8,
-        "total_batch_size": 2048,
-        "eval_tokens": 150_000,
-        # 2,048 tokens a step are a noisy gradient: gentler rates are steadier over seeds (bench/LOG.md, 2026-11-25).
-        "embedding_lr": 0.1,
-        "scalar_lr": 0.1,
-        "matrix_lr": 0.02,
-    },
-}
 
 
 # What people who know other programs call an option of ours.
@@ -75,6 +49,12 @@ MEANT = {
 }
 
 
+def _recipe(name: str) -> str:
+    if reason := why_no_recipe(printable(name)):
+        raise argparse.ArgumentTypeError(reason)
+    return name
+
+
 def option(default, text: str, **metadata):
     """A field of TrainConfig. Its metadata: `help`, `choices`, `kind` where a given word is not taken as it is,
     `begins` where a group of the help begins, and `free` where a resumed run may have another value: no result depends
@@ -84,7 +64,7 @@ def option(default, text: str, **metadata):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on. `resolve` fills in what depends on the device, and checks the rest."""
+    """Everything that a run depends on. `resolve` fills in what recipe and device decide, and checks the rest."""
 
     time_budget: float | None = option(None, "seconds of timed training", begins="run")
     steps: int | None = option(None, "train this many steps instead, and let them drive the schedules")
@@ -105,24 +85,36 @@ class TrainConfig:
                           " comparable with no published one all the same (on one text 1.899 against 1.798)",
                           choices=("lossless", "published"))  # fmt: skip
 
-    depth: int | None = option(None, "layers", begins="model")
+    recipe: str | None = option(None, "what the model and its optimizer are where no other flag says so",
+                                choices=tuple(RECIPES), kind=_recipe, begins="model")  # fmt: skip
+    depth: int | None = option(None, "layers")
     d_model: int | None = option(None, "model width (default: 64 x depth, rounded up to a multiple of head_dim)")
     head_dim: int | None = option(None, "width of a head")
     num_kv_heads: int = option(0, "key-value heads; 0: as many as heads")
     seq_len: int | None = option(None, "tokens a row")
-    window_pattern: str = option("SSSL", "attention windows, repeated over the layers: S half, L all; the last is L")
-    key_offset: bool = option(False, "on L layers the slow rotary half of each key is that of the token before")
+    window_pattern: str | None = option(None, "attention windows, repeated over the layers: S short, L all; the last is"
+                                        " L")  # fmt: skip
+    short_window: int | None = option(None, "S sees a row's tokens divided by this", choices=SHORT_WINDOWS)
+    key_offset: bool | None = option(None, "on L layers the slow rotary half of each key is that of the token before")
+    rope_base: float | None = option(None, "of rotary positions: the slowest turn takes some 2 pi x this, in tokens")
+    init_scale: float | None = option(None, "of the value embeddings and the blocks' matrices that do not begin at 0")
+    lambda_r_init: float | None = option(None, "what lambda_r, of the stream, begins at")
+    lambda_0_init: float | None = option(None, "what lambda_0, of the embedding in each layer, begins at")
 
     total_batch_size: int | None = option(None, "tokens of a step, a multiple of device_batch_size x seq_len",
                                          begins="optimizer")  # fmt: skip
-    lm_head_lr: float = option(0.004, "AdamW, scaled by (d_model/768)^-0.5")
+    lm_head_lr: float | None = option(None, "AdamW, scaled by (d_model/768)^-0.5")
     embedding_lr: float | None = option(None, "AdamW, wte and value embeddings, scaled by (d_model/768)^-0.5")
     scalar_lr: float | None = option(None, "AdamW, lambda_0; lambda_r takes a hundredth of it")
     matrix_lr: float | None = option(None, "Muon, scaled by sqrt(max(1, rows/cols))")
-    weight_decay: float = option(0.2, "Muon, cautious, falling to 0 linearly")
-    warmup_ratio: float = option(0.0, "share of the budget in which the learning rate rises")
-    warmdown_ratio: float = option(0.5, "share of the budget in which it falls")
-    final_lr_frac: float = option(0.0, "what it falls to, as a share of the full rate")
+    weight_decay: float | None = option(None, "Muon, cautious, falling to 0 linearly")
+    lm_head_decay: float | None = option(None, "AdamW, a step takes lr x this of a weight, at the lr of the step")
+    wte_decay: float | None = option(None, "AdamW, as --lm-head-decay")
+    value_embedding_decay: float | None = option(None, "AdamW, as --lm-head-decay")
+    momentum_ramp: int | None = option(None, "steps in which Muon's momentum rises from 0.85 to 0.95")
+    warmup_ratio: float | None = option(None, "share of the budget in which the learning rate rises")
+    warmdown_ratio: float | None = option(None, "share of the budget in which it falls")
+    final_lr_frac: float | None = option(None, "what it falls to, as a share of the full rate")
 
     eval_tokens: int | None = option(None, "validation tokens of the final evaluation; 0: all of them",
                                     begins="evaluation")  # fmt: skip
@@ -153,7 +145,8 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, saved: dict) -> "TrainConfig":
-        """What `asdict` made, read again. Raises InputError where a key or the type of a value is not one of ours."""
+        """What `asdict` made, read again: a field that it lacks is what it was before there was that field. Raises
+        InputError where a key or the type of a value is not one of ours."""
         hints = get_type_hints(cls)
         saved = {key: value for key, value in saved.items() if key not in GONE}
         for key, value in saved.items():
@@ -164,7 +157,7 @@ class TrainConfig:
             kinds = get_args(hints[key]) or (hints[key],)
             if type(value) not in kinds and not (float in kinds and type(value) is int):
                 raise InputError(f"the configuration has {value!r} for {key}")
-        return cls(**saved)
+        return cls(**BEFORE_RECIPES | saved)
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed run has to have the same."""
@@ -201,6 +194,11 @@ class TrainConfig:
                 num_kv_heads=self.num_kv_heads,
                 window_pattern=self.window_pattern,
                 key_offset=self.key_offset,
+                short_window=self.short_window,
+                rope_base=self.rope_base,
+                init_scale=self.init_scale,
+                lambda_r_init=self.lambda_r_init,
+                lambda_0_init=self.lambda_0_init,
             )
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -213,11 +211,15 @@ def cpu_has_bf16() -> bool:
 
 
 def resolve(config: TrainConfig, device: str) -> TrainConfig:
-    """Fills in what was left open with the defaults of `device`, "cuda" or "cpu": this CPU. Raises InputError."""
-    filled = {key: value for key, value in DEVICE_DEFAULTS[device].items() if getattr(config, key) is None}
+    """Fills in what was left open: by the recipe, and for `device`, "cuda" or "cpu": this CPU. Raises InputError."""
+    of_device = DEVICE_DEFAULTS[device]
+    recipe = recipe_defaults(of_device["recipe"] if config.recipe is None else config.recipe)
+    rows = min(of_device["device_batch_size"], recipe["total_batch_size"] // recipe["seq_len"])
+    defaults = of_device | recipe | {"device_batch_size": rows}
+    filled = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     if config.total_batch_size is None and (config.device_batch_size or config.seq_len):
         # Another micro-batch keeps the default total where it divides it, and is the total where it does not.
-        both = DEVICE_DEFAULTS[device] | {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+        both = defaults | {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
         micro_batch = both["device_batch_size"] * both["seq_len"]
         if micro_batch > 0 and filled["total_batch_size"] % micro_batch:
             filled["total_batch_size"] = micro_batch
@@ -237,12 +239,13 @@ def _check(config: TrainConfig) -> None:
         "untimed_steps": 0, "eval_tokens": 0, "num_kv_heads": 0, "depth": 1, "head_dim": 2, "d_model": 32, "seq_len": 1,
         "device_batch_size": 1, "total_batch_size": 1, "lm_head_lr": 0, "embedding_lr": 0, "scalar_lr": 0,
         "matrix_lr": 0, "weight_decay": 0, "warmup_ratio": 0, "warmdown_ratio": 0, "final_lr_frac": 0,
-        "checkpoint_every": 0, "hang_timeout": 0,
+        "checkpoint_every": 0, "hang_timeout": 0, "rope_base": 1, "init_scale": 0, "lm_head_decay": 0, "wte_decay": 0,
+        "value_embedding_decay": 0, "momentum_ramp": 0, "lambda_r_init": -math.inf, "lambda_0_init": -math.inf,
     }  # fmt: skip
     for key, least in at_least.items():
         value = getattr(config, key)
-        if not least <= value < math.inf:  # NaN fails too
-            wanted = "finite" if value == math.inf else f"at least {least}"
+        if not least <= value < math.inf or value == -math.inf:  # NaN fails too
+            wanted = "finite" if value == math.inf or least == -math.inf else f"at least {least}"
             raise InputError(f"--{key.replace('_', '-')} {value} must be {wanted}")
     if config.depth > MAX_DEPTH:
         raise InputError(f"--depth {config.depth} must be at most {MAX_DEPTH}")
@@ -276,6 +279,31 @@ def to_args(config: TrainConfig) -> list[str]:
     return args
 
 
+def spelled(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def default_shown(f: dataclasses.Field) -> str:
+    """A field's default for the help: by recipe or device where they differ; empty where its text says it."""
+    if f.default not in (None, ""):
+        return str(f.default)
+    defaults = [(device, by.get(f.name)) for device, by in DEVICE_DEFAULTS.items()]
+    if defaults[0][1] is None:
+        defaults = [(name, recipe_defaults(name).get(f.name)) for name in RECIPES]
+    if len({value for _, value in defaults}) == 1:
+        return "" if defaults[0][1] is None else spelled(defaults[0][1])
+    return ", ".join(f"{name} {spelled(value)}" for name, value in defaults if value is not None)
+
+
+def changed_from_recipe(config: TrainConfig) -> list[str]:
+    """The flags by which a complete configuration is not what its recipe says."""
+    of_recipe = recipe_defaults(config.recipe)
+    return [
+        f"--{key.replace('_', '-')} {spelled(getattr(config, key))}"
+        for key, value in of_recipe.items() if getattr(config, key) != value
+    ]  # fmt: skip
+
+
 def parse_given(args: list[str] | None = None) -> dict[str, Any]:
     """The options that a command line spells, and none that it leaves out."""
     parser = Parser("train", "Trains a language model inside a time budget.", MEANT, usage="%(prog)s [options]")
@@ -286,11 +314,8 @@ def parse_given(args: list[str] | None = None) -> dict[str, Any]:
             group = parser.add_argument_group(title)
         kind = next((t for t in get_args(hints[f.name]) if t is not type(None)), hints[f.name])
         text = f.metadata["help"]
-        by_device = [f"{device} {d[f.name]:.10g}" for device, d in DEVICE_DEFAULTS.items() if f.name in d]
-        if by_device:
-            text += f" (default: {', '.join(by_device)})"
-        elif f.default not in (None, ""):
-            text += f" (default: {f.default})"
+        if default := default_shown(f):
+            text += f" (default: {default})"
         flag = "--" + f.name.replace("_", "-")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)

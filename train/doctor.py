@@ -24,9 +24,10 @@ from prepare.words import command_line, install_line, printable
 from .config import ROOT, TrainConfig, cpu_has_bf16, resolve
 from .device import OLDEST_GPU, gpu_name, why_no_gpu
 from .memory import available_bytes, count, largest_batch
+from .recipes import DEVICE_DEFAULTS, vocab_size
 from .results.provenance import cpu_name, no_identity, source_state, why_no_commit
 from .results.run_folder import default_run_dir
-from .trainer import VOCAB_SIZE, embedded_folder
+from .trainer import embedded_folder
 
 PYTHONS = ((3, 11), (3, 12))
 OK, NOTE, WRONG = "ok", "note", "wrong"
@@ -80,11 +81,11 @@ def examine(data: str | None) -> Iterator[Finding]:
     """Every check's findings. What needs a GPU is left out where that, or the kernel on it, is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong: set[str] = set()
-    vocab_size = VOCAB_SIZE[device]
+    tokens = default_vocabulary(device)
 
     def corpus() -> Finding:
-        nonlocal vocab_size
-        found, vocab_size = dataset(data, device)
+        nonlocal tokens
+        found, tokens = dataset(data, device)
         return found
 
     def checked(what: str, check: Callable[[], Finding | Iterable[Finding]], needs: set[str] = frozenset()):
@@ -104,7 +105,7 @@ def examine(data: str | None) -> Iterator[Finding]:
     yield from checked("disk", disk)
     yield from checked("kernel", lambda: kernel(device), needs={"gpu"})
     yield from checked("data", corpus)
-    yield from checked("batch", lambda: batch(device, vocab_size), needs={"gpu", "kernel"})
+    yield from checked("batch", lambda: batch(device, tokens), needs={"gpu", "kernel"})
 
 
 def findings(what: str, check: Callable[[], Finding | Iterable[Finding]]) -> Iterator[Finding]:
@@ -244,21 +245,25 @@ def kernel(device: str) -> Finding:
                    " the torch and triton of pyproject.toml; --ops reference trains without them")  # fmt: skip
 
 
+def default_vocabulary(device: str) -> int:
+    return vocab_size(DEVICE_DEFAULTS[device]["recipe"])
+
+
 def dataset(folder: str | None, device: str) -> tuple[Finding, int]:
     """What was found, and the vocabulary it has."""
-    path = Path(folder or embedded_folder(device))
+    path, usual = Path(folder or embedded_folder(DEVICE_DEFAULTS[device]["recipe"])), default_vocabulary(device)
     if folder is None and not path.exists():
-        return Finding("data", NOTE, f"none at {path} yet: train prepares it by itself"), VOCAB_SIZE[device]
+        return Finding("data", NOTE, f"none at {path} yet: train prepares it by itself"), usual
     try:
         data = Dataset.open(path)
         data.split("holdout")
     except OSError as error:
         what = f"{path}: {error.strerror}"
-        return Finding("data", WRONG, what, "name another folder with --data"), VOCAB_SIZE[device]
+        return Finding("data", WRONG, what, "name another folder with --data"), usual
     except InputError as error:
-        again = command_line("prepare", "--out", path, "--vocab-size", VOCAB_SIZE[device])
+        again = command_line("prepare", "--out", path, "--vocab-size", usual)
         remedy = f"{again}, with the --source it had"
-        return Finding("data", WRONG, str(error), remedy), VOCAB_SIZE[device]
+        return Finding("data", WRONG, str(error), remedy), usual
     tokens = data.split("train").num_tokens
     found = f"{path}: {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}, every hash agrees"
     return Finding("data", OK, found), data.vocab_size

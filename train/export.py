@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import EPS, ROTARY_BASE, SOFTCAP
+from kernels import EPS, SOFTCAP
 from model import GPT
 from model.config import GATE_CHANNELS
 from prepare import InputError, Tokenizer
@@ -96,7 +96,7 @@ def exported_config(model: GPT, tokenizer: Tokenizer) -> dict:
         "offset_layers": config.offset_layers,
         "ve_layers": config.ve_layers,
         "gate_channels": GATE_CHANNELS,
-        "rotary_base": ROTARY_BASE,
+        "rotary_base": config.rope_base,
         "norm_eps": EPS,
         "softcap": SOFTCAP,
         "bos": tokenizer.bos,

@@ -23,7 +23,7 @@ MAX_LOSS = 100.0
 
 @dataclass
 class AdamWGroup:
-    """Tensors that AdamW updates in one launch, at one learning rate."""
+    """Tensors that AdamW updates in one launch, at one learning rate and decay."""
 
     names: list[str]
     lr: float
@@ -31,15 +31,16 @@ class AdamWGroup:
     masters: list[Tensor]
     grads: list[Tensor]
     copies: list[Tensor | None]
+    decay: float = 0.0
 
     def __post_init__(self):
         self.exp_avgs = [torch.zeros_like(m) for m in self.masters]
         self.exp_avg_sqs = [torch.zeros_like(m) for m in self.masters]
 
-    def hyper(self, values: StepValues) -> tuple[float, float, float]:
+    def hyper(self, values: StepValues) -> tuple[float, ...]:
         beta1, beta2 = self.betas
         t = values.step + 1
-        return self.lr * values.lr_multiplier, 1 - beta1**t, 1 - beta2**t
+        return self.lr * values.lr_multiplier, 1 - beta1**t, 1 - beta2**t, self.decay
 
     def state(self) -> dict[str, Tensor]:
         moments = {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
@@ -67,8 +68,8 @@ class MuonGroup:
         self.momentum = torch.zeros_like(self.master)
         self.second_moment = self.master.new_zeros(kernels.second_moment_shape(self.master.shape))
 
-    def hyper(self, values: StepValues) -> tuple[float, float, float]:
-        return self.lr * values.lr_multiplier, values.momentum, values.weight_decay
+    def hyper(self, values: StepValues) -> tuple[float, ...]:
+        return self.lr * values.lr_multiplier, values.momentum, values.weight_decay, 0.0  # as wide as AdamW's
 
     def state(self) -> dict[str, Tensor]:
         return {f"momentum.{self.label}": self.momentum, f"second_moment.{self.label}": self.second_moment}
@@ -118,7 +119,7 @@ class Optimizer:
         for name, p in self.parameters.items():
             p.main_grad = self.grads[offsets[name] : offsets[name] + p.numel()].view(p.shape)
         self.groups = self._groups(model, config)
-        self.hyper = torch.zeros(len(self.groups), 3, device=device)
+        self.hyper = torch.zeros(len(self.groups), 4, device=device)
         self.apply = torch.ones((), dtype=torch.bool, device=device)
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -129,14 +130,15 @@ class Optimizer:
     def _groups(self, model: GPT, config: TrainConfig) -> list[AdamWGroup | MuonGroup]:
         width_scale = (model.config.d_model / 768) ** -0.5
 
-        def adamw(names, lr, betas=(0.8, 0.95)):
+        def adamw(names, lr, betas=(0.8, 0.95), decay=0.0):
             masters = [self.masters[n] for n in names]
             grads = [self.parameters[n].main_grad for n in names]
-            return AdamWGroup(names, lr, betas, masters, grads, [self._copy(n) for n in names])
+            return AdamWGroup(names, lr, betas, masters, grads, [self._copy(n) for n in names], decay)
 
         groups: list[AdamWGroup | MuonGroup] = [
-            adamw(["lm_head"], config.lm_head_lr * width_scale),
-            adamw(["wte", "value_embeddings"], config.embedding_lr * width_scale),
+            adamw(["lm_head"], config.lm_head_lr * width_scale, decay=config.lm_head_decay),
+            adamw(["wte"], config.embedding_lr * width_scale, decay=config.wte_decay),
+            adamw(["value_embeddings"], config.embedding_lr * width_scale, decay=config.value_embedding_decay),
             adamw(["lambda_r"], config.scalar_lr * 0.01),
             adamw(["lambda_0"], config.scalar_lr, betas=(0.96, 0.95)),
         ]

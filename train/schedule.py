@@ -20,7 +20,7 @@ def step_values(config: TrainConfig, step: int, progress: float) -> StepValues:
     return StepValues(
         step,
         lr_multiplier(progress, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
-        muon_momentum(step),
+        muon_momentum(step, config.momentum_ramp),
         muon_weight_decay(progress, config.weight_decay),
     )
 
@@ -35,9 +35,9 @@ def lr_multiplier(progress: float, warmup_ratio: float, warmdown_ratio: float, f
     return left + (1 - left) * final_lr_frac
 
 
-def muon_momentum(step: int) -> float:
-    """0.85 to 0.95 over the first 300 steps."""
-    return 0.85 + (0.95 - 0.85) * min(step / 300, 1.0)
+def muon_momentum(step: int, ramp: int = 300) -> float:
+    """0.85 to 0.95 over the first `ramp` steps; with 0 it is 0.95 at once."""
+    return 0.85 + (0.95 - 0.85) * (min(step / ramp, 1.0) if ramp else 1.0)
 
 
 def muon_weight_decay(progress: float, weight_decay: float) -> float:

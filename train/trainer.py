@@ -17,6 +17,7 @@ from kernels import Table, chosen
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
 from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
+from prepare.build import DEFAULT_VOCAB_SIZE
 from prepare.scoring import Evaluation
 from prepare.words import command_line, printable
 
@@ -36,6 +37,7 @@ from .memory import (
 )
 from .optimizer import Optimizer
 from .precompile import Precompiler, stamp
+from .recipes import vocab_size
 from .resilience.checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .resilience.failure import explain
 from .resilience.resume import check_same
@@ -53,9 +55,6 @@ from .schedule import step_values
 from .step import TrainingError, TrainStep
 from .tune import Tiles, saved_tiles, tiles_for
 
-# Vocabulary of the embedded corpus where `train` prepares it by itself. On two cores the head is most of the work:
-# a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
-VOCAB_SIZE = {"cuda": 8192, "cpu": 1024}
 SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 64
 
 
@@ -68,21 +67,23 @@ def precompiler(config: TrainConfig, vocab_size: int, table: Table) -> Precompil
     return None if stamp(*step).exists() else Precompiler(*step)
 
 
-def embedded_folder(device: str) -> Path:
-    """Of the corpus that is trained on where none is named. `stdlib` is what `python -m prepare` writes, with 8,192
-    tokens; a CPU's, with fewer, is in a folder of its own."""
-    return default_folder("stdlib" if device == "cuda" else f"stdlib-{VOCAB_SIZE[device]}")
+def embedded_folder(recipe: str) -> Path:
+    """Of the corpus that is trained on where none is named. `stdlib` is what `python -m prepare` writes; another
+    vocabulary is in a folder of its own."""
+    size = vocab_size(recipe)
+    return default_folder("stdlib" if size == DEFAULT_VOCAB_SIZE else f"stdlib-{size}")
 
 
-def open_data(folder: str | None, device: str) -> Dataset:
+def open_data(folder: str | None, recipe: str) -> Dataset:
     """The prepared corpus; the embedded one is prepared first where none is named and it is not there yet."""
     if folder is not None:
         return Dataset.open(folder)
-    default = embedded_folder(device)
+    default, size = embedded_folder(recipe), vocab_size(recipe)
     if not (default / "manifest.json").exists():
-        size = f"vocabulary {VOCAB_SIZE[device]:,}"
-        print(f"no --data: preparing the embedded corpus, {size}, once, in {printable(default)}", flush=True)
-        prepare("stdlib", out=default, vocab_size=VOCAB_SIZE[device])
+        print(
+            f"no --data: preparing the embedded corpus, vocabulary {size:,}, once, in {printable(default)}", flush=True
+        )
+        prepare("stdlib", out=default, vocab_size=size)
     return Dataset.open(default)
 
 
@@ -148,7 +149,7 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
         folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
         stack.enter_context(saying_how_to_go_on(folder))
         checkpoint = newest_checkpoint(folder.checkpoints)
-        then = TrainConfig.from_json(checkpoint.values["config"]).fixed()  # what is newer than it at its default
+        then = TrainConfig.from_json(checkpoint.values["config"]).fixed()  # older ones lack what was added since
         check_same(str(checkpoint.path), config.fixed(), then, "config.json was changed")
         record.goes_on_from(checkpoint.values)
     keep_to_the_cores_allowed()
@@ -157,7 +158,7 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
     config = complete(config)
     if config.device == "cpu":
         keep_freed_memory()
-    data = open_data(config.data, config.device)
+    data = open_data(config.data, config.recipe)
     shape = config.model_config(data.vocab_size)
     fingerprint = {
         "source": data.source,
@@ -369,6 +370,7 @@ def summarise(
         "val_rows": evaluation.rows,
         "val_bytes": evaluation.bytes_scored,
         "val_cropped_percent": 100 * evaluation.cropped_share,
+        "recipe": config.recipe,
         "packing": config.packing,
         "train_cropped_percent": 100 * state.loader.cropped_share,
         "val_sha256": evaluation.fingerprint["split_sha256"][:16],

@@ -17,9 +17,11 @@ def adamw_update_cpu(masters, grads, exp_avgs, exp_avg_sqs, copies, hyper, apply
     if _nothing_applies(apply):
         return
     beta1, beta2 = betas
-    lr, bias1, bias2 = hyper[:3].unbind()
+    lr, bias1, bias2, decay = hyper[:4].unbind()
     for master, grad, m, v, copy in zip(masters, grads, exp_avgs, exp_avg_sqs, copies, strict=True):
         m.lerp_(grad, 1 - beta1)
+        if decay.is_meta or decay != 0:
+            master.mul_(1 - lr * decay)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         master.sub_(torch.div(m, (v / bias2).sqrt_().add_(eps)).mul_(lr / bias1))
         if copy is not None:

@@ -11,9 +11,9 @@ from ..common import EPS, upcast
 ROTARY_BASE = 10_000.0
 
 
-def rotary_tables(seq_len: int, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
+def rotary_tables(seq_len: int, head_dim: int, base: float = ROTARY_BASE, device=None) -> tuple[Tensor, Tensor]:
     """cos and sin of position · base^(−2i/head_dim): two fp32 tensors [seq_len, head_dim / 2]."""
-    inv_freq = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    inv_freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angle = torch.arange(seq_len, dtype=torch.float64, device=device)[:, None] * inv_freq
     return angle.cos().float(), angle.sin().float()
 

@@ -142,7 +142,7 @@ MUTANTS = {
     "mix": ("rms_norm", "forward", without_mix),
     "momentum": ("muon_update", "update", without_momentum),
     "bias correction": ("adamw_update", "update", lambda *x, hyper, apply: problems.adamw_update(
-        *x, hyper=hyper * torch.tensor([1.0, 0.9, 1.0]), apply=apply)),
+        *x, hyper=hyper * torch.tensor([1.0, 0.9, 1.0, 1.0]), apply=apply)),
     "orthogonality": ("polar_express", "update", lambda g, dtype: kernels.polar_express(g, dtype) * 1.1),
     "NaN": ("embedding", "forward", not_a_number),
     "a result too few": ("embedding", "forward", lambda *x, **c: problems.embedding(*x, **c)[:1]),
@@ -168,7 +168,7 @@ def test_bytes_and_flops_are_the_ops_own():
     muon, polar = SMALL["muon_update"], SMALL["polar_express"].cost()
     assert problems.cost(muon, "update")[0] == muon.sizes[0] * 30 + polar[0]
     assert problems.cost(muon, "update", itemsize=4)[0] == muon.sizes[0] * 28 + polar[0]
-    assert problems.cost(SMALL["adamw_update"], "update") == (96 * 30, 96 * 13)
+    assert problems.cost(SMALL["adamw_update"], "update") == (96 * 30, 96 * 14)
 
 
 def test_fewer_tokens_are_whole_rows():

@@ -247,6 +247,24 @@ def test_bad_measurements_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 3
 
 
+def test_options_of_train_make_another_step(capsys):
+    """The tuned recipe's: 640 wide, short windows of 256 tokens."""
+    assert roofline.main(["--recipe", "tuned", "--device-batch-size", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "a micro-step of 32,768 tokens" in out
+    shape = roofline.resolve(TrainConfig(recipe="tuned", device_batch_size=16), "cuda")
+    assert {op.sizes[-1] for op in roofline.micro_step_ops(shape, shape.model_config(8192))
+            if op.module == "rotary_attention"} == {256, 2048}  # fmt: skip
+    assert "adamw_update wte" in out
+    for args, named in ((["--recipe", "tund"], "did you mean tuned?"), (["--short-window", "3"], "3"),
+                        (["--config", "x", "--depth", "3"], "--depth"), (["--rcipe", "cpu"], "--recipe")):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            roofline.main(args)
+        assert ended.value.code == 2
+        assert named in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
+
+
 def test_bad_input_is_one_line(capsys, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     bad = [["--config", str(tmp_path / "none.json")], ["--config", str(tmp_path / "other.json")], ["--depth", "0"]]

@@ -60,6 +60,19 @@ def test_initial_distributions():
     assert model.lambda_0.tolist() == pytest.approx([0.1, 0.1])
 
 
+def test_another_start_is_the_same_draw_scaled():
+    """`init_scale` reaches what is drawn uniformly and nothing else; the scalars begin where they are told to."""
+    usual, other = GPT(SMALL), GPT(replace(SMALL, init_scale=0.5, lambda_r_init=1.15, lambda_0_init=0.05))
+    usual.init_weights(3)
+    other.init_weights(3)
+    scaled = {"w_qkv", "w_fc", "value_embeddings"}
+    for (name, a), b in zip(usual.named_parameters(), other.parameters(), strict=True):
+        if not name.startswith("lambda"):
+            assert torch.equal(0.5 * a if name in scaled else a, b), name
+    assert other.lambda_r.tolist() == pytest.approx([1.15] * 3)
+    assert other.lambda_0.tolist() == pytest.approx([0.05] * 3)
+
+
 @pytest.mark.parametrize("key_offset", [False, True])
 def test_a_later_token_changes_no_earlier_loss(key_offset):
     model, tokens = random_model(replace(SMALL, key_offset=key_offset)), random_tokens(SMALL)
@@ -90,6 +103,8 @@ def test_attention_of_one_layer_sees_its_window_and_nothing_else(window):
 def test_layers_get_the_windows_of_the_pattern():
     assert GPTConfig().windows == [1024, 1024, 1024, 2048, 1024, 1024, 1024, 2048]
     assert GPTConfig(depth=6).windows == [1024, 1024, 1024, 2048, 1024, 2048]  # the last is L whatever the pattern
+    assert GPTConfig(short_window=8).windows == [256, 256, 256, 2048, 256, 256, 256, 2048]
+    assert GPTConfig(depth=3, seq_len=5, short_window=4).windows == [1, 1, 5]
 
 
 def test_a_key_offset_is_on_the_layers_that_see_all():
@@ -104,11 +119,15 @@ def test_value_embeddings_on_every_other_layer_the_last_included():
     assert GPTConfig(depth=5).ve_layers == [0, 2, 4]
 
 
-@pytest.mark.parametrize("key_offset", [False, True])
-def test_loss_follows_the_written_equations(key_offset):
+@pytest.mark.parametrize(
+    ("base", "short_window", "key_offset"), [(10_000, 2, False), (50.0, 4, False), (10_000, 2, True)]
+)
+def test_loss_follows_the_written_equations(base, short_window, key_offset):
     """Two layers of the design, spelled out for one row, without the ops."""
-    config = GPTConfig(vocab_size=50, seq_len=6, depth=2, d_model=64, head_dim=16, num_kv_heads=2, window_pattern="S",
-                       key_offset=key_offset)  # fmt: skip
+    config = GPTConfig(
+        vocab_size=50, seq_len=6, depth=2, d_model=64, head_dim=16, num_kv_heads=2, window_pattern="S",
+        rope_base=base, short_window=short_window, key_offset=key_offset,
+    )  # fmt: skip
     model, tokens = random_model(config), random_tokens(config, rows=1)
     hd, H, K, T = 16, 4, 2, 6
 
@@ -118,7 +137,7 @@ def test_loss_follows_the_written_equations(key_offset):
     def rotate(v, position):
         out = v.clone()
         for i in range(hd // 2):
-            angle = position * 10_000 ** (-2 * i / hd)
+            angle = position * base ** (-2 * i / hd)
             out[i] = v[i] * math.cos(angle) + v[i + hd // 2] * math.sin(angle)
             out[i + hd // 2] = -v[i] * math.sin(angle) + v[i + hd // 2] * math.cos(angle)
         return out
@@ -126,7 +145,7 @@ def test_loss_follows_the_written_equations(key_offset):
     inputs, targets = tokens[0, :-1], tokens[0, 1:]
     x0 = norm(model.wte[inputs])
     x = x0
-    for layer, window in enumerate([3, 6]):
+    for layer, window in enumerate([6 // short_window, 6]):
         x = model.lambda_r[layer] * x + model.lambda_0[layer] * x0
         y = norm(x)
         q, k, v = (y @ model.w_qkv[layer].T).split([H * hd, K * hd, K * hd], dim=-1)
@@ -216,6 +235,7 @@ def test_a_shorter_row_is_a_prefix():
     [
         ({"depth": 0}, "depth"), ({"d_model": 100}, "d_model"), ({"head_dim": 15, "d_model": 60}, "head_dim"),
         ({"num_kv_heads": 3}, "num_kv_heads"), ({"window_pattern": "SX"}, "window_pattern"),
+        ({"short_window": 3}, "short_window"),
         ({"d_model": 16, "head_dim": 16}, "d_model"), ({"head_dim": 18, "d_model": 54, "key_offset": True}, "head_dim"),
     ],
 )  # fmt: skip

@@ -19,13 +19,13 @@ from train.tune.ops import Op
 SHAPE = GPTConfig(vocab_size=300, seq_len=16, depth=2, d_model=64, head_dim=16, num_kv_heads=2)
 
 
-def make(shape: GPTConfig = SHAPE, forward_dtype=torch.float32, seed: int = 0) -> tuple[GPT, Optimizer]:
+def make(shape: GPTConfig = SHAPE, forward_dtype=torch.float32, seed: int = 0, **options) -> tuple[GPT, Optimizer]:
     torch.manual_seed(seed)
     model = GPT(shape)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    config = TrainConfig(depth=2, embedding_lr=0.6, scalar_lr=0.5, matrix_lr=0.04)
+    config = TrainConfig(depth=2, embedding_lr=0.6, scalar_lr=0.5, matrix_lr=0.04, **options)
     optimizer = Optimizer(model, resolve(config, "cpu"), forward_dtype)
     for parameter in model.parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape))
@@ -98,6 +98,27 @@ def test_one_adamw_step(name, step):
     torch.testing.assert_close(getattr(model, name).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(group.exp_avgs[i].double(), m, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(group.exp_avg_sqs[i].double(), v, rtol=1e-5, atol=1e-6)
+
+
+def test_each_table_has_its_own_decay_at_the_rate_of_the_step():
+    """What a decay takes beside the update: lr x decay of the weight, whose lr is the scheduled one."""
+    decays = {"lm_head": 0.02, "wte": 0.03, "value_embeddings": 0.05}
+    (model, plain), (decayed, optimizer) = make(), make(
+        lm_head_decay=0.02, wte_decay=0.03, value_embedding_decay=0.05
+    )  # fmt: skip
+    before = {n: m.clone() for n, m in plain.masters.items()}
+    for each in (plain, optimizer):
+        each.set_hyper(VALUES)
+        each.update(GOOD)
+    for name, weight in model.named_parameters():
+        lr = (0.004 if name == "lm_head" else 0.6) * math.sqrt(768 / 64)
+        expected = weight.detach().double() - 0.7 * lr * decays.get(name, 0.0) * before[name].double()
+        got = getattr(decayed, name).detach()
+        if name in decays:
+            torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+            assert not torch.allclose(got, weight, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(got, weight), name
 
 
 def polar_by_hand(g):

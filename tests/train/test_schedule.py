@@ -32,6 +32,8 @@ def test_no_warmdown_stays_flat():
 
 def test_momentum_and_decay():
     assert [muon_momentum(s) for s in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert [muon_momentum(s, 200) for s in (0, 100, 200)] == pytest.approx([0.85, 0.90, 0.95])
+    assert muon_momentum(0, 0) == pytest.approx(0.95)
     assert [muon_weight_decay(p, 0.2) for p in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0])
 
 
@@ -40,6 +42,8 @@ def test_step_values_put_them_together():
     values = step_values(config, step=30, progress=0.75)
     assert (values.step, values.lr_multiplier) == (30, 0.5)
     assert (values.momentum, values.weight_decay) == pytest.approx((0.86, 0.1))
+    config = resolve(TrainConfig(momentum_ramp=60), "cpu")
+    assert step_values(config, step=30, progress=0.75).momentum == pytest.approx(0.9)
 
 
 def run(budget: Budget, seconds_of_step) -> list[float]:

@@ -58,6 +58,7 @@ def test_a_run_learns_and_writes_its_folder(finished, corpus):
     assert summary["val_bpb"] < 8
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["depth"] == 2
+    assert config["config"]["recipe"] == summary["recipe"] == "cpu"
     assert config["model"]["vocab_size"] == 512
     data = Dataset.open(corpus)
     assert summary["fingerprint"]["split_sha256"] == data.split("val").sha256
@@ -69,7 +70,7 @@ def test_what_is_printed_is_in_the_summary_as_numbers(corpus, tmp_path, capsys):
     lines = capsys.readouterr().out.partition("\n---\n")[2].splitlines()
     printed = dict(line.split(maxsplit=1) for line in lines)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    text = {"tiles", "packing", "val_sha256", "tokenizer_sha256", "comparable", "audit", "status", "verdict"}
+    text = {"tiles", "recipe", "packing", "val_sha256", "tokenizer_sha256", "comparable", "audit", "status", "verdict"}
     assert {key for key, value in summary.items() if isinstance(value, str)} == text | {"sha256"}
     for key, value in summary.items():
         if key not in ("fingerprint", "sha256", "seconds"):
@@ -284,6 +285,13 @@ def test_saved_weights_are_the_trained_ones(finished):
         (["--packing", "loose"], "--packing"),
         (["--data", "nowhere"], "nowhere"),
         (["--window-pattern", "SQ"], "window_pattern"),
+        (["--recipe", "tund"], "'tund' is none of published, tuned, cpu: did you mean tuned?"),
+        (["--short-window", "3"], "choose from 2, 4, 8"),
+        (["--rope-base", "0.5"], "--rope-base 0.5 must be at least 1"),
+        (["--wte-decay", "-0.1"], "--wte-decay -0.1 must be at least 0"),
+        (["--lambda-0-init", "nan"], "--lambda-0-init nan must be finite"),
+        (["--lambda-r-init=-inf"], "--lambda-r-init -inf must be finite"),
+        (["--momentum-ramp", "-1"], "--momentum-ramp -1 must be at least 0"),
     ],
 )
 def test_bad_arguments_are_named_in_one_line(corpus, tmp_path, capsys, args, named):

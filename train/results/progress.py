@@ -15,7 +15,7 @@ from prepare import Dataset, default_folder
 from prepare.words import command_line, printable
 
 from ..budget import Budget
-from ..config import TrainConfig
+from ..config import TrainConfig, changed_from_recipe
 from ..device import gpu_name
 from ..resilience.checkpoint import Checkpoint
 from ..resilience.durable import DISK_FULL
@@ -116,6 +116,8 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     precision = "" if not config.autocast else ", bf16" if config.ops == "cpu" else ", bf16 autocast"
     print(f"device: {where}, {ops}{precision}")
     print(f"data:   {printable(data.source)}, {tokens / 1e6:.1f}M training tokens, vocabulary {data.vocab_size:,}")
+    changed = changed_from_recipe(config)
+    print(f"recipe: {config.recipe}{', but ' if changed else ''}{' '.join(changed)}")
     print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
     micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"
     print(f"train:  {length}; a step is {config.total_batch_size:,} tokens in {micro}")

@@ -18,7 +18,8 @@ from prepare.words import printable
 
 from ..budget import Budget
 from ..clock import seconds_since_start
-from ..config import DEVICE_DEFAULTS, MAX_SEEDS, TrainConfig, to_args
+from ..config import MAX_SEEDS, TrainConfig, to_args
+from ..recipes import DEVICE_DEFAULTS
 from ..resilience.signals import UNREAD, Interrupted
 from ..resilience.watchdog import HangError
 from ..step import TrainingError

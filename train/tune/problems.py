@@ -174,8 +174,9 @@ def _update_problem(
     state.append(randn(*second, scale=0.02, dtype=torch.float32).square())
     if dtype != torch.float32:
         state.append(state[0].to(dtype))  # the copy that the forward reads
-    # Rates of the masters' own size, so that an error of the update shows in them: lr, μ, wd or lr, 1 − β₁ᵗ, 1 − β₂ᵗ.
-    hyper = torch.tensor([0.5, 0.9, 0.1] if op.module == "muon" else [0.02, 0.9, 0.4], device=device)
+    # Rates of the masters' own size, so that an error of the update shows in them: lr, μ, wd or lr, 1 − β₁ᵗ, 1 − β₂ᵗ,
+    # wd; AdamW's decay takes a tenth of a weight.
+    hyper = torch.tensor([0.5, 0.9, 0.1] if op.module == "muon" else [0.02, 0.9, 0.4, 5.0], device=device)
     constants = {"hyper": hyper, "apply": torch.ones((), dtype=torch.bool, device=device)}
     if op.module == "muon":
         constants["iterate_dtype"] = iterates

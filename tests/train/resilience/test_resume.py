@@ -1,6 +1,7 @@
 """A run that is stopped, killed or cut off goes on as if nothing had been: bit for bit, on the CPU, by steps."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -22,7 +23,8 @@ from prepare.words import command_line
 from tests.helpers.stopped_run import STEPS, interrupt, main, signal_after
 from tests.helpers.tiny_run import TINY, assert_same, losses, rows, run_main
 from train.budget import Budget
-from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
+from train.recipes import BEFORE_RECIPES
+from train.resilience.checkpoint import STATE, SUMS, checkpoint_folders, read_checkpoint
 from train.results.ledger import Ledger
 from train.results.progress import Reporter
 from train.step import TrainStep
@@ -200,6 +202,26 @@ def test_what_changed_around_a_run_is_said(stopped, monkeypatch, capsys):
     monkeypatch.setattr(train.trainer, "environment", lambda: here | {"threads": 99})
     assert main("--resume", str(stopped)) == 0
     assert f"note:   started with threads {here['threads']}, now 99: " in capsys.readouterr().out
+
+
+def test_a_run_from_before_there_were_recipes_goes_on(stopped, whole):
+    """Its config.json and its checkpoint lack the fields that were added, and it ends as it would have ended then."""
+    path = stopped / "config.json"
+    saved = json.loads(path.read_text())
+    for key in BEFORE_RECIPES:
+        del saved["config"][key]
+    for key in ("short_window", "rope_base", "init_scale", "lambda_r_init", "lambda_0_init"):
+        del saved["model"][key]
+    path.write_text(json.dumps(saved))
+    for folder in checkpoint_folders(stopped / "checkpoints"):
+        values = read_checkpoint(folder).values
+        values["config"] = {key: value for key, value in values["config"].items() if key not in BEFORE_RECIPES}
+        sums = (folder / SUMS).read_text()
+        old, state = (folder / STATE).read_bytes(), json.dumps(values).encode()
+        (folder / STATE).write_bytes(state)
+        (folder / SUMS).write_text(sums.replace(*(hashlib.sha256(text).hexdigest() for text in (old, state))))
+    assert main("--resume", str(stopped)) == 0
+    assert_same(stopped, whole)
 
 
 def test_an_edited_config_is_refused(stopped, capsys):
