@@ -1,10 +1,10 @@
 """How fast a step could be: each op's bytes and FLOPs, from its own `cost`, over the ceilings of a GPU.
 
-`python -m bench.roofline [--gpu h100|h200] [--depth N] [--vocab-size V] [--config RUN/config.json]` prints a line for
-an op and direction: what binds it, its share, and the MFU that the sum would give. An op takes the longer of its two
-times, as if bytes and FLOPs overlapped wholly: no launch gaps, no tails, every fusion that `cost` counts on. It is a
-bound to measure against, not a prediction. The ops are those that the model calls (train/tune/ops.py); one without a
-known cost is an error.
+`python -m bench.roofline [--gpu h100|h200] [--vocab-size V] [--config RUN/config.json]` prints a line for an op and
+direction: what binds it, its share, and the MFU that the sum would give. Options of `train`, such as --depth 9
+--d-model 640, make it another step. An op takes the longer of its two times, as if bytes and FLOPs overlapped wholly:
+no launch gaps, no tails, every fusion that `cost` counts on. It is a bound to measure against, not a prediction. The
+ops are those that the model calls (train/tune/ops.py); one without a known cost is an error.
 
 `--measured FILE` sets beside it what bench/test_step.py measured: the gap of each op, where the next millisecond is.
 """
@@ -20,7 +20,7 @@ from model import GPTConfig, flops_per_token
 from model.flops import H100_PEAK
 from prepare import InputError
 from prepare.arguments import Parser, command
-from train.config import TrainConfig, resolve
+from train.config import TrainConfig, parse_given, resolve
 from train.tune.ops import Op, micro_step_ops, recomputed_ops, update_ops
 
 # H200: 790 TFLOP/s and 4.3 TB/s (of 4.8) have been measured by others on one. H100: the same rate, and the same nine
@@ -157,13 +157,14 @@ def report_measured(step: dict, gpu: Ceilings) -> list[Part]:
 def main(args: list[str] | None = None) -> int:
     parser = Parser("bench.roofline", __doc__)
     parser.add_argument("--gpu", choices=GPUS, help="whose ceilings (default: h200; with --measured those measured)")
-    parser.add_argument("--depth", type=int, help="layers (default: the default GPU configuration's)")
     parser.add_argument("--vocab-size", type=int, help="default: 8192; with --measured the first step's")
-    parser.add_argument("--config", type=Path, help="config.json of a run, instead of --depth and --vocab-size")
+    parser.add_argument("--config", type=Path, help="config.json of a run, instead of options and --vocab-size")
     parser.add_argument("--measured", type=Path, help="JSON of bench/test_step.py: the gap of each op, largest first")
-    options = parser.parse_args(args)
+    options, given = parser.parse_known_args(args)
     if options.vocab_size is not None and not 1 <= options.vocab_size <= 65536:
         parser.error(f"--vocab-size {options.vocab_size} must be from 1 to 65,536")
+    if given and (options.config or options.measured):
+        parser.error(f"{given[0]}: --config and --measured have a step of their own")
     try:
         if options.measured:
             step = read_step(options.measured, options.vocab_size)
@@ -178,7 +179,7 @@ def main(args: list[str] | None = None) -> int:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"--config {options.config} is no config.json of a run ({error})") from None
         else:
-            config = resolve(TrainConfig(depth=options.depth), "cuda")
+            config = resolve(TrainConfig(**parse_given(given)), "cuda")
             model = config.model_config(options.vocab_size or 8192)
         report(config, model, GPUS[options.gpu or "h200"])
     except (ValueError, KeyError, TypeError, InputError) as error:

@@ -15,6 +15,14 @@ from train.step import TrainStep
 VALUES = StepValues(step=3, lr_multiplier=0.7, momentum=0.9, weight_decay=0.15)
 
 
+class ShortWindows(GPTConfig):
+    """Its short windows are an eighth of a row."""
+
+    @property
+    def windows(self) -> list[int]:
+        return [self.seq_len // 8 if window < self.seq_len else window for window in super().windows]
+
+
 def random_step(shape: GPTConfig, forward_dtype: torch.dtype, device: str = DEVICE) -> TrainStep:
     torch.manual_seed(0)
     model = GPT(shape)

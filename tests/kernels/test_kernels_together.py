@@ -7,7 +7,7 @@ import torch
 import kernels
 from model import GPTConfig
 from tests.helpers.kernel_checks import exact_bfloat16, real_and_small
-from tests.helpers.whole_model import check_step, loss_and_gradients, random_step, update
+from tests.helpers.whole_model import ShortWindows, check_step, loss_and_gradients, random_step, update
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +22,6 @@ def test_two_layers_on_kernels_are_two_layers_on_references(monkeypatch, kv_head
         vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32, num_kv_heads=kv_heads, window_pattern="S"
     )
     check_step(monkeypatch, shape, rows=2)
-
-
-class ShortWindows(GPTConfig):
-    """Its short windows are an eighth of a row."""
-
-    @property
-    def windows(self) -> list[int]:
-        return [self.seq_len // 8 if window < self.seq_len else window for window in super().windows]
 
 
 @pytest.mark.parametrize("fused_norms", [False, True])
