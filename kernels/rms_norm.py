@@ -3,6 +3,9 @@
     s = λᵣ·x + λ₀·x₀                       (without x₀: s = x)
     y = s / sqrt(mean(s²) + eps)           eps = 2⁻²³
 
+A row stays in registers between the sum and what needs it: as one tile, or as parts side by side, of one shape and
+added up before any thread asks another, so that a row of 640 need not be a tile of 1,024.
+
 Both s and y are returned: a layer that read x beside y would leave autograd a sum of two gradients to make. x₀ is
 returned too, for the next layer to read: its gradient then passes through this op, which adds it to the dx₀ that it
 writes anyway.
