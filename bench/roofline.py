@@ -160,11 +160,12 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, help="default: 8192; with --measured the first step's")
     parser.add_argument("--config", type=Path, help="config.json of a run, instead of options and --vocab-size")
     parser.add_argument("--measured", type=Path, help="JSON of bench/test_step.py: the gap of each op, largest first")
-    options, given = parser.parse_known_args(args)
+    options, others = parser.parse_known_args(args)
+    given = parse_given(others)
     if options.vocab_size is not None and not 1 <= options.vocab_size <= 65536:
         parser.error(f"--vocab-size {options.vocab_size} must be from 1 to 65,536")
     if given and (options.config or options.measured):
-        parser.error(f"{given[0]}: --config and --measured have a step of their own")
+        parser.error(f"{others[0]}: --config and --measured have a step of their own")
     try:
         if options.measured:
             step = read_step(options.measured, options.vocab_size)
@@ -179,7 +180,7 @@ def main(args: list[str] | None = None) -> int:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"--config {options.config} is no config.json of a run ({error})") from None
         else:
-            config = resolve(TrainConfig(**parse_given(given)), "cuda")
+            config = resolve(TrainConfig(**given), "cuda")
             model = config.model_config(options.vocab_size or 8192)
         report(config, model, GPUS[options.gpu or "h200"])
     except (ValueError, KeyError, TypeError, InputError) as error:
