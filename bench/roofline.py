@@ -1,11 +1,10 @@
 """How fast a step could be: each op's bytes and FLOPs, from its own `cost`, over the ceilings of a GPU.
 
 `python -m bench.roofline [--gpu h100|h200] [--vocab-size V] [--config RUN/config.json]` prints a line for an op and
-direction: what binds it, its share, and the MFU that the sum would give. Options of `train`, such as --recipe tuned or
---depth 20, make it another step. An op takes the longer of its two
-times, as if bytes and FLOPs overlapped wholly: no launch gaps, no tails, every fusion that `cost` counts on. It is a
-bound to measure against, not a prediction. The ops are those that the model calls (train/tune/ops.py); one without a
-known cost is an error.
+direction: what binds it, its share, and the MFU that the sum would give. Options of `train`, such as --recipe
+tuned, make it another step. An op takes the longer of its two times, as if bytes and FLOPs overlapped wholly:
+no launch gaps, no tails, every fusion that `cost` counts on. It is a bound to measure against, not a prediction. The
+ops are those that the model calls (train/tune/ops.py); one without a known cost is an error.
 
 `--measured FILE` sets beside it what bench/test_step.py measured: the gap of each op, where the next millisecond is.
 """
@@ -162,12 +161,12 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, help="default: the recipe's; with --measured the first step's")
     parser.add_argument("--config", type=Path, help="config.json of a run, instead of options of train")
     parser.add_argument("--measured", type=Path, help="JSON of bench/test_step.py: the gap of each op, largest first")
-    options, rest = parser.parse_known_args(args)
-    given = parse_given(rest)
-    if given and (options.config or options.measured):
-        parser.error(f"--{next(iter(given)).replace('_', '-')}: the step is that of the file")
+    options, others = parser.parse_known_args(args)
+    given = parse_given(others)
     if options.vocab_size is not None and not 1 <= options.vocab_size <= 65536:
         parser.error(f"--vocab-size {options.vocab_size} must be from 1 to 65,536")
+    if given and (options.config or options.measured):
+        parser.error(f"{others[0]}: --config and --measured have a step of their own")
     try:
         if options.measured:
             step = read_step(options.measured, options.vocab_size)

@@ -17,7 +17,8 @@ from itertools import product
 import torch
 
 __all__ = [
-    "Choice", "Table", "Tile", "asked", "choose", "chosen", "elements", "grid", "key_of", "product_tiles", "trying",
+    "Choice", "Table", "Tile", "asked", "choose", "chosen", "elements", "fitting_block", "fitting_blocks", "grid",
+    "key_of", "product_tiles", "trying",
 ]  # fmt: skip
 
 Tile = dict[str, int | bool | str]
@@ -130,6 +131,19 @@ def grid(accept: Callable[[Tile], bool] = lambda tile: True, **values: Iterable)
 def elements(of: Callable[[Tile], int], least: int, most: int) -> Callable[[Tile], bool]:
     """Whether a thread has from `least` to `most` of a tile's elements: vectors of 16 bytes, and registers to spare."""
     return lambda tile: least <= of(tile) // (32 * tile["num_warps"]) <= most
+
+
+def fitting_blocks(width: int, blocks: Iterable[int]) -> list[int]:
+    """Those powers of two in whose blocks no more than a quarter of the columns lies past `width`, or where there is
+    none the narrowest."""
+    blocks = sorted(blocks)
+    return [b for b in blocks if 3 * b * -(-width // b) <= 4 * width] or blocks[:1]
+
+
+def fitting_block(width: int, most: int) -> int:
+    """The widest of them from 128 to `most`; a row of less than that in one."""
+    whole = 1 << (width - 1).bit_length()
+    return min(whole, fitting_blocks(width, [b for b in (128, 256, 512, 1024) if b <= most])[-1])
 
 
 def product_tiles(pipelines: tuple[tuple[int, int], ...], **values: Iterable) -> list[Tile]:

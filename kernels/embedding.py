@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .choice import Choice, Tile, elements, grid
+from .choice import Choice, Tile, elements, fitting_block, fitting_blocks, grid
 from .common import tl, triton, use_cpu_forms, use_kernels
 from .cpu import embedding_cpu
 
@@ -101,14 +101,14 @@ SPLIT = 128  # rows of dout that one program sums
 
 def _config(D: int) -> Tile:
     """Tiles of 4,096 elements for four warps: four vectors of 16 bytes a thread in 16 bits."""
-    block_d = min(triton.next_power_of_2(D), 512)
+    block_d = fitting_block(D, 512)
     return {"BLOCK": min(4096 // block_d, 32), "BLOCK_D": block_d, "num_warps": 4}
 
 
 def _candidates(D: int, dtype: torch.dtype) -> list[Tile]:
     return grid(
         elements(lambda tile: tile["BLOCK"] * tile["BLOCK_D"], 16, 32), BLOCK=(4, 8, 16, 32),
-        BLOCK_D=[block for block in (128, 256, 512) if block < 2 * D], num_warps=(1, 2, 4, 8),
+        BLOCK_D=fitting_blocks(D, [block for block in (128, 256, 512) if block < 2 * D]), num_warps=(1, 2, 4, 8),
     )  # fmt: skip
 
 

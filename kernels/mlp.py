@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .choice import Choice, Tile
+from .choice import Choice, Tile, fitting_block
 from .common import EPS, Factors, graph_is_kept, tl, triton, upcast, use_cpu_forms, use_kernels
 from .cpu import relu2_mlp_cpu, rms_norm_cpu
 from .gemm import (
@@ -255,7 +255,7 @@ def _rstd(x: Tensor) -> Tensor:
     """1 / sqrt(mean(x²) + eps) of the rows: [M] in fp32."""
     M, D = x.shape
     rstd = torch.empty(M, dtype=torch.float32, device=x.device)
-    block_d = min(triton.next_power_of_2(D), 1024)
+    block_d = fitting_block(D, 1024)
     block_m = max(1, 2048 // block_d)
     _rstd_kernel[(triton.cdiv(M, block_m),)](
         x, rstd, x.stride(0), M, D, EPS=EPS, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4

@@ -17,7 +17,7 @@ decay, Chen et al., arXiv 2510.12402.
 import torch
 from torch import Tensor
 
-from .choice import Choice, Tile, elements, grid
+from .choice import Choice, Tile, elements, fitting_block, fitting_blocks, grid
 from .common import tl, triton, use_cpu_forms, use_kernels
 from .cpu import muon_update_cpu
 from .polar_express import polar_express, polar_express_ref
@@ -153,7 +153,7 @@ def _muon_kernel(
 
 def _config(rows: int, cols: int) -> tuple[Tile, Tile]:
     """Tiles of the elementwise kernels and of the means: 2,048 elements for four warps, wide along the columns."""
-    block_c = min(triton.next_power_of_2(cols), 512)
+    block_c = fitting_block(cols, 512)
     tile = {"BLOCK_R": max(1, 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4}
     if rows >= cols:
         return tile, {"BLOCK_L": max(1, 2048 // block_c), "BLOCK_N": block_c, "num_warps": 4}
@@ -168,7 +168,7 @@ def _candidates(rows: int, cols: int) -> list[Tile]:
         return []
     return grid(
         elements(lambda tile: tile["BLOCK_R"] * tile["BLOCK_C"], 8, 32), BLOCK_R=(2, 4, 8, 16),
-        BLOCK_C=(128, 256, 512), num_warps=(4, 8),
+        BLOCK_C=fitting_blocks(cols, (128, 256, 512)), num_warps=(4, 8),
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _means_candidates(rows: int, cols: int) -> list[Tile]:
                     BLOCK_N=(16, 32, 64), num_warps=(2, 4, 8))  # fmt: skip
     return grid(
         elements(lambda tile: tile["BLOCK_L"] * tile["BLOCK_N"], 8, 32), BLOCK_L=(2, 4, 8, 16),
-        BLOCK_N=(128, 256, 512), num_warps=(2, 4, 8),
+        BLOCK_N=fitting_blocks(cols, (128, 256, 512)), num_warps=(2, 4, 8),
     )  # fmt: skip
 
 

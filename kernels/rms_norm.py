@@ -3,6 +3,9 @@
     s = λᵣ·x + λ₀·x₀                       (without x₀: s = x)
     y = s / sqrt(mean(s²) + eps)           eps = 2⁻²³
 
+A row stays in registers between the sum and what needs it: as one tile, or as parts side by side, of one shape and
+added up before any thread asks another, so that a row of 640 need not be a tile of 1,024.
+
 Both s and y are returned: a layer that read x beside y would leave autograd a sum of two gradients to make. x₀ is
 returned too, for the next layer to read: its gradient then passes through this op, which adds it to the dx₀ that it
 writes anyway.
@@ -44,25 +47,50 @@ def rms_norm_ref(
 
 
 @triton.jit
+def _part(part: tl.constexpr, mask_m, D, BLOCK_D: tl.constexpr):
+    """Columns [BLOCK_D] of one part of the rows, and which of its elements there are: [BM, BLOCK_D]."""
+    offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    return offs_d, mask_m[:, None] & (offs_d < D)[None, :]
+
+
+@triton.jit
+def _load(ptrs, mask):
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _products(a, b):
+    """a·b, added up over the parts and not yet within them: [BM, BLOCK_D]."""
+    products = a[0] * b[0]
+    for part in tl.static_range(1, len(a)):
+        products += a[part] * b[part]
+    return products
+
+
+@triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, s_ptr, y_ptr, rstd_ptr, x_stride_m, x0_stride_m, M, D,
     EPS: tl.constexpr, HAS_X0: tl.constexpr, HAS_S: tl.constexpr, HAS_Y: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < M
-    mask = mask_m[:, None] & (offs_d < D)[None, :]
-    s = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_X0:
-        x0 = tl.load(x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(lambda_r_ptr) * s + tl.load(lambda_0_ptr) * x0
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(s * s, axis=1) / D + EPS)  # [BM]
-    offs = offs_m[:, None] * D + offs_d[None, :]
-    if HAS_S:
-        tl.store(s_ptr + offs, s.to(s_ptr.dtype.element_ty), mask=mask)
-    if HAS_Y:
-        tl.store(y_ptr + offs, (s * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
+    s = ()  # of every part one, as all tuples here
+    for part in tl.static_range(PARTS):
+        offs_d, mask = _part(part, mask_m, D, BLOCK_D)
+        mixed = _load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask)
+        if HAS_X0:
+            x0 = _load(x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :], mask)
+            mixed = tl.load(lambda_r_ptr) * mixed + tl.load(lambda_0_ptr) * x0
+        s += (mixed,)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(_products(s, s), axis=1) / D + EPS)  # [BM]
+    for part in tl.static_range(PARTS):
+        offs_d, mask = _part(part, mask_m, D, BLOCK_D)
+        offs = offs_m[:, None] * D + offs_d[None, :]
+        if HAS_S:
+            tl.store(s_ptr + offs, s[part].to(s_ptr.dtype.element_ty), mask=mask)
+        if HAS_Y:
+            tl.store(y_ptr + offs, (s[part] * rstd[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
@@ -71,42 +99,53 @@ def _rms_norm_bwd_kernel(
     ds_ptr, dy_ptr, dx0_later_ptr, x_ptr, x0_ptr, lambda_r_ptr, lambda_0_ptr, rstd_ptr,
     dx_ptr, dx0_ptr, partial_ptr, x_stride_m, x0_stride_m, M, D,
     HAS_DS: tl.constexpr, HAS_DY: tl.constexpr, SCALED: tl.constexpr, HAS_X0: tl.constexpr, HAS_LATER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Without HAS_X0, `x_ptr` is y. With SCALED, `dy_ptr` is rstd ⊙ dy."""
     pid = tl.program_id(0)
-    offs_d = tl.arange(0, BLOCK_D)
     dlambda_r = 0.0
     dlambda_0 = 0.0
     for step in range(STEPS):
         offs_m = (pid.to(tl.int64) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        mask = mask_m[:, None] & (offs_d < D)[None, :]
-        offs = offs_m[:, None] * D + offs_d[None, :]
-        x = tl.load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_X0:
-            x0_ptrs = x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :]
-            x0 = tl.load(x0_ptrs, mask=mask, other=0.0).to(tl.float32)
-            s = tl.load(lambda_r_ptr) * x + tl.load(lambda_0_ptr) * x0
-        g = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        x, x0, normed, dy, g = (), (), (), (), ()
+        for part in tl.static_range(PARTS):
+            offs_d, mask = _part(part, mask_m, D, BLOCK_D)
+            offs = offs_m[:, None] * D + offs_d[None, :]
+            x += (_load(x_ptr + offs_m[:, None] * x_stride_m + offs_d[None, :], mask),)
+            if HAS_X0:
+                x0 += (_load(x0_ptr + offs_m[:, None] * x0_stride_m + offs_d[None, :], mask),)
+                s = tl.load(lambda_r_ptr) * x[part] + tl.load(lambda_0_ptr) * x0[part]
+            if HAS_DY:
+                rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+                scaled = _load(dy_ptr + offs, mask)
+                normed += (s * rstd if HAS_X0 else x[part],)
+                dy += (scaled if SCALED else rstd * scaled,)
         if HAS_DY:
-            rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-            dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            normed = s * rstd if HAS_X0 else x
-            dy = dy if SCALED else rstd * dy
-            g += dy - normed * (tl.sum(dy * normed, axis=1)[:, None] / D)
-        if HAS_DS:
-            g += tl.load(ds_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            along = tl.sum(_products(dy, normed), axis=1)[:, None] / D
+        for part in tl.static_range(PARTS):
+            offs_d, mask = _part(part, mask_m, D, BLOCK_D)
+            offs = offs_m[:, None] * D + offs_d[None, :]
+            g_part = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+            if HAS_DY:
+                g_part += dy[part] - normed[part] * along
+            if HAS_DS:
+                g_part += _load(ds_ptr + offs, mask)
+            g += (g_part,)
         if HAS_X0:
-            dlambda_r += tl.sum(g * x)
-            dlambda_0 += tl.sum(g * x0)
-            tl.store(dx_ptr + offs, (tl.load(lambda_r_ptr) * g).to(dx_ptr.dtype.element_ty), mask=mask)
-            dx0 = tl.load(lambda_0_ptr) * g
-            if HAS_LATER:
-                dx0 += tl.load(dx0_later_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx0_ptr + offs, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
-        else:
-            tl.store(dx_ptr + offs, g.to(dx_ptr.dtype.element_ty), mask=mask)
+            dlambda_r += tl.sum(_products(g, x))
+            dlambda_0 += tl.sum(_products(g, x0))
+        for part in tl.static_range(PARTS):
+            offs_d, mask = _part(part, mask_m, D, BLOCK_D)
+            offs = offs_m[:, None] * D + offs_d[None, :]
+            if HAS_X0:
+                tl.store(dx_ptr + offs, (tl.load(lambda_r_ptr) * g[part]).to(dx_ptr.dtype.element_ty), mask=mask)
+                dx0 = tl.load(lambda_0_ptr) * g[part]
+                if HAS_LATER:
+                    dx0 += _load(dx0_later_ptr + offs, mask)
+                tl.store(dx0_ptr + offs, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
+            else:
+                tl.store(dx_ptr + offs, g[part].to(dx_ptr.dtype.element_ty), mask=mask)
     if HAS_X0:
         tl.store(partial_ptr + 2 * pid, dlambda_r)
         tl.store(partial_ptr + 2 * pid + 1, dlambda_0)
@@ -134,37 +173,51 @@ def _dlambda_kernel(
     tl.store(dlambda_0_ptr, dlambda_0)
 
 
-MAX_WIDTH = 8192  # a row is one tile
+MAX_WIDTH = 8192  # of a row, which registers hold
+MIN_SPLIT = 64  # a row up to this wide is never in parts
 
 
 def _config(D: int) -> Tile:
     """A tile holds whole rows: 2,048 elements for four warps, two vectors of 16 bytes a thread and 16-bit tensor.
     Half of that where rows are no whole vectors: every element then has an address in registers. Half too on sm_120
-    where they need a mask: there the assembler takes 80 registers for the other, and spills."""
-    block_d = triton.next_power_of_2(D)
-    masked_on_120 = block_d != D and gpu_arch() == 120
-    block_m = max(1, (2048 if D % 8 == 0 and not masked_on_120 else 1024) // block_d)
-    return {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": max(4, min(16, block_m * block_d // 512))}
+    where they need a mask: there the assembler takes 80 registers for the other, and spills.
+
+    A row is one part as wide as the next power of two; or, where five eighths of that hold it, five parts, with twice
+    the rows in as many warps: about half as many instructions a row, and more rows at once (bench/LOG.md)."""
+    width = triton.next_power_of_2(D)
+    masked_on_120 = width != D and gpu_arch() == 120
+    block_m = max(1, (2048 if D % 8 == 0 and not masked_on_120 else 1024) // width)
+    num_warps = max(4, min(16, block_m * width // 512))
+    five_eighths = 5 * width // 8
+    if width > MIN_SPLIT and five_eighths >= D:
+        return {"BLOCK_M": 2 * block_m, "BLOCK_D": width // 8, "num_warps": num_warps}
+    return {"BLOCK_M": block_m, "BLOCK_D": width, "num_warps": num_warps}
 
 
 # Blocks of rows that a program of the backward walks: what divides the number of partial sums of the λ gradients.
 STEPS = 8
 
 
+def _widths(D: int) -> tuple[int, ...]:
+    """Of a row's parts: all of it in one, and unless that fits also an eighth, of which it has five to eight."""
+    width = triton.next_power_of_2(D)
+    return (width,) if width == D or width <= MIN_SPLIT else (width, width // 8)
+
+
+def _tiles(D: int, least: int, most: int, blocks_m: tuple[int, ...]) -> list[Tile]:
+    return grid(
+        elements(lambda tile: tile["BLOCK_M"] * triton.cdiv(D, tile["BLOCK_D"]) * tile["BLOCK_D"], least, most),
+        BLOCK_M=blocks_m, BLOCK_D=_widths(D), num_warps=(1, 2, 4, 8),
+    )  # fmt: skip
+
+
 def _candidates(D: int, dtype: torch.dtype) -> list[Tile]:
-    block = {"BLOCK_D": triton.next_power_of_2(D)}
-    return [{**block, **tile} for tile in grid(
-        elements(lambda tile: tile["BLOCK_M"] * block["BLOCK_D"], 4, 64), BLOCK_M=(1, 2, 4, 8, 16),
-        num_warps=(1, 2, 4, 8),
-    )]  # fmt: skip
+    return _tiles(D, 4, 64 if len(_widths(D)) == 1 else 32, (1, 2, 4, 8, 16))
 
 
 def _backward_candidates(D: int, dtype: torch.dtype) -> list[Tile]:
-    block = {"BLOCK_D": triton.next_power_of_2(D)}
-    return [{**block, **tile} for tile in grid(
-        elements(lambda tile: tile["BLOCK_M"] * block["BLOCK_D"], 8, 32), BLOCK_M=(1, 2, 4, 8),
-        num_warps=(1, 2, 4, 8), STEPS=(4, 8, 16),
-    )]  # fmt: skip
+    all_steps = (4, 8, 16) if len(_widths(D)) == 1 else (8, 16)
+    return [{**tile, "STEPS": steps} for tile in _tiles(D, 8, 32, (1, 2, 4, 8)) for steps in all_steps]
 
 
 # Of rows of D: (D, dtype). With x0 and without it is another kernel, which moves other bytes.
@@ -216,7 +269,8 @@ class _RMSNorm(torch.autograd.Function):
         config = FORWARD[mixed](D, x.dtype)
         _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
             rows, rows_x0, lambda_r, lambda_0, s, y, rstd, rows.stride(0), rows_x0.stride(0) if mixed else 0, M, D,
-            EPS=EPS, HAS_X0=mixed, HAS_S=mixed and wanted != "y", HAS_Y=wanted != "factors", **config,
+            EPS=EPS, HAS_X0=mixed, HAS_S=mixed and wanted != "y", HAS_Y=wanted != "factors",
+            PARTS=triton.cdiv(D, config["BLOCK_D"]), **config,
         )  # fmt: skip
         # An output is saved as it is: a view of it would keep it, and with it this node, alive for ever.
         ctx.save_for_backward(rows if mixed else y, rows_x0, lambda_r, lambda_0, rstd)
@@ -248,7 +302,8 @@ class _RMSNorm(torch.autograd.Function):
             ds, dy, dx0_later, x, x0, lambda_r, lambda_0, rstd, dx, dx0, partial,
             x.stride(0), 0 if x0 is None else x0.stride(0), M, D,
             HAS_DS=ds is not None, HAS_DY=dy is not None, SCALED=ctx.scaled,
-            HAS_X0=x0 is not None, HAS_LATER=dx0_later is not None, **config,
+            HAS_X0=x0 is not None, HAS_LATER=dx0_later is not None,
+            PARTS=triton.cdiv(D, config["BLOCK_D"]), **config,
         )  # fmt: skip
         if x0 is None:
             return dx, *(None,) * 6

@@ -196,7 +196,9 @@ def _candidates(N: int, K: int, dtype: torch.dtype) -> list[Tile]:
     for tile, at_once, waves in _forms(arch):
         if tile["BLOCK_N"] < 2 * N and tile["BLOCK_K"] < 2 * K:
             tiles = triton.cdiv(N, tile["BLOCK_N"]) * triton.cdiv(K, tile["BLOCK_K"])
-            for room in (processors * at_once * n for n in waves):
+            # More tiles than are computed at once are whole waves of one slice only by chance.
+            several = waves if tiles <= processors * at_once else (1, 4 // at_once)
+            for room in (processors * at_once * n for n in several):
                 slices = max(1, room // tiles)
                 if slices * tiles > 0.75 * room:
                     found.append({"way": "slices", "SLICES": slices, **tile})

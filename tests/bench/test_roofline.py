@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import kernels
 from bench import roofline
 from bench.ceilings import Ceilings
-from model import GPTConfig
+from model import GPTConfig, flops_per_token, flops_per_token_causal
 from model.gpt import count_parameters
 from prepare import InputError
 from train.config import TrainConfig, resolve
@@ -41,6 +41,36 @@ def test_attention_counts_only_pairs_of_the_window():
     forward = sum(line.count * line.flops for line in lines if line.name.endswith("forward"))
     pairs = sum(sum(min(t, w) + 1 for t in range(2048)) for w in GPTConfig().windows)
     assert forward == 2 * 2 * 128 * 4 * 128 * pairs  # 2 products, a multiply-add is 2, head_dim, heads, rows
+
+
+def test_five_heads_and_short_windows_by_hand():
+    """9 layers of 640, SSSSL with the last L, an eighth of a row: seven short windows and two whole rows."""
+    model = GPTConfig(short_window=8, depth=9, d_model=640, window_pattern="SSSSL")
+    assert model.windows == [256] * 4 + [2048] + [256] * 3 + [2048]
+    matrices = 9 * 12 * 640 * 640 + 5 * 5 * 32 + 640 * 8192
+    pairs = 7 * (257 * 2048 - 256 * 257 // 2) + 2 * 2048 * 2049 // 2
+    assert flops_per_token_causal(model) == 6 * matrices + 12 * 640 * pairs / 2048 == 325_572_000
+    assert flops_per_token(model) == 6 * matrices + 12 * 640 * (7 * 256 + 2 * 2048) == 342_102_720
+    config = resolve(TrainConfig(depth=9, d_model=640, total_batch_size=262_144), "cuda")
+    lines = list(roofline.micro_step(config, model))
+    attention = [line for line in lines if line.name.startswith("rotary_attention, ")]
+    assert sum(line.count * line.flops for line in attention if line.name.endswith("forward")) == (
+        2 * 2 * 128 * 5 * 128 * pairs
+    )  # 2 products, a multiply-add is 2, head_dim, heads, rows
+    products = [line for line in lines if line.name.startswith(("qkv_projection", "relu2_mlp", "linear "))]
+    assert sum(line.count * line.flops for line in products) == pytest.approx(6 * ROWS * (matrices - 640 * 8192))
+
+
+def test_options_of_train_make_the_step(monkeypatch, capsys):
+    steps = []
+    monkeypatch.setattr(roofline, "report", lambda config, model, gpu: steps.append((config, model)))
+    assert roofline.main(["--depth", "9", "--d-model", "640", "--vocab-size", "100", "--gpu", "h100"]) == 0
+    config = resolve(TrainConfig(depth=9, d_model=640), "cuda")
+    assert steps == [(config, config.model_config(100))]
+    for own in ("--config", "--measured"):
+        with pytest.raises(SystemExit):
+            roofline.main([own, "step.json", "--depth", "9"])
+        assert "--depth: " in capsys.readouterr().err
 
 
 def test_bytes_bind_where_bandwidth_is_low():

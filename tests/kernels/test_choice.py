@@ -6,7 +6,19 @@ import pytest
 import torch
 
 import kernels
-from kernels.choice import Choice, _read, asked, choose, chosen, elements, grid, key_of, trying
+from kernels.choice import (
+    Choice,
+    _read,
+    asked,
+    choose,
+    chosen,
+    elements,
+    fitting_block,
+    fitting_blocks,
+    grid,
+    key_of,
+    trying,
+)
 from tests.helpers.kernel_checks import DEVICE, mutant
 
 pytest.importorskip("triton")
@@ -54,6 +66,16 @@ def test_candidates_begin_with_the_default_and_are_there_once():
         {"N": 64, "num_warps": 1}, {"N": 128, "num_warps": 1},
     ]  # fmt: skip
     assert key_of((3, torch.bfloat16, True)) == "3 bfloat16 True"
+
+
+def test_no_more_than_a_quarter_of_a_block_lies_past_a_row():
+    assert fitting_blocks(640, (128, 256, 512)) == [128, 256]  # 640 and 768 lanes, and 1,024
+    assert fitting_blocks(512, (128, 256, 512)) == [128, 256, 512]
+    assert fitting_blocks(768, (128, 512, 1024)) == [128, 512, 1024]  # a quarter is no more than that
+    assert fitting_blocks(65, (128, 256)) == [128]  # none fits
+    for width, block in ((640, 256), (512, 512), (1024, 512), (2560, 512), (768, 512), (300, 128), (40, 64), (1, 1)):
+        assert fitting_block(width, 512) == block
+    assert (fitting_block(640, 1024), fitting_block(768, 1024), fitting_block(512, 1024)) == (256, 1024, 512)
 
 
 def test_what_is_looked_up_is_noted():

@@ -52,6 +52,7 @@ def check_mlp(function, inputs, dtype):
 def test_mlp_outputs_and_gradients(dtype):
     check_mlp(mlp.norm_relu2_mlp, mlp_inputs((2, 35), 37, 91, dtype), dtype)
     check_mlp(mlp.norm_relu2_mlp, mlp_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
+    check_mlp(mlp.norm_relu2_mlp, mlp_inputs((2, 10), 160, 640, dtype), dtype)  # five heads of 32
 
 
 @pytest.mark.parametrize("width", ["D", "F"])
@@ -128,15 +129,17 @@ def attention_of(factors, products, attention=kernels.rotary_attention):
     return function
 
 
-def check_attention(function):
+def check_attention(function, D=40):
     names = ("s", "out", "dx", "dx0", "dλr", "dλ0", "dw_qkv", "dw_gate", "dve")
-    for name, values in zip(names, compared(function, attention_ref, [attention_inputs()], torch.float32), strict=True):
+    results = compared(function, attention_ref, [attention_inputs(D=D)], torch.float32)
+    for name, values in zip(names, results, strict=True):
         assert_as_good(name, *values)
 
 
-def test_from_the_stream_to_attention():
+@pytest.mark.parametrize("D", [40, 80])  # a row in one part, and in five
+def test_from_the_stream_to_attention(D):
     """A norm in two factors, its products and the gradients that attention scales are one whole: the written norm's."""
-    check_attention(attention_of(kernels.norm_factors, kernels.qkv_projection))
+    check_attention(attention_of(kernels.norm_factors, kernels.qkv_projection), D)
 
 
 def test_references_do_not_need_scaled_gradients():
@@ -154,9 +157,9 @@ CHAIN_MUTANTS = {
     "gradients not scaled": (projection, ("return GradScaled(qkv,", "rstd = rstd * 0 + 1; return GradScaled(qkv,")),
     "the gate's dx is lost": (projection, ("dx[:, :channels].addmm_(dgate, gate_weight)", "pass")),
     "a row past the end": (projection, ("offs_m, mask=offs_m < M,", "offs_m, mask=offs_m < M - 1,")),
-    "no projection": (rms_norm, ("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", "")),
-    "scaled where it is already": (rms_norm, ("dy if SCALED else rstd * dy", "rstd * dy")),
-    "no eps": (rms_norm, ("tl.sqrt_rn(tl.sum(s * s, axis=1) / D + EPS)", "tl.sqrt_rn(tl.sum(s * s, axis=1) / D)")),
+    "no projection": (rms_norm, ("- normed[part] * along", "")),
+    "scaled where it is already": (rms_norm, ("scaled if SCALED else rstd * scaled", "rstd * scaled")),
+    "no eps": (rms_norm, ("axis=1) / D + EPS)", "axis=1) / D)")),
 }
 
 
@@ -294,7 +297,7 @@ def test_costs_count_what_is_no_longer_written():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("D", "F"), [(512, 2048), (264, 1000)])
+@pytest.mark.parametrize(("D", "F"), [(512, 2048), (640, 2560), (264, 1000)])
 def test_mlp_bfloat16_at_the_models_shape(monkeypatch, D, F):
     monkeypatch.undo()
     kernels.set_ops("triton")

@@ -54,6 +54,7 @@ def test_outputs_and_gradients(dtype):
 def test_many_tiles(small_tiles, dtype):
     check(op.relu2_mlp, make_inputs((2, 75), 37, 91, dtype), dtype)
     check(op.relu2_mlp, make_inputs((3, 16), 48, 96, dtype), dtype)  # nothing left over
+    check(op.relu2_mlp, make_inputs((2, 20), 80, 320, dtype), dtype)  # five heads of 16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

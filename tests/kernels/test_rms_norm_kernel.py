@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from kernels import layer_weight
+from kernels import chosen, key_of, layer_weight
 from kernels.common import upcast
 from tests.helpers.kernel_checks import (
     DEVICE,
@@ -125,18 +125,64 @@ def test_lambda_gradients_add_up_in_main_grad():
         torch.testing.assert_close(value.main_grad[1].double(), exact.grad[1] - 2.0, rtol=1e-5, atol=1e-5)
 
 
+# Of rows in five parts, the last of which is not full: that of the first cases here.
 MUTANTS = {
-    "the mean of squares forgets its tail": (("/ D + EPS", "/ BLOCK_D + EPS"),),
-    "no projection": (("- normed * (tl.sum(dy * normed, axis=1)[:, None] / D)", ""),),
+    "the mean of squares forgets its tail": (("/ D + EPS", "/ (PARTS * BLOCK_D) + EPS"),),
+    "no projection": (("- normed[part] * along", ""),),
     "the projection is not divided": (("axis=1)[:, None] / D", "axis=1)[:, None]"),),
-    "the stream's gradient is lost": (("g += tl.load(ds_ptr", "tl.load(ds_ptr"),),
-    "what comes back for x0 is lost": (("dx0 += tl.load(dx0_later_ptr", "tl.load(dx0_later_ptr"),),
-    "dx unscaled": (("(tl.load(lambda_r_ptr) * g)", "g"),),
-    "dλr from the mixed stream": (("tl.sum(g * x)", "tl.sum(g * s)"),),
+    "the stream's gradient is lost": (("g_part += _load(ds_ptr", "_load(ds_ptr"),),
+    "what comes back for x0 is lost": (("dx0 += _load(dx0_later_ptr", "_load(dx0_later_ptr"),),
+    "dx unscaled": (("(tl.load(lambda_r_ptr) * g[part])", "g[part]"),),
+    "dλr from the normed stream": (("_products(g, x))", "_products(g, normed))"),),
+    "the mean of squares is the first part's": (("_products(s, s)", "_products(s[:1], s[:1])"),),
+    "the projection is on the first part": (("_products(dy, normed)", "_products(dy[:1], normed[:1])"),),
+    "dλ0 is the first part's": (("_products(g, x0)", "_products(g[:1], x0[:1])"),),
+    "the second part is left out of every sum": (("static_range(1, len(a))", "static_range(2, len(a))"),),
+    "the last part is left out of every sum": (("static_range(1, len(a))", "static_range(1, len(a) - 1)"),),
+    "parts lie over each other": (("part * BLOCK_D +", "part * (BLOCK_D // 2) +"),),
+    "every part is masked as the first": (("(offs_d < D)", "(tl.arange(0, BLOCK_D) < D)"),),
+    "a row's last element is masked off": (("(offs_d < D)", "(offs_d < D - 1)"),),
+    "what lies past a row counts": (("mask=mask, other=0.0).to", "mask=mask, other=0.1).to"),),
     "one program's dλ is left out": (("for start in range(0, N, BLOCK)", "for start in range(0, N - 1, BLOCK)"),
                                      ("BLOCK=1024", "BLOCK=1")),
-    "the last row is not written": (("mask_m = offs_m < M\n    mask =", "mask_m = offs_m < M - 1\n    mask ="),),
+    "the last row is not written": (("mask_m = offs_m < M\n    s =", "mask_m = offs_m < M - 1\n    s ="),),
 }  # fmt: skip
+
+
+def as_wide(D: int, block_d: int, dtype: torch.dtype):
+    """Inside, rows of D are in parts as wide as that."""
+    tile = {"BLOCK_M": 2, "BLOCK_D": block_d, "num_warps": 4}
+    table = {choice.name: {key_of((D, dtype)): tile} for choice in op.FORWARD.values()}
+    table |= {choice.name: {key_of((D, dtype)): {**tile, "STEPS": 2}} for choice in op.BACKWARD.values()}
+    return chosen(table)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(("D", "block_d", "dtype"), [
+    (80, 128, torch.float32), (80, 16, torch.float32), (80, 16, torch.bfloat16), (160, 32, torch.float32),
+    (90, 16, torch.float32), (112, 16, torch.float32),
+])  # fmt: skip
+def test_a_row_in_one_part_or_in_several(D, block_d, parts, dtype):
+    with as_wide(D, block_d, dtype):
+        check(op.rms_norm, (5, D), parts, dtype, draws=8 if parts == "x0" else 1)
+
+
+@pytest.mark.parametrize("block_d", [1024, 128])
+def test_the_width_of_five_heads_of_128(block_d):
+    with as_wide(640, block_d, torch.float32):
+        check(op.rms_norm, (3, 640), "x0", torch.float32, draws=8)
+
+
+def test_what_a_row_is_by_default_and_what_is_tried():
+    """One part, but where five eighths of the next power of two hold it."""
+    for D, width in ((512, 512), (1024, 1024), (768, 1024), (896, 1024), (641, 1024), (640, 128), (576, 128),
+                     (300, 64), (80, 16), (40, 64)):  # fmt: skip
+        assert op._config(D)["BLOCK_D"] == width
+    for D, widths in ((512, {512}), (640, {1024, 128}), (768, {1024, 128}), (40, {64})):
+        for choice in (*op.FORWARD.values(), *op.BACKWARD.values()):
+            tiles = choice.candidates(D, torch.bfloat16)
+            assert {tile["BLOCK_D"] for tile in tiles} == widths
+            assert len(tiles) <= 32
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -173,7 +219,7 @@ def test_cost_counts_every_tensor_once():
     assert mixed[0] == 10 * (512 * 7 * 2 + 4)  # ds, dy, x, x0, dx, dx0 as read and written; rstd
 
 
-@real_and_small("shape", [(16, 2048, 512), (2, 2048, 1280), (1, 1, 512)], [(2, 9, 40), (1, 1, 8)])
+@real_and_small("shape", [(16, 2048, 512), (4, 2048, 640), (2, 2048, 1280), (1, 1, 512)], [(2, 9, 40), (1, 1, 8)])
 @pytest.mark.parametrize("parts", PARTS)
 def test_bfloat16(parts, shape):
     check(op.rms_norm, shape, parts, torch.bfloat16, draws=8 if parts == "x0" else 1)
@@ -185,7 +231,7 @@ def test_heavy_tails_in_bfloat16(shape):
     check(op.rms_norm, shape, "x", torch.bfloat16, inputs=[x])
 
 
-@real_and_small("shape", [(16, 2048, 512)], [(4, 9, 40)])
+@real_and_small("shape", [(16, 2048, 512), (16, 2048, 640)], [(4, 9, 40), (4, 9, 80)])
 def test_the_same_bits_twice(shape):
     inputs = make_inputs(shape, "x0", torch.bfloat16)
     runs = [outputs_and_gradients(with_scalars(op.rms_norm), inputs, torch.bfloat16) for _ in range(2)]

@@ -44,6 +44,7 @@ def small_tiles(kernels_everywhere, monkeypatch):
         (1, 1, 2, 2, 32, 0, True),
         (1, 50, 2, 2, 16, 0, False),
         (1, 50, 3, 1, 16, 1, True),
+        (1, 64, 5, 5, 16, 8, True),  # five heads, and an eighth of the row
         (1, 49, 2, 1, 32, 1000, True),
         (1, 20, 2, 1, 16, 1000, True),  # shorter than a tile of queries, in a window wider than any tile
     ],

@@ -26,6 +26,8 @@ PARAMETERS = {
     "tma": ("TMA",), "runs": ("RUNS",), "ahead": ("AHEAD",),
 }  # fmt: skip
 WIDE = [target for target in small_targets(config_of(depth=1, d_model=128)) if target.name.startswith("embedding")]
+WIDE += [target for target in small_targets(config_of(depth=1, d_model=160)) if "norm-" in target.name and "mlp" not in
+         target.name and "qkv" not in target.name]  # rows in parts
 OFFSET = [t for t in small_targets(config_of(depth=1, key_offset=True), False) if t.name == "attention-key-offset"]
 SMALL = {(target.name, target.key): target for target in small_targets(config_of(depth=1)) + WIDE + OFFSET}
 # Those with a tile of their own and another beside it, at this size.
@@ -95,6 +97,15 @@ def test_every_product_of_the_default_step_is_a_target_of_its_own():
     assert {t.key for t in found} == {key_of((N, K, torch.bfloat16, *flags)) for N, K, *flags in PRODUCTS}
     assert sorted(t.calls for t in found) == [1, 1, *[config.depth] * 6]
     assert all(t.tiles[0] == {"way": "vendor"} and len(t.tiles) > 3 for t in found)
+
+
+def test_a_width_between_two_powers_of_two_has_no_more_to_try():
+    """What is tried is compiled first, about one a second and core."""
+    counts = []
+    for shape in ({"depth": 8, "d_model": 512}, {"depth": 9, "d_model": 640}):
+        config = resolve(TrainConfig(**shape, total_batch_size=262_144), "cuda")
+        counts.append(sum(len(target.tiles) for target in targets(config, config.model_config(8192))))
+    assert counts[1] <= counts[0]
 
 
 @pytest.mark.parametrize("of", [of for of in SMALL if of[0] == "product"], ids=" ".join)
