@@ -15,7 +15,7 @@ import torch
 import kernels
 from bench.ceilings import device_name
 from bench.conftest import DEVICE
-from bench.suite.providers import EAGER, TRITON, assert_right
+from bench.suite.providers import CPU, EAGER, TRITON, assert_right
 from bench.suite.replay import device_time, replay
 from model import GPTConfig
 from train.config import TrainConfig, resolve
@@ -27,11 +27,11 @@ from train.tune.problems import build, directions, runner
 from train.tune.steps import make_step
 from train.tune.timing import time_call, time_synchronised
 
-PROVIDER = TRITON if DEVICE == "cuda" else EAGER
+PROVIDER = TRITON if DEVICE == "cuda" else CPU
 CONFIG = resolve(TrainConfig(ops=PROVIDER.ops), DEVICE)
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+DTYPE = CONFIG.forward_dtype
 VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
-# References neither forget nor fuse, and a CPU has no graphs: there it is the same step twice.
+# A CPU's forms hardly forget and never fuse, and it has no graphs: there it is the same step twice.
 OPTIONS = {
     "--recompute": {"recompute": True},
     "--fused-norms": {"fused_norms": True},

@@ -54,6 +54,7 @@ class Provider:
 
 
 TRITON = Provider("triton", "triton", OPS | FUSED)
+CPU = Provider("cpu", "cpu")  # the forms of kernels/cpu
 EAGER, COMPILE = Provider("eager", "reference"), Provider("compile", "compile")
 
 
@@ -147,6 +148,7 @@ def providers(device: str) -> list[Provider]:
     if device != "cuda":
         names = ", ".join(name for name, *_ in PEERS)
         return [
+            CPU,
             EAGER,
             replace(TRITON, missing="the kernels need a CUDA device"),
             replace(COMPILE, missing="compiling every op takes a CPU minutes: on a CUDA device"),

@@ -8,8 +8,6 @@ What they have in common:
 - The stream and all sums are fp32 (or wider); the operands of products are in the dtype of the weights. Where that is
   bf16, the optimizer keeps fp32 masters, as on a GPU, and nothing is converted twice in a step.
 - Gradients of weights are added to their `main_grad` where they have one (common.py).
-
-No form is written for memory that PyTorch has given back to the system: `train.device.keep_freed_memory`.
 """
 
 from .attention import rotary_attention_cpu

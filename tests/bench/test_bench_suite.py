@@ -21,7 +21,7 @@ from bench import test_ops as suite
 from bench.ceilings import Ceilings
 from bench.conftest import out_of_time
 from bench.suite import providers as providers_module
-from bench.suite.providers import COMPILE, EAGER, TRITON, Provider, assert_right, providers
+from bench.suite.providers import COMPILE, CPU, EAGER, TRITON, Provider, assert_right, providers
 from bench.suite.replay import device_time, replay
 from bench.suite.results import relative_speeds, row, step_table, table
 from kernels.common import use_kernels
@@ -71,10 +71,10 @@ def test_an_offset_of_keys_is_part_of_the_op(monkeypatch):
 
 
 @pytest.mark.parametrize("op", SMALL.values(), ids=SMALL.keys())
-def test_kernels_and_references_pass_their_check(monkeypatch, op):
+def test_kernels_forms_and_references_pass_their_check(monkeypatch, op):
     exact_bfloat16(monkeypatch)  # Polar Express iterates in it
     assert EAGER.functions.keys() == SMALL.keys() - {"norm_factors", "norm_qkv_projection", "norm_relu2_mlp"}
-    for provider in [TRITON, *[EAGER] * (problems.kind(op) in EAGER.functions)]:
+    for provider in [TRITON, *[CPU, EAGER] * (problems.kind(op) in EAGER.functions)]:
         for direction in problems.directions(op):
             assert_right(provider, op, direction, DEVICE, torch.float32)
     assert not use_kernels(torch.zeros(1)), "the ops are as they were"
