@@ -54,16 +54,17 @@ def test_kernels_have_one_door(package):
 
 
 def test_an_op_imports_no_other_op():
-    """Inside kernels/: the door imports the ops, an op the shared helpers and the files of its own folder; `muon`,
-    which contains Polar Express, that one too."""
+    """Inside kernels/: the door imports the ops, an op the shared helpers, its form for a CPU and the files of its own
+    folder; `muon`, which contains Polar Express, that one too, in `cpu` as well."""
     package = ROOT / "kernels"
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).parts
         if parts == ("__init__.py",):
             continue
         op = Path(parts[0]).stem
-        allowed = {op, "common", "choice", "gemm", "weight_grad", "product"}
-        allowed |= {"polar_express"} if op == "muon" else set()
+        shared = {"common", "choice", "gemm", "weight_grad", "product"}
+        allowed = {"cpu", "common"} if op == "cpu" else {op, "cpu", *shared}
+        allowed |= {"polar_express"} if op == "muon" or parts == ("cpu", "updates.py") else set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == len(parts):  # relative to kernels/ itself
                 names = {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}

@@ -23,7 +23,9 @@ from ..config import ROOT
 from ..step import TrainStep
 
 # With `prepare/` and `TrainStep.token_losses`: the code that evaluates, and the one that checks it.
-EVALUATING_FILES = ("kernels/linear_cross_entropy.py", "train/results/audit.py")
+EVALUATING_FILES = (
+    "kernels/linear_cross_entropy.py", "kernels/cpu/linear_cross_entropy.py", "train/results/audit.py",
+)  # fmt: skip
 PACKAGES = ("numpy", "safetensors", "tiktoken", "tokenizers", "torch", "triton")
 
 
