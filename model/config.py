@@ -18,6 +18,7 @@ class GPTConfig:
     num_kv_heads: int = 0  # 0: as many as heads
     window_pattern: str = "SSSL"  # repeated over the layers; S sees T/short_window back, L all; the last is always L
     short_window: int = 2
+    smear: bool = False  # to each token's embedding a learned share of the one before is added
     key_offset: bool = False  # on L layers the slow half of each key's channels is that of the token before
     rope_base: float = 10_000.0
     init_scale: float = 1.0  # of every weight that starts uniform: value embeddings, w_qkv, w_fc

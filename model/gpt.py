@@ -33,12 +33,13 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         "w_gate": (len(config.ve_layers), config.kv_heads, GATE_CHANNELS),
         "lambda_r": (L,),
         "lambda_0": (L,),
+        **({"lambda_s": (1,)} if config.smear else {}),
     }
 
 
 # What a parameter does in the forward: of these a token reads its row, or one number. Every other multiplies it.
 LOOKED_UP = ("wte", "value_embeddings")
-SCALARS = ("lambda_r", "lambda_0")
+SCALARS = ("lambda_r", "lambda_0", "lambda_s")
 
 BLOCK_WEIGHTS = ("w_qkv", "w_out", "w_fc", "w_proj", "w_gate")  # updated by Muon, as batches of matrices
 
@@ -106,6 +107,8 @@ class GPT(nn.Module):
         self.w_gate.zero_()
         self.lambda_r.fill_(self.config.lambda_r_init)
         self.lambda_0.fill_(self.config.lambda_0_init)
+        if self.config.smear:
+            self.lambda_s.zero_()
 
     def to_forward_dtype(self, dtype: torch.dtype) -> None:
         """Rounds every parameter but the scalars to what the forward reads: bf16 on a GPU, fp32 on a CPU."""
@@ -137,8 +140,7 @@ class GPT(nn.Module):
         tables = [weight(self.wte), *(weight(self.value_embeddings, j) for j in range(len(self.config.ve_layers)))]
         x, *values = kernels.embedding(tokens, tables)
         values = list(values)  # PyTorch 2.11's tracer takes it for a tuple
-        _, x0 = kernels.rms_norm(x)
-        x = x0
+        x = x0 = self._smeared_norm(x) if self.config.smear else kernels.rms_norm(x)[1]
         for i in range(self.config.depth):
             value = None
             if i in self.config.ve_layers:  # popped: a layer may forget its own
@@ -146,6 +148,12 @@ class GPT(nn.Module):
                 value = values.pop(0), look_up
             x, x0 = self._layer(i, x, x0, value)
         return kernels.rms_norm(x)[1]
+
+    def _smeared_norm(self, x: Tensor) -> Tensor:
+        """The norm of each token's embedding with λₛ times that of the token before: x [B, T, D]."""
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        one = torch.ones((), dtype=self.lambda_s.dtype, device=x.device)
+        return kernels.rms_norm(x, before, one, kernels.layer_weight(self.lambda_s, 0))[1]
 
     def _layer(
         self, i: int, x: Tensor, x0: Tensor, value: tuple[Tensor, Callable] | None

@@ -95,6 +95,7 @@ class TrainConfig:
     window_pattern: str | None = option(None, "attention windows, repeated over the layers: S short, L all; the last is"
                                         " L")  # fmt: skip
     short_window: int | None = option(None, "S sees a row's tokens divided by this", choices=SHORT_WINDOWS)
+    smear: bool | None = option(None, "a learned share of the embedding of the token before is added to each token's")
     key_offset: bool | None = option(None, "on L layers the slow rotary half of each key is that of the token before")
     rope_base: float | None = option(None, "of rotary positions: the slowest turn takes some 2 pi x this, in tokens")
     init_scale: float | None = option(None, "of the value embeddings and the blocks' matrices that do not begin at 0")
@@ -193,6 +194,7 @@ class TrainConfig:
                 head_dim=self.head_dim,
                 num_kv_heads=self.num_kv_heads,
                 window_pattern=self.window_pattern,
+                smear=self.smear,
                 key_offset=self.key_offset,
                 short_window=self.short_window,
                 rope_base=self.rope_base,

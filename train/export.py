@@ -93,6 +93,7 @@ def exported_config(model: GPT, tokenizer: Tokenizer) -> dict:
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "windows": config.windows,
+        "smear": config.smear,
         "offset_layers": config.offset_layers,
         "ve_layers": config.ve_layers,
         "gate_channels": GATE_CHANNELS,

@@ -36,6 +36,7 @@ class GPT(nn.Module):
             "w_gate": (with_ve, kv_heads, config["gate_channels"]),
             "lambda_r": (L,),
             "lambda_0": (L,),
+            **({"lambda_s": (1,)} if config["smear"] else {}),
         }
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -51,7 +52,10 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T] token ids, T ≤ seq_len -> logits [B, T, V] in fp32."""
         config = self.config
-        x0 = x = self.norm(F.embedding(tokens, self.wte))
+        x = F.embedding(tokens, self.wte)
+        if config["smear"]:
+            x = x + self.lambda_s * F.pad(x, (0, 0, 1, 0))[:, :-1]
+        x0 = x = self.norm(x)
         for i, window in enumerate(config["windows"]):
             x = self.lambda_r[i] * x + self.lambda_0[i] * x0
             x = x + F.linear(self.attention(self.norm(x), tokens, i, window), self.w_out[i])

@@ -19,6 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "seq_len": 2048,
         "window_pattern": "SSSL",
         "short_window": 2,
+        "smear": False,
         "key_offset": False,
         "rope_base": 10_000.0,
         "init_scale": 1.0,
@@ -84,6 +85,7 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 BEFORE_RECIPES: dict[str, Any] = {
     "recipe": "published",
     "short_window": 2,
+    "smear": False,
     "key_offset": False,
     "rope_base": 10_000.0,
     "init_scale": 1.0,

@@ -26,6 +26,10 @@ def test_two_layers_on_kernels_are_two_layers_on_references(monkeypatch, kv_head
     check_step(monkeypatch, shape, rows=2)
 
 
+def test_a_smear_on_kernels_is_one_on_references(monkeypatch):
+    check_step(monkeypatch, GPTConfig(vocab_size=60, seq_len=9, depth=1, d_model=32, head_dim=16, smear=True), rows=2)
+
+
 @pytest.mark.parametrize("fused_norms", [False, True])
 def test_five_heads_on_kernels_are_five_heads_on_references(monkeypatch, fused_norms):
     """A width that is no power of two, its norms in five parts; 5 x 128 at one eighth."""
@@ -37,7 +41,7 @@ def test_five_heads_on_kernels_are_five_heads_on_references(monkeypatch, fused_n
 SMALL = GPTConfig(vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32)
 REAL = [
     (GPTConfig(), 4),
-    (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768, key_offset=True), 2),
+    (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768, key_offset=True, smear=True), 2),
     (GPTConfig(short_window=8, depth=9, d_model=640, window_pattern="SSSSL"), 2),
 ]
 

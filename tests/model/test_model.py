@@ -73,9 +73,12 @@ def test_another_start_is_the_same_draw_scaled():
     assert other.lambda_0.tolist() == pytest.approx([0.05] * 3)
 
 
-@pytest.mark.parametrize("key_offset", [False, True])
-def test_a_later_token_changes_no_earlier_loss(key_offset):
-    model, tokens = random_model(replace(SMALL, key_offset=key_offset)), random_tokens(SMALL)
+LOOKING_BACK = [{}, {"key_offset": True}, {"smear": True}]
+
+
+@pytest.mark.parametrize("options", LOOKING_BACK)
+def test_a_later_token_changes_no_earlier_loss(options):
+    model, tokens = random_model(replace(SMALL, **options)), random_tokens(SMALL)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     before = model(inputs, targets, reduction="none")
     for t in range(1, SMALL.seq_len):
@@ -100,6 +103,19 @@ def test_attention_of_one_layer_sees_its_window_and_nothing_else(window):
         assert moved.tolist() == [0 <= t - j <= window for t in range(T)]
 
 
+def test_a_smear_of_nothing_is_none_and_one_token_has_none_before_it():
+    plain, smeared = GPT(SMALL), GPT(replace(SMALL, smear=True))
+    for model in (plain, smeared):
+        model.init_weights(1)
+    assert smeared.lambda_s.tolist() == [0.0]
+    tokens = random_tokens(SMALL)
+    torch.testing.assert_close(smeared(tokens[:, :-1]), plain(tokens[:, :-1]), rtol=0, atol=0)
+    with torch.no_grad():
+        smeared.lambda_s.fill_(0.5)
+    assert torch.equal(smeared(tokens[:, :1]), plain(tokens[:, :1]))
+    assert not torch.equal(smeared(tokens[:, :2]), plain(tokens[:, :2]))
+
+
 def test_layers_get_the_windows_of_the_pattern():
     assert GPTConfig().windows == [1024, 1024, 1024, 2048, 1024, 1024, 1024, 2048]
     assert GPTConfig(depth=6).windows == [1024, 1024, 1024, 2048, 1024, 2048]  # the last is L whatever the pattern
@@ -120,13 +136,13 @@ def test_value_embeddings_on_every_other_layer_the_last_included():
 
 
 @pytest.mark.parametrize(
-    ("base", "short_window", "key_offset"), [(10_000, 2, False), (50.0, 4, False), (10_000, 2, True)]
+    ("base", "short_window", "options"), [(50.0, 4, {}), *((10_000, 2, options) for options in LOOKING_BACK)]
 )
-def test_loss_follows_the_written_equations(base, short_window, key_offset):
+def test_loss_follows_the_written_equations(base, short_window, options):
     """Two layers of the design, spelled out for one row, without the ops."""
     config = GPTConfig(
         vocab_size=50, seq_len=6, depth=2, d_model=64, head_dim=16, num_kv_heads=2, window_pattern="S",
-        rope_base=base, short_window=short_window, key_offset=key_offset,
+        rope_base=base, short_window=short_window, **options,
     )  # fmt: skip
     model, tokens = random_model(config), random_tokens(config, rows=1)
     hd, H, K, T = 16, 4, 2, 6
@@ -143,7 +159,10 @@ def test_loss_follows_the_written_equations(base, short_window, key_offset):
         return out
 
     inputs, targets = tokens[0, :-1], tokens[0, 1:]
-    x0 = norm(model.wte[inputs])
+    x = model.wte[inputs]
+    if config.smear:
+        x = torch.stack([x[t] + (model.lambda_s * x[t - 1] if t else 0) for t in range(T)])
+    x0 = norm(x)
     x = x0
     for layer, window in enumerate([6 // short_window, 6]):
         x = model.lambda_r[layer] * x + model.lambda_0[layer] * x0
@@ -152,7 +171,7 @@ def test_loss_follows_the_written_equations(base, short_window, key_offset):
         if layer == 1:
             gate = 2 * torch.sigmoid(y[:, :32] @ model.w_gate[0].T)
             v = v + gate.repeat_interleave(hd, dim=1) * model.value_embeddings[0][inputs]
-        if key_offset and layer == 1:
+        if config.key_offset and layer == 1:
             slow = torch.tensor([i % (hd // 2) >= hd // 4 for i in range(hd)]).repeat(K)
             k = torch.stack([torch.where(slow, k[max(t - 1, 0)], k[t]) for t in range(T)])
         heads = []
@@ -178,10 +197,10 @@ def test_loss_follows_the_written_equations(base, short_window, key_offset):
     torch.testing.assert_close(model(tokens[:, :-1])[0], logits[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("key_offset", [False, True])
-def test_gradients_against_finite_differences(key_offset):
+@pytest.mark.parametrize("options", LOOKING_BACK)
+def test_gradients_against_finite_differences(options):
     config = GPTConfig(vocab_size=40, seq_len=8, depth=2, d_model=32, head_dim=16, num_kv_heads=1, window_pattern="S",
-                       key_offset=key_offset)  # fmt: skip
+                       **options)  # fmt: skip
     model, tokens = random_model(config), random_tokens(config)
 
     def loss():

@@ -1,5 +1,6 @@
 """The optimizer's groups, and one step of each kind against formulas written out here."""
 
+import dataclasses
 import math
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from kernels.muon import muon_update_ref, second_moment_shape
 from kernels.polar_express import COEFFICIENTS
 from model import GPT, GPTConfig
+from model.gpt import SCALARS
 from prepare import InputError
 from train.config import TrainConfig, resolve
 from train.optimizer import AdamWGroup, MuonGroup, Optimizer
@@ -34,6 +36,12 @@ def make(shape: GPTConfig = SHAPE, forward_dtype=torch.float32, seed: int = 0, *
 
 VALUES = StepValues(step=0, lr_multiplier=0.7, momentum=0.9, weight_decay=0.15)
 GOOD = torch.tensor(1.0)
+
+
+def test_the_share_of_the_token_before_has_a_group_where_there_is_one():
+    _, optimizer = make(dataclasses.replace(SHAPE, smear=True))
+    (group,) = [g for g in optimizer.groups if isinstance(g, AdamWGroup) and "lambda_s" in g.names]
+    assert (group.names, group.lr, group.betas) == (["lambda_s"], 0.5, (0.8, 0.95))
 
 
 def test_every_parameter_is_in_one_group_with_its_rate():
@@ -186,7 +194,7 @@ def test_16_bit_parameters_are_their_masters_rounded():
     model, optimizer = make(forward_dtype=torch.bfloat16)
     for _ in range(2):
         for name, parameter in model.named_parameters():
-            scalar = name in ("lambda_r", "lambda_0")
+            scalar = name in SCALARS
             assert parameter.dtype == (torch.float32 if scalar else torch.bfloat16)
             assert optimizer.masters[name].dtype == parameter.main_grad.dtype == torch.float32
             assert torch.equal(parameter, optimizer.masters[name].to(parameter.dtype)), name

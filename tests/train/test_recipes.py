@@ -116,8 +116,8 @@ def test_an_old_configuration_is_what_it_was(monkeypatch):
         for key in BEFORE_RECIPES.keys() & recipe.keys():
             monkeypatch.setitem(recipe, key, 4)
     expected = OLD | {
-        "recipe": "published", "key_offset": False, "short_window": 2, "rope_base": 10_000.0, "init_scale": 1.0,
-        "lambda_r_init": 1.0, "lambda_0_init": 0.1, "lm_head_decay": 0.0, "wte_decay": 0.0,
+        "recipe": "published", "smear": False, "key_offset": False, "short_window": 2, "rope_base": 10_000.0,
+        "init_scale": 1.0, "lambda_r_init": 1.0, "lambda_0_init": 0.1, "lm_head_decay": 0.0, "wte_decay": 0.0,
         "value_embedding_decay": 0.0, "momentum_ramp": 300,
     }  # fmt: skip
     read = TrainConfig.from_json(OLD)
