@@ -26,6 +26,7 @@ from prepare.errors import one_line
 from train.config import TrainConfig, resolve
 from train.device import ask_for_workspace, keep_to_the_cores_allowed, pick_ops
 from train.memory import fit_default
+from train.recipes import DEVICE_DEFAULTS, vocab_size
 from train.tune.steps import make_step
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -167,7 +168,7 @@ def main(args: list[str] | None = None) -> int:
     parser = Parser("bench.profile", __doc__)
     parser.add_argument("--ops", choices=("triton", "cpu", "compile", "reference"),
                         default="triton" if device == "cuda" else "cpu")  # fmt: skip
-    parser.add_argument("--vocab-size", type=int, default=8192 if device == "cuda" else 1024)
+    parser.add_argument("--vocab-size", type=int, default=vocab_size(DEVICE_DEFAULTS[device]["recipe"]))
     parser.add_argument("--device-batch-size", type=int, help="rows of a micro-step")
     parser.add_argument("--steps", type=int, default=2, help="to profile (default: 2)")
     parser.add_argument("--graphs", action="store_true", help="replay the step's CUDA graphs, as training does")

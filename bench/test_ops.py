@@ -20,6 +20,7 @@ from bench.suite.results import row
 from kernels import key_of, trying
 from kernels.weight_grad import WEIGHT_GRAD, weight_grad
 from model import GPT
+from train import recipes
 from train.config import TrainConfig, resolve
 from train.optimizer import Optimizer
 from train.schedule import step_values
@@ -28,7 +29,7 @@ from train.tune.problems import build, directions, is_update, kind, runner
 from train.tune.timing import time_call
 
 CONFIG = resolve(TrainConfig(), DEVICE)
-VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
+VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (recipes.vocab_size("cpu"),)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 HEAD_ROWS = 32768  # of a chunk of the head, about
 HAS_VE, WITHOUT = (("has_ve", True),), (("has_ve", False),)

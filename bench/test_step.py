@@ -18,6 +18,7 @@ from bench.conftest import DEVICE
 from bench.suite.providers import CPU, EAGER, TRITON, assert_right
 from bench.suite.replay import device_time, replay
 from model import GPTConfig
+from train import recipes
 from train.config import TrainConfig, resolve
 from train.memory import fit_default
 from train.results.metrics import utilisation
@@ -30,7 +31,7 @@ from train.tune.timing import time_call, time_synchronised
 PROVIDER = TRITON if DEVICE == "cuda" else CPU
 CONFIG = resolve(TrainConfig(ops=PROVIDER.ops), DEVICE)
 DTYPE = CONFIG.forward_dtype
-VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (1024,)
+VOCAB_SIZES = (8192, 32768) if DEVICE == "cuda" else (recipes.vocab_size("cpu"),)
 # A CPU's forms hardly forget and never fuse, and it has no graphs: there it is the same step twice.
 OPTIONS = {
     "--recompute": {"recompute": True},

@@ -59,15 +59,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmdown_ratio": 0.75,
         "final_lr_frac": 0.05,
     },
-    # Learns something visible in a minute on two cores (bench/LOG.md).
+    # The best that was found for a minute on two cores (bench/LOG.md, 2026-11-30).
     "cpu": {
-        # The head is most of the work: a smaller one sees more text in the same time (bench/LOG.md, 2026-11-24).
-        "vocab_size": 1024,
+        "vocab_size": 2048,
         "depth": 2,
         "head_dim": 64,
-        "seq_len": 256,
-        "total_batch_size": 2048,
-        # 2,048 tokens a step are a noisy gradient: gentler rates are steadier over seeds (bench/LOG.md, 2026-11-25).
+        "seq_len": 1024,
+        "short_window": 8,
+        "smear": True,
+        "key_offset": True,
+        "total_batch_size": 4096,
+        # 4,096 tokens a step are a noisy gradient: gentler rates are steadier over seeds (bench/LOG.md, 2026-11-25).
         "embedding_lr": 0.1,
         "scalar_lr": 0.1,
         "matrix_lr": 0.02,

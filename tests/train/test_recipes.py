@@ -59,7 +59,10 @@ def test_a_device_has_a_recipe_of_its_own():
     assert [resolve(TrainConfig(), device).recipe for device in ("cuda", "cpu")] == ["published", "cpu"]
     assert resolve(TrainConfig(), "cuda") == resolve(TrainConfig(recipe="published"), "cuda")
     cpu = resolve(TrainConfig(), "cpu")
-    expected = PUBLISHED | {"depth": 2, "d_model": 128, "head_dim": 64, "seq_len": 256, "total_batch_size": 2048}
+    expected = PUBLISHED | {
+        "depth": 2, "d_model": 128, "head_dim": 64, "seq_len": 1024, "total_batch_size": 4096, "short_window": 8,
+        "smear": True, "key_offset": True,
+    }  # fmt: skip
     for key, value in (expected | {"embedding_lr": 0.1, "scalar_lr": 0.1, "matrix_lr": 0.02}).items():
         assert getattr(cpu, key) == value, key
 
@@ -99,8 +102,8 @@ def test_what_the_model_is_made_of_reaches_it():
 
 
 def test_the_vocabulary_is_the_recipes():
-    assert {name: vocab_size(name) for name in RECIPES} == {"published": 8192, "tuned": 8192, "cpu": 1024}
-    assert [embedded_folder(name).name for name in RECIPES] == ["stdlib", "stdlib", "stdlib-1024"]
+    assert {name: vocab_size(name) for name in RECIPES} == {"published": 8192, "tuned": 8192, "cpu": 2048}
+    assert [embedded_folder(name).name for name in RECIPES] == ["stdlib", "stdlib", "stdlib-2048"]
 
 
 def test_a_recipe_that_is_none_names_the_nearest():
@@ -165,4 +168,4 @@ def test_a_run_without_data_takes_the_vocabulary_of_its_recipe(monkeypatch, tmp_
     monkeypatch.setattr(train.trainer, "prepare", prepare)
     for recipe in ("published", "cpu"):
         assert train.__main__.main(["--device", "cpu", "--recipe", recipe, "--run-dir", str(tmp_path / "run")]) == 2
-    assert asked == [("stdlib", "stdlib", 8192), ("stdlib", "stdlib-1024", 1024)]
+    assert asked == [("stdlib", "stdlib", 8192), ("stdlib", "stdlib-2048", 2048)]
