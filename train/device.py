@@ -92,7 +92,7 @@ def pick_ops(wanted: str | None, device: str) -> str:
     """Which forms of the ops, set for every op. Raises InputError where Triton has no device to run on, or no way to
     it, torch.compile no compiler, or the forms for a CPU are to run on a GPU."""
     if wanted == "triton" and device == "cpu":
-        raise InputError("--ops triton needs a CUDA device: leave the flag out to train on the references")
+        raise InputError("--ops triton needs a CUDA device: leave the flag out to train on the CPU")
     if wanted == "cpu" and device == "cuda":
         raise InputError("--ops cpu is for a CPU: leave the flag out to train by the kernels, or take --device cpu")
     if wanted == "compile":

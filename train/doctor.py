@@ -271,7 +271,7 @@ def dataset(folder: str | None, device: str) -> tuple[Finding, int]:
 
 def batch(device: str, vocab_size: int) -> Finding:
     """The largest micro-batch of the default model that should fit."""
-    config = resolve(TrainConfig(ops="triton" if device == "cuda" else "reference"), device)
+    config = resolve(TrainConfig(ops="triton" if device == "cuda" else "cpu"), device)
     shape, default, available = config.model_config(vocab_size), config.device_batch_size, available_bytes(device)
     one, most = (count(config, shape, rows).on(device) for rows in (default, 2 * default))
     rows = max(0, int(default + (available - one) / (most - one) * default))
