@@ -19,6 +19,7 @@ class GPTConfig:
     window_pattern: str = "SSSL"  # repeated over the layers; S sees T/short_window back, L all; the last is always L
     short_window: int = 2
     smear: bool = False  # to each token's embedding a learned share of the one before is added
+    bigram_rows: int = 0  # of hashed tables of token pairs, in vocabularies, in the other layers' values; 0: none
     key_offset: bool = False  # on L layers the slow half of each key's channels is that of the token before
     rope_base: float = 10_000.0
     init_scale: float = 1.0  # of every weight that starts uniform: value embeddings, w_qkv, w_fc
@@ -36,6 +37,8 @@ class GPTConfig:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide the {self.num_heads} heads")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern {self.window_pattern!r} must be a string of S and L")
+        if self.bigram_rows < 0:
+            raise ValueError(f"bigram_rows {self.bigram_rows} must be 0 or more")
         if self.key_offset and self.head_dim % 4:
             raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4: key_offset moves half of its pairs")
         if self.short_window not in SHORT_WINDOWS:
@@ -64,6 +67,16 @@ class GPTConfig:
     def offset_layers(self) -> list[int]:
         """Layers with a key offset: those that see all."""
         return [i for i, window in enumerate(self.windows) if self.key_offset and window == self.seq_len]
+
+    @property
+    def bigram_layers(self) -> list[int]:
+        """Layers whose values have an embedding of the token and the one before, hashed: those without another."""
+        return [i for i in range(self.depth) if self.bigram_rows and i not in self.ve_layers]
+
+    @property
+    def gated_layers(self) -> list[int]:
+        """Layers with either: a gate of the stream decides how much of it is added to the values."""
+        return sorted(self.ve_layers + self.bigram_layers)
 
     @property
     def ve_layers(self) -> list[int]:

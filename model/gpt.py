@@ -30,15 +30,17 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         "w_out": (L, D, D),
         "w_fc": (L, 4 * D, D),
         "w_proj": (L, D, 4 * D),
-        "w_gate": (len(config.ve_layers), config.kv_heads, GATE_CHANNELS),
+        "w_gate": (len(config.gated_layers), config.kv_heads, GATE_CHANNELS),
         "lambda_r": (L,),
         "lambda_0": (L,),
         **({"lambda_s": (1,)} if config.smear else {}),
+        **({"bigram_embeddings": (len(config.bigram_layers), config.bigram_rows * V, config.kv_width)}
+           if config.bigram_layers else {}),
     }
 
 
 # What a parameter does in the forward: of these a token reads its row, or one number. Every other multiplies it.
-LOOKED_UP = ("wte", "value_embeddings")
+LOOKED_UP = ("wte", "value_embeddings", "bigram_embeddings")
 SCALARS = ("lambda_r", "lambda_0", "lambda_s")
 
 BLOCK_WEIGHTS = ("w_qkv", "w_out", "w_fc", "w_proj", "w_gate")  # updated by Muon, as batches of matrices
@@ -109,6 +111,8 @@ class GPT(nn.Module):
         self.lambda_0.fill_(self.config.lambda_0_init)
         if self.config.smear:
             self.lambda_s.zero_()
+        if self.config.bigram_layers:
+            self.bigram_embeddings.zero_()
 
     def to_forward_dtype(self, dtype: torch.dtype) -> None:
         """Rounds every parameter but the scalars to what the forward reads: bf16 on a GPU, fp32 on a CPU."""
@@ -136,18 +140,31 @@ class GPT(nn.Module):
 
     def features(self, tokens: Tensor) -> Tensor:
         """The final normed stream [B, T, D]: what the head reads."""
-        weight = kernels.layer_weight
-        tables = [weight(self.wte), *(weight(self.value_embeddings, j) for j in range(len(self.config.ve_layers)))]
+        config, weight = self.config, kernels.layer_weight
+        tables = [weight(self.wte), *(weight(self.value_embeddings, j) for j in range(len(config.ve_layers)))]
         x, *values = kernels.embedding(tokens, tables)
-        values = list(values)  # PyTorch 2.11's tracer takes it for a tuple
+        sources = {i: (tokens, table) for i, table in zip(config.ve_layers, tables[1:], strict=True)}
+        values = dict(zip(config.ve_layers, values, strict=True))
+        if config.bigram_layers:
+            pairs = self._hashed_pairs(tokens)
+            tables = [weight(self.bigram_embeddings, j) for j in range(len(config.bigram_layers))]
+            sources |= {i: (pairs, table) for i, table in zip(config.bigram_layers, tables, strict=True)}
+            values |= dict(zip(config.bigram_layers, kernels.embedding(pairs, tables), strict=True))
         x = x0 = self._smeared_norm(x) if self.config.smear else kernels.rms_norm(x)[1]
-        for i in range(self.config.depth):
+        for i in range(config.depth):
             value = None
-            if i in self.config.ve_layers:  # popped: a layer may forget its own
-                look_up = partial(kernels.embedding, tokens, [tables[1 + self.config.ve_layers.index(i)]])
-                value = values.pop(0), look_up
+            if i in values:  # popped: a layer may forget its own
+                ids, table = sources[i]
+                value = values.pop(i), partial(kernels.embedding, ids, [table])
             x, x0 = self._layer(i, x, x0, value)
         return kernels.rms_norm(x)[1]
+
+    def _hashed_pairs(self, tokens: Tensor) -> Tensor:
+        """Of each token and the one before it a row of the tables of pairs: [B, T]. Before the first is token 0."""
+        tokens = tokens.long()
+        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
+        # Two odd factors and an exclusive or, as in modded-nanogpt's record of hashed bigrams.
+        return (before * 36313 ^ tokens * 27191) % (self.config.bigram_rows * self.config.vocab_size)
 
     def _smeared_norm(self, x: Tensor) -> Tensor:
         """The norm of each token's embedding with λₛ times that of the token before: x [B, T, D]."""
@@ -166,7 +183,7 @@ class GPT(nn.Module):
         streams = x, x0, weight(self.lambda_r, i), weight(self.lambda_0, i)
         w_qkv, w_fc, w_proj = weight(self.w_qkv, i), weight(self.w_fc, i), weight(self.w_proj, i)
         ve, look_up = value or (None, None)
-        w_gate = None if value is None else weight(self.w_gate, config.ve_layers.index(i))
+        w_gate = None if value is None else weight(self.w_gate, config.gated_layers.index(i))
         # Fused, a norm comes as factors, which only the ops that have it in their epilogues can read.
         norm = kernels.norm_factors if self.fused_norms else kernels.rms_norm
         x, y, x0 = norm(*streams)

@@ -96,6 +96,8 @@ class TrainConfig:
                                         " L")  # fmt: skip
     short_window: int | None = option(None, "S sees a row's tokens divided by this", choices=SHORT_WINDOWS)
     smear: bool | None = option(None, "a learned share of the embedding of the token before is added to each token's")
+    bigram_rows: int | None = option(None, "of hashed tables of token pairs, in vocabularies, in the values of layers"
+                                     " without a value embedding; 0: none")  # fmt: skip
     key_offset: bool | None = option(None, "on L layers the slow rotary half of each key is that of the token before")
     rope_base: float | None = option(None, "of rotary positions: the slowest turn takes some 2 pi x this, in tokens")
     init_scale: float | None = option(None, "of the value embeddings and the blocks' matrices that do not begin at 0")
@@ -112,6 +114,7 @@ class TrainConfig:
     lm_head_decay: float | None = option(None, "AdamW, a step takes lr x this of a weight, at the lr of the step")
     wte_decay: float | None = option(None, "AdamW, as --lm-head-decay")
     value_embedding_decay: float | None = option(None, "AdamW, as --lm-head-decay")
+    bigram_decay: float | None = option(None, "AdamW, as --lm-head-decay: without it these tables overfit")
     momentum_ramp: int | None = option(None, "steps in which Muon's momentum rises from 0.85 to 0.95")
     warmup_ratio: float | None = option(None, "share of the budget in which the learning rate rises")
     warmdown_ratio: float | None = option(None, "share of the budget in which it falls")
@@ -195,6 +198,7 @@ class TrainConfig:
                 num_kv_heads=self.num_kv_heads,
                 window_pattern=self.window_pattern,
                 smear=self.smear,
+                bigram_rows=self.bigram_rows,
                 key_offset=self.key_offset,
                 short_window=self.short_window,
                 rope_base=self.rope_base,
@@ -242,7 +246,8 @@ def _check(config: TrainConfig) -> None:
         "device_batch_size": 1, "total_batch_size": 1, "lm_head_lr": 0, "embedding_lr": 0, "scalar_lr": 0,
         "matrix_lr": 0, "weight_decay": 0, "warmup_ratio": 0, "warmdown_ratio": 0, "final_lr_frac": 0,
         "checkpoint_every": 0, "hang_timeout": 0, "rope_base": 1, "init_scale": 0, "lm_head_decay": 0, "wte_decay": 0,
-        "value_embedding_decay": 0, "momentum_ramp": 0, "lambda_r_init": -math.inf, "lambda_0_init": -math.inf,
+        "value_embedding_decay": 0, "bigram_decay": 0, "bigram_rows": 0,
+        "momentum_ramp": 0, "lambda_r_init": -math.inf, "lambda_0_init": -math.inf,
     }  # fmt: skip
     for key, least in at_least.items():
         value = getattr(config, key)

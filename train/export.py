@@ -96,6 +96,8 @@ def exported_config(model: GPT, tokenizer: Tokenizer) -> dict:
         "smear": config.smear,
         "offset_layers": config.offset_layers,
         "ve_layers": config.ve_layers,
+        "bigram_layers": config.bigram_layers,
+        "bigram_rows": config.bigram_rows,
         "gate_channels": GATE_CHANNELS,
         "rotary_base": config.rope_base,
         "norm_eps": EPS,

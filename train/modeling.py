@@ -24,7 +24,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         L, V, D = config["depth"], config["vocab_size"], config["d_model"]
-        kv_heads, head_dim, with_ve = config["num_kv_heads"], config["head_dim"], len(config["ve_layers"])
+        kv_heads, head_dim = config["num_kv_heads"], config["head_dim"]
+        with_ve, with_bigrams = len(config["ve_layers"]), len(config["bigram_layers"])
         shapes = {
             "wte": (V, D),
             "value_embeddings": (with_ve, V, kv_heads * head_dim),
@@ -33,10 +34,12 @@ class GPT(nn.Module):
             "w_out": (L, D, D),
             "w_fc": (L, 4 * D, D),
             "w_proj": (L, D, 4 * D),
-            "w_gate": (with_ve, kv_heads, config["gate_channels"]),
+            "w_gate": (with_ve + with_bigrams, kv_heads, config["gate_channels"]),
             "lambda_r": (L,),
             "lambda_0": (L,),
             **({"lambda_s": (1,)} if config["smear"] else {}),
+            **({"bigram_embeddings": (with_bigrams, config["bigram_rows"] * V, kv_heads * head_dim)}
+               if with_bigrams else {}),
         }
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -70,10 +73,14 @@ class GPT(nn.Module):
         heads, kv_heads, head_dim = config["num_heads"], config["num_kv_heads"], config["head_dim"]
         qkv = F.linear(x, self.w_qkv[i]).view(B, T, heads + 2 * kv_heads, head_dim)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-        if i in config["ve_layers"]:
-            j = config["ve_layers"].index(i)
-            gate = 2 * torch.sigmoid(F.linear(x[..., : config["gate_channels"]], self.w_gate[j]))
-            v = v + gate[..., None] * F.embedding(tokens, self.value_embeddings[j]).view_as(v)
+        gated = sorted(config["ve_layers"] + config["bigram_layers"])
+        if i in gated:
+            gate = 2 * torch.sigmoid(F.linear(x[..., : config["gate_channels"]], self.w_gate[gated.index(i)]))
+            if i in config["ve_layers"]:
+                value = F.embedding(tokens, self.value_embeddings[config["ve_layers"].index(i)])
+            else:
+                value = F.embedding(self.pairs(tokens), self.bigram_embeddings[config["bigram_layers"].index(i)])
+            v = v + gate[..., None] * value.view_as(v)
         if i in config["offset_layers"]:
             k = self.offset(k)
         q, k = self.norm(self.rotate(q)), self.norm(self.rotate(k))
@@ -82,6 +89,11 @@ class GPT(nn.Module):
         k, v = (y.repeat_interleave(heads // kv_heads, dim=2) for y in (k, v))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T, head_dim]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def pairs(self, tokens: Tensor) -> Tensor:
+        """Of each token and the one before, token 0 before the first, its row in the hashed tables."""
+        before = F.pad(tokens, (1, 0))[:, :-1]
+        return (before * 36313 ^ tokens * 27191) % (self.config["bigram_rows"] * self.config["vocab_size"])
 
     def offset(self, k: Tensor) -> Tensor:
         """Of keys [B, T, KVH, head_dim] every other quarter is that of the token before; the first has its own."""

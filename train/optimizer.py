@@ -141,6 +141,8 @@ class Optimizer:
             adamw(["value_embeddings"], config.embedding_lr * width_scale, decay=config.value_embedding_decay),
             adamw(["lambda_r"], config.scalar_lr * 0.01),
             adamw(["lambda_0"], config.scalar_lr, betas=(0.96, 0.95)),
+            *([adamw(["bigram_embeddings"], config.embedding_lr * width_scale, decay=config.bigram_decay)]
+              if model.config.bigram_layers else []),
             *([adamw(["lambda_s"], config.scalar_lr)] if model.config.smear else []),
         ]
         iterates = iterate_dtype(model.wte.device.type, config.autocast)

@@ -20,6 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "window_pattern": "SSSL",
         "short_window": 2,
         "smear": False,
+        "bigram_rows": 0,
         "key_offset": False,
         "rope_base": 10_000.0,
         "init_scale": 1.0,
@@ -34,6 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lm_head_decay": 0.0,
         "wte_decay": 0.0,
         "value_embedding_decay": 0.0,
+        "bigram_decay": 0.0,
         "momentum_ramp": 300,
         "warmup_ratio": 0.0,
         "warmdown_ratio": 0.5,
@@ -67,8 +69,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "seq_len": 1024,
         "short_window": 8,
         "smear": True,
+        "bigram_rows": 2,
         "key_offset": True,
         "total_batch_size": 4096,
+        "bigram_decay": 0.1,
         # 4,096 tokens a step are a noisy gradient: gentler rates are steadier over seeds (bench/LOG.md, 2026-11-25).
         "embedding_lr": 0.1,
         "scalar_lr": 0.1,
@@ -88,6 +92,7 @@ BEFORE_RECIPES: dict[str, Any] = {
     "recipe": "published",
     "short_window": 2,
     "smear": False,
+    "bigram_rows": 0,
     "key_offset": False,
     "rope_base": 10_000.0,
     "init_scale": 1.0,
@@ -96,6 +101,7 @@ BEFORE_RECIPES: dict[str, Any] = {
     "lm_head_decay": 0.0,
     "wte_decay": 0.0,
     "value_embedding_decay": 0.0,
+    "bigram_decay": 0.0,
     "momentum_ramp": 300,
 }
 

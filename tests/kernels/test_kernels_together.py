@@ -26,8 +26,9 @@ def test_two_layers_on_kernels_are_two_layers_on_references(monkeypatch, kv_head
     check_step(monkeypatch, shape, rows=2)
 
 
-def test_a_smear_on_kernels_is_one_on_references(monkeypatch):
-    check_step(monkeypatch, GPTConfig(vocab_size=60, seq_len=9, depth=1, d_model=32, head_dim=16, smear=True), rows=2)
+def test_what_looks_a_token_back_does_so_on_kernels_as_on_references(monkeypatch):
+    shape = GPTConfig(vocab_size=60, seq_len=9, depth=2, d_model=32, head_dim=16, smear=True, bigram_rows=2)
+    check_step(monkeypatch, shape, rows=2)
 
 
 @pytest.mark.parametrize("fused_norms", [False, True])
@@ -41,7 +42,7 @@ def test_five_heads_on_kernels_are_five_heads_on_references(monkeypatch, fused_n
 SMALL = GPTConfig(vocab_size=300, seq_len=21, depth=2, d_model=64, head_dim=32)
 REAL = [
     (GPTConfig(), 4),
-    (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768, key_offset=True, smear=True), 2),
+    (GPTConfig(head_dim=64, num_kv_heads=4, vocab_size=32768, key_offset=True, smear=True, bigram_rows=5), 2),
     (GPTConfig(short_window=8, depth=9, d_model=640, window_pattern="SSSSL"), 2),
 ]
 

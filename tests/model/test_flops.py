@@ -48,7 +48,7 @@ def test_who_updates_a_matrix_does_not_change_what_it_costs(monkeypatch):
 
 
 def test_what_is_looked_up_is_what_the_model_looks_up():
-    config = GPTConfig(vocab_size=300, seq_len=16, depth=3, d_model=64, head_dim=32)
+    config = GPTConfig(vocab_size=300, seq_len=16, depth=3, d_model=64, head_dim=32, bigram_rows=2)
     model, read = GPT(config), set()
     model.init_weights(0)
 

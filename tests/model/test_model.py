@@ -73,7 +73,7 @@ def test_another_start_is_the_same_draw_scaled():
     assert other.lambda_0.tolist() == pytest.approx([0.05] * 3)
 
 
-LOOKING_BACK = [{}, {"key_offset": True}, {"smear": True}]
+LOOKING_BACK = [{}, {"key_offset": True}, {"smear": True}, {"bigram_rows": 3}]
 
 
 @pytest.mark.parametrize("options", LOOKING_BACK)
@@ -101,6 +101,16 @@ def test_attention_of_one_layer_sees_its_window_and_nothing_else(window):
         changed[:, j, heads * head_dim :] += 1  # key and value of position j
         moved = (kernels.rotary_attention(changed, cos, sin, heads, window) != before).any(-1)[0]
         assert moved.tolist() == [0 <= t - j <= window for t in range(T)]
+
+
+def test_tables_of_pairs_are_in_the_layers_without_another():
+    assert GPTConfig().bigram_layers == []
+    assert GPTConfig().gated_layers == [1, 3, 5, 7]
+    config = GPTConfig(bigram_rows=2, depth=3)
+    assert (config.ve_layers, config.bigram_layers, config.gated_layers) == ([0, 2], [1], [0, 1, 2])
+    assert GPTConfig(bigram_rows=2, depth=1).bigram_layers == []
+    with torch.device("meta"):
+        assert tuple(GPT(config).bigram_embeddings.shape) == (1, 2 * 8192, 512)
 
 
 def test_a_smear_of_nothing_is_none_and_one_token_has_none_before_it():
@@ -169,8 +179,14 @@ def test_loss_follows_the_written_equations(base, short_window, options):
         y = norm(x)
         q, k, v = (y @ model.w_qkv[layer].T).split([H * hd, K * hd, K * hd], dim=-1)
         if layer == 1:
-            gate = 2 * torch.sigmoid(y[:, :32] @ model.w_gate[0].T)
-            v = v + gate.repeat_interleave(hd, dim=1) * model.value_embeddings[0][inputs]
+            value = model.value_embeddings[0][inputs]
+        elif config.bigram_rows:
+            before = [0, *inputs[:-1].tolist()]
+            pairs = [(a * 36313 ^ b * 27191) % (3 * 50) for a, b in zip(before, inputs.tolist(), strict=True)]
+            value = model.bigram_embeddings[0][pairs]
+        if layer == 1 or config.bigram_rows:
+            gate = 2 * torch.sigmoid(y[:, :32] @ model.w_gate[layer - (not config.bigram_rows)].T)
+            v = v + gate.repeat_interleave(hd, dim=1) * value
         if config.key_offset and layer == 1:
             slow = torch.tensor([i % (hd // 2) >= hd // 4 for i in range(hd)]).repeat(K)
             k = torch.stack([torch.where(slow, k[max(t - 1, 0)], k[t]) for t in range(T)])
@@ -254,7 +270,7 @@ def test_a_shorter_row_is_a_prefix():
     [
         ({"depth": 0}, "depth"), ({"d_model": 100}, "d_model"), ({"head_dim": 15, "d_model": 60}, "head_dim"),
         ({"num_kv_heads": 3}, "num_kv_heads"), ({"window_pattern": "SX"}, "window_pattern"),
-        ({"short_window": 3}, "short_window"),
+        ({"short_window": 3}, "short_window"), ({"bigram_rows": -1}, "bigram_rows"),
         ({"d_model": 16, "head_dim": 16}, "d_model"), ({"head_dim": 18, "d_model": 54, "key_offset": True}, "head_dim"),
     ],
 )  # fmt: skip

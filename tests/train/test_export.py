@@ -37,7 +37,8 @@ with torch.no_grad():
 @pytest.fixture(scope="module", params=[
     [], ["--num-kv-heads", "2", "--window-pattern", "SL", "--depth", "3"],
     ["--num-kv-heads", "2", "--window-pattern", "LS", "--depth", "3", "--key-offset"],
-    ["--smear", "--rope-base", "50", "--short-window", "8", "--window-pattern", "S"],
+    ["--smear", "--bigram-rows", "3", "--depth", "3"],
+    ["--rope-base", "50", "--short-window", "8", "--window-pattern", "S"],
 ])  # fmt: skip
 def finished(request, corpus, tmp_path_factory):
     """A run whose every parameter is then made random: after a few steps some are still near 0."""

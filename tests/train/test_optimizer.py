@@ -38,10 +38,12 @@ VALUES = StepValues(step=0, lr_multiplier=0.7, momentum=0.9, weight_decay=0.15)
 GOOD = torch.tensor(1.0)
 
 
-def test_the_share_of_the_token_before_has_a_group_where_there_is_one():
-    _, optimizer = make(dataclasses.replace(SHAPE, smear=True))
-    (group,) = [g for g in optimizer.groups if isinstance(g, AdamWGroup) and "lambda_s" in g.names]
-    assert (group.names, group.lr, group.betas) == (["lambda_s"], 0.5, (0.8, 0.95))
+def test_what_looks_a_token_back_has_groups_where_there_is_any():
+    _, optimizer = make(dataclasses.replace(SHAPE, smear=True, bigram_rows=2), bigram_decay=0.07)
+    groups = {g.names[0]: g for g in optimizer.groups if isinstance(g, AdamWGroup)}
+    smear, pairs = groups["lambda_s"], groups["bigram_embeddings"]
+    assert (smear.lr, smear.betas, smear.decay) == (0.5, (0.8, 0.95), 0.0)
+    assert (pairs.lr, pairs.betas, pairs.decay) == (groups["wte"].lr, (0.8, 0.95), 0.07)
 
 
 def test_every_parameter_is_in_one_group_with_its_rate():

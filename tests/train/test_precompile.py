@@ -45,7 +45,8 @@ OTHERS = {
     "total_batch_size": 2**20, "packing": "published", "eval_tokens": 0, "lm_head_lr": 0.1, "embedding_lr": 0.1,
     "scalar_lr": 0.1, "matrix_lr": 0.041, "weight_decay": 0.0, "warmup_ratio": 0.1, "warmdown_ratio": 0.2,
     "final_lr_frac": 0.1, "graphs": False, "recipe": "tuned", "lm_head_decay": 0.1, "wte_decay": 0.1,
-    "value_embedding_decay": 0.1, "momentum_ramp": 7, "rope_base": 5.0, "init_scale": 0.5, "lambda_r_init": 1.1,
+    "value_embedding_decay": 0.1, "bigram_decay": 0.1, "momentum_ramp": 7,
+    "rope_base": 5.0, "init_scale": 0.5, "lambda_r_init": 1.1,
     "lambda_0_init": 0.2,
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_a_device_has_a_recipe_of_its_own():
     cpu = resolve(TrainConfig(), "cpu")
     expected = PUBLISHED | {
         "depth": 2, "d_model": 128, "head_dim": 64, "seq_len": 1024, "total_batch_size": 4096, "short_window": 8,
-        "smear": True, "key_offset": True,
+        "smear": True, "key_offset": True, "bigram_rows": 2, "bigram_decay": 0.1,
     }  # fmt: skip
     for key, value in (expected | {"embedding_lr": 0.1, "scalar_lr": 0.1, "matrix_lr": 0.02}).items():
         assert getattr(cpu, key) == value, key
@@ -121,7 +121,7 @@ def test_an_old_configuration_is_what_it_was(monkeypatch):
     expected = OLD | {
         "recipe": "published", "smear": False, "key_offset": False, "short_window": 2, "rope_base": 10_000.0,
         "init_scale": 1.0, "lambda_r_init": 1.0, "lambda_0_init": 0.1, "lm_head_decay": 0.0, "wte_decay": 0.0,
-        "value_embedding_decay": 0.0, "momentum_ramp": 300,
+        "value_embedding_decay": 0.0, "bigram_decay": 0.0, "bigram_rows": 0, "momentum_ramp": 300,
     }  # fmt: skip
     read = TrainConfig.from_json(OLD)
     assert dataclasses.asdict(read) == expected
