@@ -214,7 +214,7 @@ def wrong(found: doctor.Finding) -> bool:
 
 def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch):
     """To the byte."""
-    config = resolve(TrainConfig(ops="reference"), "cpu")
+    config = resolve(TrainConfig(ops="cpu"), "cpu")
     shape = config.model_config(1024)
     needed = count(config, shape, config.device_batch_size).on("cpu")
     for available, state in ((needed, doctor.OK), (needed - 1, doctor.WRONG)):
@@ -226,9 +226,9 @@ def test_the_doctor_and_the_trainer_agree_on_what_fits(monkeypatch):
         if state == doctor.OK:
             check_fits(config, shape)
         else:
-            with pytest.raises(InputError, match=r"use --device-batch-size 4$"):
+            with pytest.raises(InputError, match=r"use --device-batch-size 2$"):
                 check_fits(config, shape)
-            assert found.remedy == "train with --device-batch-size 4"
+            assert found.remedy == "train with --device-batch-size 2"
 
 
 @pytest.mark.parametrize(("allowed", "said"), [(2**29, True), (2**62, False), (None, False)])
