@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def add_weight_grad(weight: Tensor, main_grad: Tensor | None, dw: Tensor, alpha: float = 1.0) -> Tensor | None:
+def add_weight_grad(main_grad: Tensor | None, dw: Tensor, alpha: float = 1.0) -> Tensor | None:
     """alpha·dw, added to `main_grad`; where there is none, what autograd is to have."""
     if main_grad is None:
         return dw.mul_(alpha) if alpha != 1 else dw
@@ -29,7 +29,7 @@ class _Linear(torch.autograd.Function):
         needs_dx, needs_dw, needs_dresidual, _ = ctx.needs_input_grad
         d = dy.reshape(-1, dy.shape[-1]).to(weight.dtype)
         dx = torch.mm(d, weight).view(ctx.x_shape) if needs_dx else None
-        dw = add_weight_grad(weight, ctx.main_grad, torch.mm(d.mT, rows)) if needs_dw else None
+        dw = add_weight_grad(ctx.main_grad, torch.mm(d.mT, rows)) if needs_dw else None
         return dx, dw, dy if needs_dresidual else None, None
 
 
@@ -61,11 +61,11 @@ class _QKVProjection(torch.autograd.Function):
         else:
             dqkv = dqkv.reshape(-1, weight.shape[0])
             dx = torch.mm(dqkv, weight)
-            dw = add_weight_grad(weight, main_grad, torch.mm(dqkv.mT, rows))
+            dw = add_weight_grad(main_grad, torch.mm(dqkv.mT, rows))
         if dgate is not None:
             dgate, channels = dgate.reshape(-1, gate_weight.shape[0]), gate_weight.shape[1]
             dx[:, :channels].addmm_(dgate, gate_weight)
-            dw_gate = add_weight_grad(gate_weight, main_grad_gate, torch.mm(dgate.mT, rows[:, :channels]))
+            dw_gate = add_weight_grad(main_grad_gate, torch.mm(dgate.mT, rows[:, :channels]))
         return dx.view(ctx.x_shape), dw, dw_gate, None, None
 
 
@@ -91,11 +91,11 @@ class _Relu2MLP(torch.autograd.Function):
         rows, root, post, w_fc, w_proj = ctx.saved_tensors
         main_grad_fc, main_grad_proj = ctx.main_grads
         d = dout.reshape(-1, dout.shape[-1]).to(w_proj.dtype)
-        dw_proj = add_weight_grad(w_proj, main_grad_proj, torch.mm(d.mT, post))
+        dw_proj = add_weight_grad(main_grad_proj, torch.mm(d.mT, post))
         # dz = 2·root·dpost; the 2, exact in every dtype, waits for the ends.
         dz = torch.mm(d, w_proj).mul_(root)
         dx = torch.mm(dz, w_fc).mul_(2)
-        dw_fc = add_weight_grad(w_fc, main_grad_fc, torch.mm(dz.mT, rows), alpha=2)
+        dw_fc = add_weight_grad(main_grad_fc, torch.mm(dz.mT, rows), alpha=2)
         return dx.view(ctx.x_shape), dw_fc, dw_proj, dout, None, None
 
 
