@@ -270,7 +270,7 @@ class _RMSNorm(torch.autograd.Function):
         _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
             rows, rows_x0, lambda_r, lambda_0, s, y, rstd, rows.stride(0), rows_x0.stride(0) if mixed else 0, M, D,
             EPS=EPS, HAS_X0=mixed, HAS_S=mixed and wanted != "y", HAS_Y=wanted != "factors",
-            PARTS=triton.cdiv(D, config["BLOCK_D"]), **config,
+            **{"PARTS": triton.cdiv(D, config["BLOCK_D"])} | config,
         )  # fmt: skip
         # An output is saved as it is: a view of it would keep it, and with it this node, alive for ever.
         ctx.save_for_backward(rows if mixed else y, rows_x0, lambda_r, lambda_0, rstd)
@@ -303,7 +303,7 @@ class _RMSNorm(torch.autograd.Function):
             x.stride(0), 0 if x0 is None else x0.stride(0), M, D,
             HAS_DS=ds is not None, HAS_DY=dy is not None, SCALED=ctx.scaled,
             HAS_X0=x0 is not None, HAS_LATER=dx0_later is not None,
-            PARTS=triton.cdiv(D, config["BLOCK_D"]), **config,
+            **{"PARTS": triton.cdiv(D, config["BLOCK_D"])} | config,
         )  # fmt: skip
         if x0 is None:
             return dx, *(None,) * 6

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -162,13 +163,13 @@ class GPT(nn.Module):
     def _hashed_pairs(self, tokens: Tensor) -> Tensor:
         """Of each token and the one before it a row of the tables of pairs: [B, T]. Before the first is token 0."""
         tokens = tokens.long()
-        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
+        before = F.pad(tokens, (1, -1))
         # Two odd factors and an exclusive or, as in modded-nanogpt's record of hashed bigrams.
         return (before * 36313 ^ tokens * 27191) % (self.config.bigram_rows * self.config.vocab_size)
 
     def _smeared_norm(self, x: Tensor) -> Tensor:
         """The norm of each token's embedding with λₛ times that of the token before: x [B, T, D]."""
-        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        before = F.pad(x, (0, 0, 1, -1))  # 0 before the first
         one = torch.ones((), dtype=self.lambda_s.dtype, device=x.device)
         return kernels.rms_norm(x, before, one, kernels.layer_weight(self.lambda_s, 0))[1]
 

@@ -57,7 +57,7 @@ class GPT(nn.Module):
         config = self.config
         x = F.embedding(tokens, self.wte)
         if config["smear"]:
-            x = x + self.lambda_s * F.pad(x, (0, 0, 1, 0))[:, :-1]
+            x = x + self.lambda_s * F.pad(x, (0, 0, 1, -1))
         x0 = x = self.norm(x)
         for i, window in enumerate(config["windows"]):
             x = self.lambda_r[i] * x + self.lambda_0[i] * x0
@@ -92,7 +92,7 @@ class GPT(nn.Module):
 
     def pairs(self, tokens: Tensor) -> Tensor:
         """Of each token and the one before, token 0 before the first, its row in the hashed tables."""
-        before = F.pad(tokens, (1, 0))[:, :-1]
+        before = F.pad(tokens, (1, -1))
         return (before * 36313 ^ tokens * 27191) % (self.config["bigram_rows"] * self.config["vocab_size"])
 
     def offset(self, k: Tensor) -> Tensor:

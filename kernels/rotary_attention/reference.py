@@ -44,9 +44,9 @@ def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor
 def key_offset_ref(k: Tensor) -> Tensor:
     """Keys [B, T, KVH, head_dim], their slow rotary pairs those of the token before; position 0 keeps its own."""
     before = torch.cat([k[:, :1], k[:, :-1]], dim=1)
-    fast1, _, fast2, _ = k.chunk(4, dim=-1)
-    _, slow1, _, slow2 = before.chunk(4, dim=-1)
-    return torch.cat([fast1, slow1, fast2, slow2], dim=-1)
+    half = k.shape[-1] // 2
+    slow = torch.arange(2 * half, device=k.device) % half >= half // 2
+    return torch.where(slow, before, k)
 
 
 def rotary_attention_ref(

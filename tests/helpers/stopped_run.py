@@ -10,7 +10,9 @@ import train.__main__
 from tests.helpers.tiny_run import run_main
 from train.results.progress import Reporter
 
-STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints"]
+# Without what no run had before there was an option for it.
+AS_BEFORE = ["--short-window", "2", "--no-smear", "--bigram-rows", "0", "--bigram-decay", "0", "--no-key-offset"]
+STEPS = ["--steps", "16", "--untimed-steps", "3", "--keep-checkpoints", *AS_BEFORE]
 
 
 def main(*args: str) -> int:

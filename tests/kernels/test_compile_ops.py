@@ -87,7 +87,7 @@ def test_a_compiled_run_prints_and_learns_what_a_reference_run_does(corpus, tmp_
     for ops in ("reference", "compile"):
         args = [*KV_HEADS, "--ops", ops, "--steps", "3", "--matrix-lr", "0.001"]
         assert run_main(corpus, tmp_path / ops, *args) == 0
-    assert "compile ops (SDPA)" in capsys.readouterr().out
+    assert "compile ops (products)" in capsys.readouterr().out
     ours, theirs = losses(tmp_path / "compile"), losses(tmp_path / "reference")
     assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
     assert ours == pytest.approx(theirs, rel=1e-4)  # AdamW turns a gradient near zero into a step of either sign

@@ -22,7 +22,7 @@ from train.schedule import step_values
 STEPS = ["--steps", "8", "--checkpoint-every", "1000"]
 # Rates at which a step of finite loss has gradients that are not, and a step has no loss.
 CAUSES = {
-    "gradient": (["--lm-head-lr", "1e25", "--matrix-lr", "1e8"], "the gradient of "),
+    "gradient": (["--ops", "reference", "--lm-head-lr", "1e25", "--matrix-lr", "1e8"], "the gradient of "),
     "loss": (["--matrix-lr", "1e30"], "loss is nan in batch "),
 }
 

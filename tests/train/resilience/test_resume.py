@@ -210,7 +210,7 @@ def test_a_run_from_before_there_were_recipes_goes_on(stopped, whole):
     saved = json.loads(path.read_text())
     for key in BEFORE_RECIPES:
         del saved["config"][key]
-    for key in ("short_window", "rope_base", "init_scale", "lambda_r_init", "lambda_0_init"):
+    for key in BEFORE_RECIPES.keys() & saved["model"].keys():
         del saved["model"][key]
     path.write_text(json.dumps(saved))
     for folder in checkpoint_folders(stopped / "checkpoints"):

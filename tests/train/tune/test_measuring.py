@@ -54,7 +54,7 @@ def steady(monkeypatch):
 
 def test_a_wrong_candidate_gets_no_time_and_is_never_chosen(steady):
     steady |= {2: 0.9, 32: 1.0, 4: 0.1}
-    half, odd, right = rows(4, BLOCK_D=32), rows(3), rows(2)
+    half, odd, right = rows(4, BLOCK_D=32, PARTS=1), rows(3), rows(2)
     one = tuned_with(half, odd, right)
     tune(one, DEVICE, DTYPE, seconds=60.0)
     assert one.trials[1].fault.startswith("wrong: rms_norm")  # a half that nobody wrote
@@ -76,14 +76,14 @@ def test_a_wrong_candidate_gets_no_time_and_is_never_chosen(steady):
 def test_what_is_right_on_few_tokens_is_compared_at_the_full_size(steady, monkeypatch):
     """An index that overflows, or a race, shows there alone."""
     monkeypatch.setattr(measuring.Check, "__call__", lambda self, tile: None)
-    one = tuned_with(rows(4, BLOCK_D=32))
+    one = tuned_with(rows(4, BLOCK_D=32, PARTS=1))
     tune(one, DEVICE, DTYPE, seconds=60.0)
     assert one.trials[1].fault == "wrong: off by nan of the default's norm"
 
 
 def test_a_wrong_default_is_named_and_what_is_right_takes_its_place(steady):
-    choice = Choice(NORM.name, NORM.choice.kernels, lambda D, dtype: rows(4, BLOCK_D=32), lambda D, dtype: [])
-    one = tuned_with(rows(2), rows(8, BLOCK_D=16), of=replace(NORM, choice=choice))
+    choice = Choice(NORM.name, NORM.choice.kernels, lambda D, dtype: rows(4, BLOCK_D=32, PARTS=1), lambda D, dtype: [])
+    one = tuned_with(rows(2), rows(8, BLOCK_D=16, PARTS=1), of=replace(NORM, choice=choice))
     tune(one, DEVICE, DTYPE, seconds=60.0)
     assert one.present.fault.startswith("AssertionError: rms_norm")
     assert one.best.tile == rows(2)
