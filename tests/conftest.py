@@ -100,6 +100,16 @@ def pytest_runtest_call(item):
         pytest.skip(f"too large for this GPU's {total / 2**30:.0f} GiB")
 
 
+@pytest.fixture(autouse=True)
+def _default_ops():
+    """A run sets the ops of its process; a test that comes after one, in whichever order, knows nothing of it."""
+    import kernels
+
+    kernels.set_ops(None)
+    yield
+    kernels.set_ops(None)
+
+
 @pytest.fixture
 def gpu_test_files(request) -> set[str]:
     """The names of the files with a test that needs a GPU, among those that this session was given."""
