@@ -114,7 +114,7 @@ class TrainConfig:
     lm_head_decay: float | None = option(None, "AdamW, a step takes lr x this of a weight, at the lr of the step")
     wte_decay: float | None = option(None, "AdamW, as --lm-head-decay")
     value_embedding_decay: float | None = option(None, "AdamW, as --lm-head-decay")
-    bigram_decay: float | None = option(None, "AdamW, as --lm-head-decay: without it these tables overfit")
+    bigram_decay: float | None = option(None, "AdamW, as --lm-head-decay, of the tables of pairs")
     momentum_ramp: int | None = option(None, "steps in which Muon's momentum rises from 0.85 to 0.95")
     warmup_ratio: float | None = option(None, "share of the budget in which the learning rate rises")
     warmdown_ratio: float | None = option(None, "share of the budget in which it falls")

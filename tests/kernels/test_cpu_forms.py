@@ -16,12 +16,6 @@ from train.schedule import step_values
 EXACT = 1e-13  # of the largest element; fp64 has 2e-16
 
 
-@pytest.fixture(autouse=True)
-def _restore_ops():
-    yield
-    kernels.set_ops(None)
-
-
 def random(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 

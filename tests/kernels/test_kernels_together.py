@@ -4,16 +4,9 @@
 import pytest
 import torch
 
-import kernels
 from model import GPTConfig
 from tests.helpers.kernel_checks import exact_bfloat16, real_and_small
 from tests.helpers.whole_model import check_step, loss_and_gradients, random_step, update
-
-
-@pytest.fixture(autouse=True)
-def _restore_ops():
-    yield
-    kernels.set_ops(None)
 
 
 @pytest.mark.parametrize(("kv_heads", "key_offset"), [(0, False), (1, False), (1, True)],

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
 import train.__main__
 from model import GPTConfig
 from prepare import InputError
@@ -16,12 +15,6 @@ from tests.helpers.tiny_run import TINY
 from train import device, evaluate, sample
 from train.config import TrainConfig, resolve
 from train.step import TrainStep
-
-
-@pytest.fixture(autouse=True)
-def _restore_ops():
-    yield
-    kernels.set_ops(None)
 
 
 @pytest.fixture

@@ -26,12 +26,6 @@ MIB = 2**20
 SMALL = GPTConfig(vocab_size=90, seq_len=5, depth=3, d_model=32, head_dim=16, num_kv_heads=1, window_pattern="S")
 
 
-@pytest.fixture(autouse=True)
-def _restore_ops():
-    yield
-    kernels.set_ops(None)
-
-
 @pytest.fixture
 def launches_left_out(monkeypatch):
     from triton.runtime import interpreter, jit
