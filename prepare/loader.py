@@ -45,9 +45,14 @@ class Loader:
         seed: int = 0,
         device: str | torch.device | None = None,
         prefetch: int = 2,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         """`device` a CUDA device: batches arrive there through pinned memory on a stream of the loader's own. Otherwise
         they stay on the CPU. `prefetch` batches are kept ready.
+
+        Of several `ranks` each packs all batches, which costs little, and so has the state of all; those that another
+        `rank` trains on, whose index is not `rank` modulo `ranks`, stay on the CPU.
 
         Raises InputError where the split is shorter than one batch.
         """
@@ -63,7 +68,7 @@ class Loader:
         self._packer = Packer(split, seq_len, bos=bos, packing=packing, seed=seed)
         self._identity = {"split": split.sha256, "seq_len": seq_len, "bos": bos, "packing": packing, "seed": seed}
         self._copies = _CopiesToDevice(torch.device(device)) if _is_cuda(device) else None
-        self._prefetch = prefetch
+        self._prefetch, self._rank, self._ranks = prefetch, rank, ranks
         self._index = 0  # of the next batch to pack
         self._state = self._pack_state()
         self._ready: queue.Queue = queue.Queue(prefetch)
@@ -164,9 +169,10 @@ class Loader:
 
     def _pack(self) -> tuple[Batch, "torch.cuda.Event | None"]:
         shape = (self.batch_size, self._packer.seq_len + 1)
+        copies = self._copies if self._index % self._ranks == self._rank else None
         # Pinned memory comes from PyTorch's caching allocator, which gives a block out again only when the copies
         # that were queued from it are done: a fresh tensor a batch is cheap, and never overwritten under a copy.
-        tokens = torch.empty(shape, dtype=torch.int32, pin_memory=self._copies is not None)
+        tokens = torch.empty(shape, dtype=torch.int32, pin_memory=copies is not None)
         for row in tokens.numpy():
             self._packer.fill(row)
         # Of a large corpus a bit that the disk has turned is not noticed at the start (prepare/dataset.py).
@@ -176,8 +182,8 @@ class Loader:
                 " them is damaged; `touch` them, and the next start hashes them all and says which"
             )
         copied = None
-        if self._copies is not None:
-            tokens, copied = self._copies.start(tokens)
+        if copies is not None:
+            tokens, copied = copies.start(tokens)
         self._index += 1
         return Batch(tokens, self._packer.epoch, self._index - 1, self._pack_state()), copied
 

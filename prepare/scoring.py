@@ -40,12 +40,18 @@ def evaluate_bpb(
     max_tokens: int | None = None,
     packing: str = "lossless",
     device: str | torch.device | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda terms: terms,
 ) -> Evaluation:
     """Scores `split` with `token_losses(inputs, targets)`, int64 [B, T] on `device` -> nats, float32 [B, T].
 
     The rows depend on neither `batch_size` nor a seed; `max_tokens` limits them to ceil(max_tokens / T), evenly spaced.
     Every call has the full batch: the last one is filled up with repeated rows that do not count. Sums are in float64.
     A non-finite loss on any counted row, also of a special token, makes `bpb` non-finite.
+
+    Of several `ranks` each scores every `ranks`-th batch, and `add_up` sums a float64 vector over them, of which each
+    term is zero on all but one: so `bpb` has the same bits on any number of them.
 
     Raises InputError (split, packing).
     """
@@ -57,9 +63,9 @@ def evaluate_bpb(
     )
     device = torch.device(device or "cpu")
     token_bytes = torch.from_numpy(dataset.token_bytes).to(device)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
     starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc=f"evaluating on {split}", unit="batch", disable=None, leave=False):
+    nats = torch.zeros(len(starts), dtype=torch.float64, device=device)  # of each batch
+    for start in tqdm(starts[rank::ranks], desc=f"evaluating on {split}", unit="batch", disable=None, leave=False):
         wanted = np.arange(start, start + batch_size)
         batch = torch.from_numpy(rows[wanted % len(rows)].astype(np.int64)).to(device)
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
@@ -69,7 +75,7 @@ def evaluate_bpb(
         num_counted = min(batch_size, len(rows) - start)
         has_bytes = token_bytes[targets[:num_counted]] > 0
         # A product, not a selection: NaN · 0 is NaN, so that no non-finite loss is masked.
-        nats += (losses[:num_counted].detach().double() * has_bytes).sum()
+        nats[start // batch_size] = (losses[:num_counted].detach().double() * has_bytes).sum()
 
     counts = np.bincount(rows[:, 1:].reshape(-1), minlength=dataset.vocab_size) * (dataset.token_bytes > 0)
     bytes_scored = int(counts @ dataset.token_bytes.astype(np.int64))
@@ -84,7 +90,7 @@ def evaluate_bpb(
         "cropped_share": cropped_share,
     }
     return Evaluation(
-        bpb=_bits_per_byte(nats.item(), bytes_scored),
+        bpb=_bits_per_byte(sum(add_up(nats).tolist()), bytes_scored),
         unigram_bpb=_bits_per_byte(_unigram_nats(dataset.token_counts, counts), bytes_scored),
         rows=len(rows),
         bytes_scored=bytes_scored,

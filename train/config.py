@@ -142,6 +142,9 @@ class TrainConfig:
     autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
     recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,759"
                                     " instead of 25,487 MiB at the GPU's defaults; not yet timed")  # fmt: skip
+    sums: str = option("ordered", "of gradients over several GPUs: in the order of the micro-steps, so that how many"
+                       " there are changes no bit; native: in the backend's, once a step, for slow links",
+                       choices=("ordered", "native"))  # fmt: skip
     fused_norms: bool | None = option(None, "norms in the epilogues of the kernels' products (default: as the tuner"
                                       " found on this GPU, else not)")  # fmt: skip
     tune: str = option("auto", "tiles of the kernels: measured on this GPU where it has none yet; again: anew; off:"
@@ -216,11 +219,15 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def resolve(config: TrainConfig, device: str) -> TrainConfig:
-    """Fills in what was left open: by the recipe, and for `device`, "cuda" or "cpu": this CPU. Raises InputError."""
+def resolve(config: TrainConfig, device: str, ranks: int = 1) -> TrainConfig:
+    """Fills in what was left open: by the recipe, and for `device`, "cuda" or "cpu": this CPU. Of several `ranks` each
+    has micro-batches of every step. Raises InputError."""
     of_device = DEVICE_DEFAULTS[device]
     recipe = recipe_defaults(of_device["recipe"] if config.recipe is None else config.recipe)
     rows = min(of_device["device_batch_size"], recipe["total_batch_size"] // recipe["seq_len"])
+    if ranks > 1:
+        total, seq_len = (getattr(config, key) or recipe[key] for key in ("total_batch_size", "seq_len"))
+        rows = rows_of_a_rank(total, seq_len, ranks, rows) or rows
     defaults = of_device | recipe | {"device_batch_size": rows}
     filled = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     if config.total_batch_size is None and (config.device_batch_size or config.seq_len):
@@ -237,7 +244,28 @@ def resolve(config: TrainConfig, device: str) -> TrainConfig:
         width = -(-64 * config.depth // max(config.head_dim, 1)) * config.head_dim
         config = dataclasses.replace(config, d_model=width)
     _check(config)
+    if config.grad_accum_steps % ranks:
+        raise InputError(_uneven(config, ranks))
     return config
+
+
+def rows_of_a_rank(total: int, seq_len: int, ranks: int, at_most: int) -> int:
+    """Rows of the largest micro-batch of which a step of `total` tokens has as many on every rank; 0 where there is
+    none."""
+    if seq_len < 1 or total < 1 or total % (seq_len * ranks):
+        return 0
+    each = total // (seq_len * ranks)
+    return next((rows for rows in range(min(at_most, each), 0, -1) if each % rows == 0), 0)
+
+
+def _uneven(config: TrainConfig, ranks: int) -> str:
+    rows = rows_of_a_rank(config.total_batch_size, config.seq_len, ranks, config.device_batch_size)
+    step = config.micro_batch_tokens * ranks
+    total = -(-config.total_batch_size // step) * step
+    return (
+        f"{ranks} ranks cannot share the {config.grad_accum_steps} micro-steps of a step evenly: use"
+        + (f" --device-batch-size {rows}, or" if rows else "") + f" --total-batch-size {total}"
+    )  # fmt: skip
 
 
 def _check(config: TrainConfig) -> None:

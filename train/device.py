@@ -133,10 +133,10 @@ def why_not_kernels(head_dim: int, d_model: int) -> str:
     return ""
 
 
-def complete(config: TrainConfig) -> TrainConfig:
-    """With every field set that depends on the machine. Raises InputError."""
+def complete(config: TrainConfig, ranks: int = 1) -> TrainConfig:
+    """With every field set that depends on the machine, and on how many `ranks` train. Raises InputError."""
     device = pick_device(config.device)
-    config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device)
+    config = resolve(dataclasses.replace(config, ops=pick_ops(config.ops, device)), device, ranks)
     if config.ops == "triton" and (reason := why_not_kernels(config.head_dim, config.d_model)):
         raise InputError(f"{reason}; --ops reference takes any")
     return dataclasses.replace(config, graphs=pick_graphs(config.graphs, device, config.ops))

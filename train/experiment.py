@@ -10,11 +10,15 @@ from pathlib import Path
 from statistics import fmean
 from subprocess import Popen
 
+import torch
+
 from prepare import InputError
 from prepare.words import command_line, printable
 
 from .config import TrainConfig, to_args
 from .curves import draw_curves
+from .ranks import ALONE, LostRankError, Ranks
+from .resilience.resume import run_of_launch
 from .resilience.signals import Signals
 from .results.judge import (
     BETTER,
@@ -36,8 +40,8 @@ from .results.statistics import UNDECIDED, spread
 from .trainer import run
 
 
-def experiment(config: TrainConfig, signals: Signals) -> int:
-    """Runs what is asked for. Returns the exit code; raises what a single run raises."""
+def experiment(config: TrainConfig, signals: Signals, ranks: Ranks = ALONE) -> int:
+    """Runs what is asked for, a single run on all `ranks`. Returns the exit code; raises what a single run raises."""
     if config.repeat < 1:
         raise InputError(f"--repeat {config.repeat} must be at least 1")
     if config.max_seeds < 1:
@@ -45,18 +49,31 @@ def experiment(config: TrainConfig, signals: Signals) -> int:
     if config.repeat > 1 and config.confirm:
         raise InputError("--confirm takes its seeds one by one: leave --repeat out, or --confirm")
     if (config.repeat > 1 or config.confirm) and not config.resume:
+        if ranks.place.launched:
+            raise InputError("torchrun starts a single run: leave --repeat and --confirm out, and start the seeds one"
+                             " after the other, with --group and --seed")  # fmt: skip
         return several(config)
-    record = Record(config)
+    ranks.join(config.device != "cpu" and torch.cuda.is_available(), config.hang_timeout)
+    config = begun_before(config, ranks)
+    record = Record(config, ranks.size)
+    record.folder = Path(ranks.of_first(str(record.folder)))
     if record.source["commit"] is None:
         reason, mend = why_no_commit()
         print(printable(f"note: {reason}: the ledger cannot name a commit; {mend}"), file=sys.stderr)
     try:
-        summary = run(config, signals, record)
+        summary = run(config, signals, record, ranks)
     except BaseException as error:
-        record.fail(error)
+        if not ranks.speaks():
+            raise
+        # What torchrun starts again goes on from its checkpoint: that run will have a row of its own.
+        if not (isinstance(error, LostRankError) and ranks.place.starts_again):
+            record.fail(error)
         if record.began and isinstance(error, Exception):  # who interrupts does not wait for a picture
             draw_curves(record.folder)
         raise
+    ranks.together = True
+    if not ranks.first:
+        return 0
     verdict = summary["verdict"]
     if verdict.startswith(UNDECIDED) and config.group is None:
         seed = int(verdict.removeprefix(f"{UNDECIDED}: next seed ").split()[0])
@@ -66,6 +83,16 @@ def experiment(config: TrainConfig, signals: Signals) -> int:
         print(f"FAIL: audit: {summary['audit']}", flush=True)
         return 1
     return 0
+
+
+def begun_before(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Where torchrun starts a run again, that run, to go on from its last checkpoint."""
+    if not ranks.place.attempt or config.resume:
+        return config
+    place = ranks.place
+    found = ranks.first_does(lambda: run_of_launch(place.launch, config.run_dir))
+    found = ranks.of_first(found and str(found))
+    return dataclasses.replace(config, resume=found) if found else config
 
 
 def several(config: TrainConfig) -> int:

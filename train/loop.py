@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
+from .budget import Budget
 from .clock import Clock, Stops
 from .config import TrainConfig
 from .optimizer import MAX_LOSS
+from .ranks import ALONE, Ranks
 from .resilience.checkpoint import Checkpointer
 from .resilience.state import RunState
 from .results.progress import Reporter
@@ -39,12 +41,15 @@ def seldom_collecting() -> Iterator[None]:
 @seldom_collecting()
 def train(
     config: TrainConfig, step: TrainStep, state: RunState, clock: Clock, report: Reporter, checkpoints: Checkpointer,
-    stop: Callable[[], bool], stops: Stops,
+    stop: Callable[[], bool], stops: Stops, ranks: Ranks = ALONE,
 ) -> None:  # fmt: skip
     """Trains until the budget is used up or `stop` says so; nothing is on its way then. Raises TrainingError.
 
     The host sends a step before it has read the loss of the one `clock.lag` steps earlier, so that the device never
     waits for it. A bad step is therefore noticed late; the optimizer takes neither it nor any step after it.
+
+    All ranks do the same at the same step: what one of them alone may know, the time that a step took on rank 0, a
+    signal, a checkpoint that is due, they agree on after each step, one step late like all else.
 
     Before the first mark all is ready that no step should pay for: the first batch, and the garbage is gone.
     """
@@ -54,10 +59,11 @@ def train(
     warm = number + 1 if number + 1 + clock.lag < state.budget.untimed_steps else None
     state.loader.start()
     stops.since()
+    asked, due = agreed(state.budget, stop(), checkpoints.due(), ranks)
     last = clock.mark()
     while True:
-        more = state.budget.wants(number) and not stop()
-        wanted = more and not checkpoints.due()
+        more = state.budget.wants(number) and not asked
+        wanted = more and not due
         if wanted:
             values = step_values(config, number, state.budget.progress(number))
             micro_batches = list(islice(state.loader, config.grad_accum_steps))
@@ -69,15 +75,26 @@ def train(
             if not more:
                 return
             checkpoints.save()
-            last = clock.mark()  # what a checkpoint takes is no step's time
             stops.since()
+            asked, due = agreed(state.budget, stop(), checkpoints.due(), ranks)
+            last = clock.mark()  # what a checkpoint takes is no step's time
             continue
         if len(in_flight) > clock.lag or not wanted:
             sent = in_flight.popleft()
             seconds, last = clock.seconds(last, sent.end), sent.end
             finish(sent, seconds, stops.since(), state, report)
+            asked, due = agreed(state.budget, stop(), checkpoints.due(), ranks)
             if state.step == warm or state.step % COLLECT_EVERY == 0:
                 settle_garbage()
+
+
+def agreed(budget: Budget, asked: bool, due: bool, ranks: Ranks) -> tuple[bool, bool]:
+    """Sets every rank's clock to rank 0's. Whether any was `asked` to stop, and whether a checkpoint is `due`."""
+    clock = (budget.timed_seconds, budget.untimed_seconds) if ranks.first else (0.0, 0.0)
+    budget.timed_seconds, budget.untimed_seconds, budget.stopped_seconds, asked, due = ranks.agree(
+        *clock, budget.stopped_seconds, asked, due
+    )
+    return bool(asked), bool(due)
 
 
 def finish(sent: Sent, seconds: float, stopped: float, state: RunState, report: Reporter) -> None:

@@ -7,6 +7,7 @@ and the temporaries of forward, backward and update, an attention's [T, T] mask 
 
 import dataclasses
 import gc
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from prepare.limits import control_group_bytes
 from .config import TrainConfig
 from .live_bytes import LiveBytes, TooMuchError
 from .optimizer import Optimizer
+from .ranks import ALONE, Place, Ranks
 from .step import TrainStep
 
 T = TypeVar("T")
@@ -100,17 +102,23 @@ def _counting(config: TrainConfig, limit: float) -> Iterator[LiveBytes]:
         yield stack.enter_context(LiveBytes(limit))
 
 
-def count(config: TrainConfig, shape: GPTConfig, rows: int, limit: float = float("inf")) -> Need:
-    """What a step in micro-steps of `rows` rows needs. Raises TooMuchError beyond `limit` bytes."""
+def count(
+    config: TrainConfig, shape: GPTConfig, rows: int, limit: float = float("inf"), ranks: Ranks = ALONE
+) -> Need:
+    """What a step in micro-steps of `rows` rows needs, on rank 0 of as many as there are. Raises TooMuchError beyond
+    `limit` bytes."""
     with _counting(config, limit) as memory:
         model = GPT(shape, device="meta", **config.model_options)
-        optimizer = Optimizer(model, config, config.forward_dtype)
+        config = dataclasses.replace(config, device_batch_size=rows)
+        # Its kind of ranks alone: no tensor is sent.
+        optimizer = Optimizer(model, config, config.forward_dtype, Ranks(Place(size=ranks.size)))
         state = memory.now
         tokens = torch.empty(rows, shape.seq_len, dtype=torch.int32, device="meta")
         loss = model(tokens, tokens)
         loss.backward()
         optimizer.update(loss.detach())
-        snapshot = sum(t.nbytes for t in optimizer.state().values()) if config.device == "cpu" else 0
+        snapshot = sum(4 * math.prod(kept.cut.shape) for kept in optimizer.kept().values())
+        snapshot *= config.device == "cpu"
         return Need(state + snapshot, memory.peak - state)
 
 
@@ -122,28 +130,30 @@ def available_bytes(device: str) -> int:
     return free if allowed is None else min(free, allowed)
 
 
-def fits(config: TrainConfig, shape: GPTConfig, rows: int, available: float) -> bool:
+def fits(config: TrainConfig, shape: GPTConfig, rows: int, available: float, ranks: Ranks) -> bool:
     try:
-        return count(config, shape, rows, available).on(config.device) <= available
+        return count(config, shape, rows, available, ranks).on(config.device) <= available
     except TooMuchError:
         return False
 
 
-def largest_batch(config: TrainConfig, shape: GPTConfig, available: float, at_most: int) -> int:
-    """Rows of the largest micro-batch, at most `at_most`, that fits and divides the step evenly, so that nothing but
-    the number of micro-steps changes; 0 where there is none."""
-    step_rows = config.total_batch_size // config.seq_len
+def largest_batch(
+    config: TrainConfig, shape: GPTConfig, available: float, at_most: int, ranks: Ranks = ALONE
+) -> int:
+    """Rows of the largest micro-batch, at most `at_most`, that fits and divides the step evenly over all `ranks`, so
+    that nothing but the number of micro-steps changes; 0 where there is none."""
+    step_rows = config.total_batch_size // config.seq_len // ranks.size
     divisors = [rows for rows in range(min(at_most, step_rows), 0, -1) if step_rows % rows == 0]
-    return next((rows for rows in divisors if fits(config, shape, rows, available)), 0)
+    return next((rows for rows in divisors if fits(config, shape, rows, available, ranks)), 0)
 
 
-def fit_default(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
+def fit_default(config: TrainConfig, shape: GPTConfig, ranks: Ranks = ALONE) -> TrainConfig:
     """On a GPU, with the default micro-batch made as small as the memory of the card demands, at the same total; says
     so. The card's memory and not what is free of it: bits must not depend on who else is there."""
     if config.device != "cuda":
         return config
     total = _gpu_bytes()
-    rows = largest_batch(config, shape, SHARE_OF_A_GPU * total, config.device_batch_size)
+    rows = largest_batch(config, shape, SHARE_OF_A_GPU * total, config.device_batch_size, ranks)
     if rows in (0, config.device_batch_size):
         return config
     print(
@@ -154,16 +164,17 @@ def fit_default(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
     return dataclasses.replace(config, device_batch_size=rows)
 
 
-def check_fits(config: TrainConfig, shape: GPTConfig) -> None:
-    """Raises InputError, naming the --device-batch-size that fits, where the configured one would not."""
-    available = available_bytes(config.device)
+def check_fits(config: TrainConfig, shape: GPTConfig, ranks: Ranks = ALONE) -> None:
+    """Raises InputError, naming the --device-batch-size that fits, where the configured one would not. On a CPU the
+    ranks of a machine share its memory."""
+    available = available_bytes(config.device) / (ranks.place.local_size if config.device == "cpu" else 1)
     try:
-        needed = count(config, shape, config.device_batch_size, HOPELESS * available).on(config.device)
+        needed = count(config, shape, config.device_batch_size, HOPELESS * available, ranks).on(config.device)
         about = f"about {_readable(needed)}"
     except TooMuchError:
         needed, about = float("inf"), f"more than {_readable(HOPELESS * available)}"
     if needed > available:
-        rows = largest_batch(config, shape, available, config.device_batch_size - 1)
+        rows = largest_batch(config, shape, available, config.device_batch_size - 1, ranks)
         needs = "need" if config.device_batch_size > 1 else "needs"
         line = f"{_rows(config)} {needs} {about} and {_free(config.device, available)}"
         if needed <= SHARE_OF_A_GPU * (_gpu_bytes() if config.device == "cuda" else 0):
@@ -244,8 +255,9 @@ def out_of_memory_is_input_error(config: TrainConfig, step: TrainStep) -> Iterat
     step.optimizer.zero_grad()
     give_back(config.device)
     shape, fewer = step.model.config, config.device_batch_size - 1
-    held = STATE_MARGIN * count(config, shape, 1).state  # parameters and moments are there still
-    rows = largest_batch(config, shape, available_bytes(config.device) + held, fewer)
+    ranks = step.optimizer.ranks
+    held = STATE_MARGIN * count(config, shape, 1, ranks=ranks).state  # parameters and moments are there still
+    rows = largest_batch(config, shape, available_bytes(config.device) + held, fewer, ranks)
     raise InputError(f"out of memory on {config.device} with {_rows(config)}{mend_by_batch(rows)}") from None
 
 

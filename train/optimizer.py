@@ -1,7 +1,17 @@
 """One optimizer, two kinds of group: `adamw` for tables and scalars, `muon` for the matrices inside the blocks.
 
 It owns what the parameters are not: fp32 masters (the parameters themselves where they are fp32), gradients, moments.
-All gradients are views of one fp32 buffer, zeroed at once and checked at once.
+All gradients are views of one fp32 buffer, zeroed at once. Of masters, moments and summed gradients each rank has its
+part alone (ranks/parts.py), and nothing in an update depends on how many ranks there are:
+
+- AdamW is a formula of one element, whatever lies beside it.
+- Muon's is one of a matrix. Its kernels take a tile by the shape of one matrix, never by how many there are, and each
+  program reads one matrix (kernels/choice.py, kernels/polar_express.py); the forms for a CPU multiply one at a time.
+  The references multiply as many at once as there are, and leave it to a vendor's library how: for `--ops reference`
+  and `compile` on a GPU nothing is promised.
+- Gradients are added micro-step by micro-step, in their order, by additions of their own (`add_gradients`). A kernel
+  that adds to what is there already may round once where two roundings are meant: with a fused multiply-add, as in the
+  loss, or in the parts of a product that cuBLAS splits. So it always begins with zeros.
 """
 
 from dataclasses import dataclass
@@ -11,10 +21,12 @@ from torch import Tensor
 
 import kernels
 from model import GPT
-from model.gpt import BLOCK_WEIGHTS
+from model.gpt import BLOCK_WEIGHTS, SCALARS
 from prepare import InputError
 
 from .config import TrainConfig
+from .ranks import ALONE, Ranks
+from .ranks.parts import Cut, Kept, store
 from .schedule import StepValues
 
 ADAM_EPS = 1e-10
@@ -23,7 +35,7 @@ MAX_LOSS = 100.0
 
 @dataclass
 class AdamWGroup:
-    """Tensors that AdamW updates in one launch, at one learning rate and decay."""
+    """Tensors that AdamW updates in one launch, at one learning rate and decay: this rank's part of them."""
 
     names: list[str]
     lr: float
@@ -31,6 +43,7 @@ class AdamWGroup:
     masters: list[Tensor]
     grads: list[Tensor]
     copies: list[Tensor | None]
+    cuts: list[Cut]
     decay: float = 0.0
 
     def __post_init__(self):
@@ -42,11 +55,14 @@ class AdamWGroup:
         t = values.step + 1
         return self.lr * values.lr_multiplier, 1 - beta1**t, 1 - beta2**t, self.decay
 
-    def state(self) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Kept]:
         moments = {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
-        return {f"{kind}.{n}": t for kind, each in moments.items() for n, t in zip(self.names, each, strict=True)}
+        named = {kind: zip(self.names, self.cuts, each, strict=True) for kind, each in moments.items()}
+        return {f"{kind}.{name}": Kept(cut, own) for kind, each in named.items() for name, cut, own in each}
 
     def update(self, hyper: Tensor, apply: Tensor) -> None:
+        if not any(master.numel() for master in self.masters):
+            return
         kernels.adamw_update(
             self.masters, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies, hyper, apply, self.betas, ADAM_EPS
         )
@@ -54,7 +70,7 @@ class AdamWGroup:
 
 @dataclass
 class MuonGroup:
-    """A batch of matrices of one shape, updated in one go."""
+    """A batch of matrices of one shape, updated in one go: those that this rank has."""
 
     name: str
     label: str  # the name, and which part of it where one stored tensor holds matrices of several shapes
@@ -63,6 +79,9 @@ class MuonGroup:
     grad: Tensor
     copy: Tensor | None
     iterate_dtype: torch.dtype
+    of_all: int  # matrices, on all ranks
+    unit: int  # of them come from one layer
+    ranks: Ranks
 
     def __post_init__(self):
         self.momentum = torch.zeros_like(self.master)
@@ -71,10 +90,16 @@ class MuonGroup:
     def hyper(self, values: StepValues) -> tuple[float, ...]:
         return self.lr * values.lr_multiplier, values.momentum, values.weight_decay, 0.0  # as wide as AdamW's
 
-    def state(self) -> dict[str, Tensor]:
-        return {f"momentum.{self.label}": self.momentum, f"second_moment.{self.label}": self.second_moment}
+    def kept(self) -> dict[str, Kept]:
+        moments = {"momentum": self.momentum, "second_moment": self.second_moment}
+        return {
+            f"{kind}.{self.label}": Kept(Cut.of((self.of_all, *own.shape[1:]), True, self.ranks, self.unit), own)
+            for kind, own in moments.items()
+        }
 
     def update(self, hyper: Tensor, apply: Tensor) -> None:
+        if not len(self.master):
+            return
         kernels.muon_update(
             self.master, self.grad, self.momentum, self.second_moment, self.copy, hyper, apply, self.iterate_dtype
         )
@@ -100,40 +125,49 @@ class Optimizer:
 
     Args:
         model: fp32. Its parameters become what the forward reads, in `forward_dtype`, the scalars excepted; what
-            they were is kept in `masters`. At construction and after every step a parameter is its master, rounded.
-        config: learning rates and decay.
+            they were is kept in `masters`, of which a rank has its part. At construction and after every step a
+            parameter is its master, rounded, on every rank.
+        config: learning rates and decay, how many micro-steps a step has, and how their sums are made.
         forward_dtype: bf16 on a GPU, fp32 on a CPU, where parameter and master are one tensor.
+        ranks: those that train the model together.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, forward_dtype: torch.dtype = torch.float32):
-        self.parameters = dict(model.named_parameters())
+    def __init__(
+        self, model: GPT, config: TrainConfig, forward_dtype: torch.dtype = torch.float32, ranks: Ranks = ALONE
+    ):
+        self.parameters, self.ranks = dict(model.named_parameters()), ranks
         device = model.wte.device
-        self.masters = {name: p.data for name, p in self.parameters.items()}
-        model.to_forward_dtype(forward_dtype)
-        # Every view starts at a multiple of 32 elements (128 bytes): vector loads want aligned addresses.
-        offsets, size = {}, 0
-        for name, p in self.parameters.items():
-            offsets[name] = size
-            size += -(-p.numel() // 32) * 32
-        self.grads = torch.zeros(size, device=device)
-        for name, p in self.parameters.items():
-            p.main_grad = self.grads[offsets[name] : offsets[name] + p.numel()].view(p.shape)
+        self.native = config.sums == "native"
+        apart = ranks.size > 1 or (config.grad_accum_steps > 1 and not self.native)
+        self.stored, self.grads, self.sums = store(
+            self.parameters, lambda name: torch.float32 if name in SCALARS else forward_dtype, BLOCK_WEIGHTS, ranks,
+            apart,
+        )  # fmt: skip
+        self.masters = {name: stored.cut.own(stored.master) for name, stored in self.stored.items()}
+        exchanges = ranks.size > 1 and not self.native
+        largest = max(stored.cut.padded for stored in self.stored.values())
+        self.received = torch.empty(largest, device=device) if exchanges else None
         self.groups = self._groups(model, config)
         self.hyper = torch.zeros(len(self.groups), 4, device=device)
         self.apply = torch.ones((), dtype=torch.bool, device=device)
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
+        self.checks = torch.zeros(ranks.size, device=device)  # of each rank the sum of its summed gradients
 
     def _copy(self, name: str) -> Tensor | None:
-        parameter = self.parameters[name]
-        return None if parameter.dtype == torch.float32 else parameter.data
+        stored = self.stored[name]
+        return None if stored.copy is None else stored.cut.own(stored.copy)
+
+    def summed(self, name: str) -> Tensor:
+        """The gradient of this rank's part, over the micro-steps so far."""
+        return self.stored[name].cut.own(self.stored[name].sum)
 
     def _groups(self, model: GPT, config: TrainConfig) -> list[AdamWGroup | MuonGroup]:
         width_scale = (model.config.d_model / 768) ** -0.5
 
         def adamw(names, lr, betas=(0.8, 0.95), decay=0.0):
-            masters = [self.masters[n] for n in names]
-            grads = [self.parameters[n].main_grad for n in names]
-            return AdamWGroup(names, lr, betas, masters, grads, [self._copy(n) for n in names], decay)
+            masters, grads = [self.masters[n] for n in names], [self.summed(n) for n in names]
+            cuts = [self.stored[n].cut for n in names]
+            return AdamWGroup(names, lr, betas, masters, grads, [self._copy(n) for n in names], cuts, decay)
 
         groups: list[AdamWGroup | MuonGroup] = [
             adamw(["lm_head"], config.lm_head_lr * width_scale, decay=config.lm_head_decay),
@@ -150,12 +184,14 @@ class Optimizer:
             # q, k and v are stored as one tensor and orthogonalised as three matrices.
             rows = [model.config.d_model, model.config.kv_width, model.config.kv_width]
             sizes = rows if name == "w_qkv" else [self.masters[name].shape[1]]
-            tensors = (self.masters[name], self.parameters[name].main_grad, self._copy(name))
+            tensors = (self.masters[name], self.summed(name), self._copy(name))
             batches = list(zip(*(_split_rows(t, sizes) for t in tensors), strict=True))
             labels = [name] if len(batches) == 1 else [f"{name}.{part}" for part in "qkv"]
             for label, (master, grad, copy) in zip(labels, batches, strict=True):
                 lr = config.matrix_lr * max(1.0, master.shape[-2] / master.shape[-1]) ** 0.5
-                groups.append(MuonGroup(name, label, lr, master, grad, copy, iterates))
+                unit = len(sizes) if len(batches) == 1 else 1
+                of_all = self.parameters[name].shape[0] * unit
+                groups.append(MuonGroup(name, label, lr, master, grad, copy, iterates, of_all, unit, self.ranks))
         updated = {name for g in groups for name in (g.names if isinstance(g, AdamWGroup) else [g.name])}
         if left_out := [name for name in self.parameters if name not in updated]:
             raise InputError(
@@ -164,12 +200,22 @@ class Optimizer:
             )
         return groups
 
-    def state(self) -> dict[str, Tensor]:
-        """What later updates depend on, by name: masters and moments. The tensors themselves; all are fp32."""
-        state = {f"master.{name}": master for name, master in self.masters.items()}
+    def kept(self) -> dict[str, Kept]:
+        """What later updates depend on, by name: masters and moments, all fp32."""
+        kept = {f"master.{name}": Kept(self.stored[name].cut, master) for name, master in self.masters.items()}
         for group in self.groups:
-            state |= group.state()
-        return state
+            kept |= group.kept()
+        return kept
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of that: the tensors themselves."""
+        return {name: kept.own for name, kept in self.kept().items()}
+
+    def whole_masters(self) -> dict[str, Tensor]:
+        """On rank 0, by name; empty elsewhere. All ranks call it."""
+        kept = {name: Kept(self.stored[name].cut, master) for name, master in self.masters.items()}
+        whole = {name: each.gathered(self.ranks) for name, each in kept.items()}
+        return whole if self.ranks.first else {}
 
     def round_masters(self) -> None:
         """After the masters were written from outside: every parameter is its master again, rounded."""
@@ -177,9 +223,37 @@ class Optimizer:
             copy = self._copy(name)
             if copy is not None:
                 copy.copy_(master)
+        self.share_parameters()
 
     def zero_grad(self) -> None:
         self.grads.zero_()
+        if self.sums is not self.grads:
+            self.sums.zero_()
+
+    def add_gradients(self, last: bool = True) -> None:
+        """After each micro-step, the `last` of a step or not: adds the gradients to the sums, those of rank 0 first, as
+        if the ranks' micro-steps had been made one after the other."""
+        if self.sums is self.grads:
+            return
+        if self.ranks.size == 1:
+            self.sums += self.grads
+        elif self.native:
+            if last:
+                for stored in self.stored.values():
+                    self.ranks.reduce_scatter(stored.sum, stored.grad)
+            return
+        else:
+            for stored in self.stored.values():
+                received = self.received[: stored.cut.padded]
+                self.ranks.all_to_all(received, stored.grad)
+                for part in received.split(stored.cut.part):
+                    stored.sum += part
+        self.grads.zero_()
+
+    def share_parameters(self) -> None:
+        """After an update: every rank has all that the forward reads."""
+        for stored in self.stored.values():
+            self.ranks.all_gather(stored.forward, stored.forward[stored.cut.begin : stored.cut.begin + stored.cut.part])
 
     def set_hyper(self, values: StepValues, apply: bool = True) -> None:
         """Sends the scalars of the next update to the device, a row a group. Where `apply` is False it is a rehearsal,
@@ -200,7 +274,8 @@ class Optimizer:
             whether loss and gradients were good: a scalar boolean on the device.
         """
         # A sum of finite gradients is finite, and one bad term makes it inf or NaN: one pass, one number.
-        good = torch.isfinite(self.grads.sum()) & (loss <= MAX_LOSS) & ~self.failed  # NaN is not <= 100
+        check = self.sums.sum() if self.ranks.size == 1 else self.checks.sum()
+        good = torch.isfinite(check) & (loss <= MAX_LOSS) & ~self.failed  # NaN is not <= 100
         self.failed |= self.apply & ~good
         gate = good & self.apply
         for group, hyper in zip(self.groups, self.hyper, strict=True):

@@ -18,6 +18,7 @@ from .schedule import StepValues
 
 class TrainStep:
     """Runs micro-steps and the optimizer. The same function for every step, rehearsals and replayed graphs included.
+    What several ranks send each other stands between the micro-steps and the update, outside of any graph.
 
     What changes from step to step lives on the device, in tensors that stay where they are: a captured step reads it
     there anew. Nothing in a micro-step or an update waits for the device.
@@ -34,7 +35,7 @@ class TrainStep:
         self.device = model.wte.device
         self.forward = compiled(model)
         self.update_parameters = optimizer and compiled_update(optimizer)
-        self.loss = torch.zeros((), device=self.device)  # of the step so far
+        self.loss = torch.zeros((), device=self.device)  # of the micro-step; at its end, of the step
         self.graphs: StepGraphs | None = None
 
     def precision(self):
@@ -48,20 +49,38 @@ class TrainStep:
         """One step.
 
         Args:
-            batches: the micro-batches, [B, T + 1] tokens each; every one counts for 1/len(batches).
+            batches: the micro-batches of all ranks, [B, T + 1] tokens each; every one counts for 1/len(batches). Of N
+                ranks each takes every N-th.
             values: of the schedules.
             apply: False rehearses: everything runs, and no parameter and no moment changes.
 
         Returns:
             the mean loss over the micro-batches, and whether it and all gradients were good; both on the device.
         """
-        self.loss.zero_()
-        self.optimizer.zero_grad()
-        self.optimizer.set_hyper(values, apply)
-        run = self.graphs or self
-        for batch in batches:
+        optimizer, ranks = self.optimizer, self.optimizer.ranks
+        optimizer.zero_grad()
+        optimizer.set_hyper(values, apply)
+        run, losses = self.graphs or self, []
+        mine = batches[ranks.rank :: ranks.size]
+        for i, batch in enumerate(mine):
+            self.loss.zero_()
             run.micro_step(batch.tokens, len(batches))
-        return self.loss.clone(), run.update().clone()
+            losses.append(self.loss.clone())
+            optimizer.add_gradients(last=i == len(mine) - 1)
+        if ranks.size > 1:
+            # Of each rank its micro-steps' losses, and a sum that tells of its gradients whether they are finite: all
+            # decide by the same numbers.
+            facts = torch.stack([*losses, optimizer.sums.sum()])
+            of_all = facts.new_empty(ranks.size, len(facts))
+            ranks.all_gather(of_all.view(-1), facts)
+            optimizer.checks.copy_(of_all[:, -1])
+            losses = of_all[:, :-1].T.flatten().unbind()  # as the micro-batches follow each other
+        self.loss.zero_()
+        for loss in losses:
+            self.loss += loss
+        good = run.update().clone()
+        optimizer.share_parameters()
+        return self.loss.clone(), good
 
     def micro_step(self, tokens: Tensor, micro_steps: int) -> None:
         """Adds the loss of `tokens` [B, T + 1], and its gradients, as one of `micro_steps`."""

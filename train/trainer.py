@@ -16,7 +16,7 @@ import kernels
 from kernels import Table, chosen
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
-from prepare import Dataset, Loader, default_folder, evaluate_bpb, prepare
+from prepare import Dataset, InputError, Loader, default_folder, evaluate_bpb, prepare
 from prepare.build import DEFAULT_VOCAB_SIZE
 from prepare.scoring import Evaluation
 from prepare.words import command_line, printable
@@ -37,17 +37,19 @@ from .memory import (
 )
 from .optimizer import Optimizer
 from .precompile import Precompiler, stamp
+from .ranks import ALONE, LostRankError, Ranks
 from .recipes import vocab_size
 from .resilience.checkpoint import Checkpoint, Checkpointer, checkpoint_folders, newest_checkpoint, step_of
 from .resilience.failure import explain
 from .resilience.resume import check_same
 from .resilience.signals import Interrupted, Signals
 from .resilience.state import RunState
+from .resilience.tensors import digest
 from .resilience.watchdog import HangError, Watchdog
 from .results.audit import Score, audit
 from .results.load import Load
 from .results.metrics import Value, utilisation
-from .results.progress import Reporter, announce, announce_resume, print_summary
+from .results.progress import Reporter, SilentReporter, announce, announce_resume, print_summary
 from .results.record import Record
 from .results.run_folder import RunFolder, environment
 from .results.tensorboard import EventWriter, check_tensorboard
@@ -58,9 +60,10 @@ from .tune import Tiles, saved_tiles, tiles_for
 SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 64
 
 
-def precompiler(config: TrainConfig, vocab_size: int, table: Table) -> Precompiler | None:
-    """Has the kernels compiled beside the rest of the set-up; None where there are none to compile, or all are."""
-    if config.device != "cuda" or config.ops != "triton":
+def precompiler(config: TrainConfig, vocab_size: int, table: Table, ranks: Ranks = ALONE) -> Precompiler | None:
+    """Has the kernels compiled beside the rest of the set-up; None where there are none to compile, or all are. Of the
+    ranks of a machine one does it, and the others wait for it."""
+    if config.device != "cuda" or config.ops != "triton" or ranks.place.local_rank != 0:
         return None
     major, minor = torch.cuda.get_device_capability()
     step = config, vocab_size, 10 * major + minor, table
@@ -96,14 +99,16 @@ def how_to_go_on(folder: RunFolder) -> str:
 
 
 @contextmanager
-def saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
-    """Where a signal or a full disk ends the run."""
+def saying_how_to_go_on(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Where a signal, a full disk, or the end of another rank ends the run."""
     try:
         yield
     except (Interrupted, OSError):
-        if line := how_to_go_on(folder):
+        if (line := how_to_go_on(folder)) and ranks.first:
             print(line, flush=True)
         raise
+    except LostRankError as error:
+        raise LostRankError("; ".join([str(error), *filter(None, [how_to_go_on(folder)])])) from None
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Decided:
     checkpoint: Checkpoint | None  # that the run goes on from
     folder: RunFolder | None  # of a run that goes on; a new one is made when there is something to write
     tiles: Tiles  # in force until the run ends
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -127,38 +133,43 @@ class Built:
     state: RunState
 
 
-def run(config: TrainConfig, signals: Signals, record: Record) -> dict[str, Value]:
-    """Trains, evaluates, writes the run's folder and its row, and prints the summary.
+def run(config: TrainConfig, signals: Signals, record: Record, ranks: Ranks = ALONE) -> dict[str, Value]:
+    """Trains, evaluates, writes the run's folder and its row, and prints the summary. On a rank other than 0 it returns
+    nothing.
 
-    Raises InputError, TrainingError and, after a signal, Interrupted.
+    Raises InputError, TrainingError, LostRankError and, after a signal, Interrupted.
     """
     with ExitStack() as stack:
-        decided = decide(config, record, stack)
+        decided = decide(config, record, stack, ranks)
         built = build(decided, record, stack)
         folder = begin(decided, record, stack)
         watchdog, ready = go(decided, built, folder, signals, record, stack)
         return conclude(decided, built, folder, record, watchdog, ready)
 
 
-def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
-    """From what was asked for to what will be trained, on which data; raises InputError where that cannot be."""
+def decide(config: TrainConfig, record: Record, stack: ExitStack, ranks: Ranks) -> Decided:
+    """From what was asked for to what will be trained, on which data; raises InputError where that cannot be.
+
+    What a machine may have a say in is rank 0's to decide, and everybody's then: recipe and configuration, rows, tiles.
+    """
     if config.tensorboard:
-        check_tensorboard(record.folder)
+        ranks.first_does(lambda: check_tensorboard(record.folder))
     folder = checkpoint = None
     if config.resume:
-        folder = stack.enter_context(closing(RunFolder.reopen(config.resume)))
-        stack.enter_context(saying_how_to_go_on(folder))
-        checkpoint = newest_checkpoint(folder.checkpoints)
-        then = TrainConfig.from_json(checkpoint.values["config"]).fixed()  # older ones lack what was added since
-        check_same(str(checkpoint.path), config.fixed(), then, "config.json was changed")
-        record.goes_on_from(checkpoint.values)
+        folder = ranks.first_does(lambda: RunFolder.reopen(config.resume)) or RunFolder.of_another(config.resume)
+        stack.enter_context(saying_how_to_go_on(stack.enter_context(closing(folder)), ranks))
+        checkpoint = going_on_from(folder, config, ranks)
+        if checkpoint:
+            then = TrainConfig.from_json(checkpoint.values["config"]).fixed()  # older ones lack what was added since
+            check_same(str(checkpoint.path), config.fixed(), then, "config.json was changed")
+            record.goes_on_from(checkpoint.values)
     keep_to_the_cores_allowed()
     default_batch = config.device_batch_size is None
     open_options = [name for name in ("fused_norms", "graphs") if getattr(config, name) is None]
-    config = complete(config)
+    config = alike(ranks.all_do(lambda: complete(config, ranks.size)), ranks)
     if config.device == "cpu":
         keep_freed_memory()
-    data = open_data(config.data, config.recipe)
+    data = ranks.in_turn(lambda: open_data(config.data, config.recipe))
     shape = config.model_config(data.vocab_size)
     fingerprint = {
         "source": data.source,
@@ -166,36 +177,66 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack) -> Decided:
         "train_sha256": data.split("train").sha256,
         "val_sha256": data.split("val").sha256,
     }
+    first = ranks.of_first(fingerprint)
     if checkpoint:
         mend = "name the folder it was trained on with --data"
         check_same(f"the data in {data.folder}", fingerprint, checkpoint.values["data"], mend)
+    ranks.all_do(lambda: check_same(
+        f"the data in {data.folder} ({ranks.where()})", fingerprint, first, "give every machine what rank 0 has"
+    ))  # fmt: skip
     if default_batch:
-        config = fit_default(config, shape)
-    tiles = saved_tiles(checkpoint.values) if checkpoint else tiles_for(config, shape)
+        config = dataclasses.replace(config, device_batch_size=ranks.of_first(
+            ranks.first_does(lambda: fit_default(config, shape, ranks).device_batch_size)
+        ))  # fmt: skip
+    tiles = ranks.first_does(lambda: saved_tiles(checkpoint.values) if checkpoint else tiles_for(config, shape))
+    tiles = Tiles(**ranks.of_first(tiles and dataclasses.asdict(tiles)))
     stack.enter_context(chosen(tiles.table))
     found = {name: value for name in open_options if (value := getattr(tiles, name)) is not None}
     config = dataclasses.replace(config, **found)
-    check_fits(config, shape)
-    return Decided(config, shape, data, fingerprint, checkpoint, folder, tiles)
+    ranks.all_do(lambda: check_fits(config, shape, ranks))
+    return Decided(config, shape, data, fingerprint, checkpoint, folder, tiles, ranks)
+
+
+def going_on_from(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Checkpoint | None:
+    """The newest checkpoint, which rank 0 reads: the others know what it says, and not its tensors. None where torchrun
+    starts anew what had none yet: it begins again, in the same folder."""
+    if ranks.of_first(ranks.place.attempt > 0 and not checkpoint_folders(folder.checkpoints)):
+        return None
+    found = ranks.first_does(lambda: newest_checkpoint(folder.checkpoints))
+    path, values = ranks.of_first(found and [str(found.path), found.values])
+    return found or Checkpoint(Path(path), values)
+
+
+def alike(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Rank 0's configuration, on every rank. Raises InputError where the ranks have different devices."""
+    devices = ranks.each(torch.cuda.get_device_name() if config.device == "cuda" else "a CPU")
+    other = next((rank for rank, device in enumerate(devices) if device != devices[0]), None)
+    if other is not None:
+        raise InputError(f"rank 0 has {devices[0]}, and rank {other} has {devices[other]}: take GPUs of one kind, and"
+                         " no more processes a machine than it has, or --device cpu")  # fmt: skip
+    saved = ranks.of_first(dataclasses.asdict(config))
+    return config if ranks.size == 1 else TrainConfig(**saved)
 
 
 def build(decided: Decided, record: Record, stack: ExitStack) -> Built:
     """Model, optimizer, loader, and the kernels that they launch."""
-    config, data = decided.config, decided.data
-    if kernels_compile := precompiler(config, data.vocab_size, decided.tiles.table):
+    config, data, ranks = decided.config, decided.data, decided.ranks
+    if kernels_compile := precompiler(config, data.vocab_size, decided.tiles.table, ranks):
         stack.enter_context(closing(kernels_compile))
     torch.manual_seed(config.seed)
     model = GPT(decided.shape, device=config.device, **config.model_options)
     model.init_weights(config.seed)
-    optimizer = Optimizer(model, config, config.forward_dtype)
+    optimizer = Optimizer(model, config, config.forward_dtype, ranks)
     step = TrainStep(model, optimizer, config.autocast)
     with record.timed("compile"):
         if kernels_compile and (why := kernels_compile.wait()):
             print(f"note: kernels were not compiled ahead ({why}): each is when first launched", file=sys.stderr)
+        ranks.all_do(lambda: None)  # the others find them in Triton's cache
     stack.enter_context(out_of_memory_is_input_error(config, step))
     loader = stack.enter_context(closing(Loader(
         data.split("train"), config.device_batch_size, config.seq_len,
         bos=data.tokenizer.bos, packing=config.packing, seed=config.seed, device=config.device,
+        rank=ranks.rank, ranks=ranks.size,
     )))  # fmt: skip
     counted = decided.checkpoint.values["budget"] if decided.checkpoint else {}
     budget = Budget(config.time_budget, config.steps, config.untimed_steps, **counted)
@@ -205,23 +246,34 @@ def build(decided: Decided, record: Record, stack: ExitStack) -> Built:
 def begin(decided: Decided, record: Record, stack: ExitStack) -> RunFolder:
     """From here on there is a run: it has a folder, and will have a row."""
     config, shape, data, folder = decided.config, decided.shape, decided.data, decided.folder
+    ranks = decided.ranks
     if folder is None:
-        folder = stack.enter_context(closing(RunFolder(record.folder, bool(config.run_dir))))
+        folder = ranks.first_does(lambda: RunFolder(record.folder, bool(config.run_dir)))
+        path = ranks.of_first(folder and str(folder.path))
+        folder = stack.enter_context(closing(folder or RunFolder.of_another(path)))
         record.folder = folder.path
-        stack.enter_context(saying_how_to_go_on(folder))
-        folder.write_config(
-            dataclasses.asdict(config), dataclasses.asdict(shape),
-            {"folder": str(Path(data.folder).resolve()), **decided.fingerprint}, decided.tiles.as_json(),
-            data.tokenizer_file,
-        )  # fmt: skip
-        folder.write_changes(record.changes)
+        stack.enter_context(saying_how_to_go_on(folder, ranks))
+        ranks.first_does(lambda: write_begin(decided, folder, record))
     record.begin(config, dataclasses.asdict(shape), decided.fingerprint, decided.tiles.digest)
+    if not ranks.first:
+        return folder
     if config.tensorboard:
         folder.watchers.append(EventWriter(folder.path))
-    announce(config, shape, data, folder)
+    announce(config, shape, data, folder, ranks.size)
     if decided.checkpoint:
         announce_resume(decided.checkpoint, environment(), record.doubts())
     return folder
+
+
+def write_begin(decided: Decided, folder: RunFolder, record: Record) -> None:
+    """What a run's folder has from the first."""
+    data = decided.data
+    folder.write_config(
+        dataclasses.asdict(decided.config), dataclasses.asdict(decided.shape),
+        {"folder": str(Path(data.folder).resolve()), **decided.fingerprint}, decided.tiles.as_json(),
+        data.tokenizer_file, decided.ranks.place.launch,
+    )  # fmt: skip
+    folder.write_changes(record.changes)
 
 
 def go(
@@ -230,9 +282,13 @@ def go(
     """Warms up, goes on from the checkpoint, and trains to the end. Returns the watchdog, which watches on, and the
     seconds from the process's start to the first step."""
     config, checkpoint, step, state = decided.config, decided.checkpoint, built.step, built.state
+    ranks = decided.ranks
 
-    def hangs(reason: HangError) -> str:
-        record.fail(reason)
+    def hangs(reason: HangError) -> str | None:
+        if not ranks.speaks():
+            return None
+        if not ranks.place.starts_again:
+            record.fail(reason)
         return how_to_go_on(folder)
 
     watchdog = stack.enter_context(Watchdog(config.hang_timeout, hangs))
@@ -243,29 +299,38 @@ def go(
         elif state.budget.next_step_counts:  # kernels compile, memory is touched for the first time
             step.rehearse(*plan)
     if checkpoint:
-        state.restore(checkpoint.values, checkpoint.tensors())
-        folder.cut_metrics(state.step)
+        state.restore(checkpoint.values, ranks.first_does(checkpoint.tensors))
+    if decided.folder:
+        ranks.first_does(lambda: folder.cut_metrics(state.step))
     origin = {
         "config": config.fixed(), "data": decided.fingerprint, "environment": environment(), "sources": record.sources,
-        "tiles": decided.tiles.as_json(),
+        "tiles": decided.tiles.as_json(), "ranks": record.ranks,
     }  # fmt: skip
-    checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin)
+    checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin, ranks)
     stack.callback(checkpoints.wait)
-    report = Reporter(
-        folder, decided.shape, step.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread
-    )
+    report = SilentReporter(watchdog.beat) if not ranks.first else Reporter(
+        folder, decided.shape, step.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread,
+        gpus=ranks.size,
+    )  # fmt: skip
     stops = stack.enter_context(Stops())
     ready, load = seconds_since_start(), Load(config.device)
     with signals.deferred():
         try:
-            train(config, step, state, clock_of(config.device), report, checkpoints, signals.came, stops)
+            train(config, step, state, clock_of(config.device), report, checkpoints, signals.came, stops, ranks)
             record.load = load.end()
             watchdog.phase()
             checkpoints.save()
             checkpoints.wait()
+            # Of the ranks one has got the signal, or has nobody who reads it; all end.
+            signals.received = int(ranks.agree(signals.received or 0)[0]) or None
+            ranks.together = signals.came()
         except TrainingError as error:
+            ranks.together = True
             watchdog.phase()
-            raise TrainingError(explain(step, error.sent, str(error), folder.path), error.sent) from None
+            masters = step.optimizer.whole_masters()
+            if not ranks.first:
+                raise
+            raise TrainingError(explain(step, masters, error.sent, str(error), folder.path), error.sent) from None
         finally:
             report.end()
     return watchdog, ready
@@ -275,23 +340,31 @@ def conclude(
     decided: Decided, built: Built, folder: RunFolder, record: Record, watchdog: Watchdog, ready: float
 ) -> dict[str, Value]:
     """What comes after the last step: evaluation, audit, the row, the summary, the run's files."""
-    config, data, step, state = decided.config, decided.data, built.step, built.state
+    config, data, step, state, ranks = decided.config, decided.data, built.step, built.state, decided.ranks
     step.release()
     watchdog.phase()
     score = watchdog.watching(step.token_losses)
     with record.timed("evaluation"):
-        evaluation = halving(
-            lambda rows: evaluate_bpb(
+        def evaluated(rows: int) -> Evaluation:
+            return evaluate_bpb(
                 score, data, seq_len=config.seq_len, batch_size=rows, max_tokens=config.eval_tokens or None,
-                packing=config.packing, device=config.device,
-            ), config.device_batch_size, config.device,
-        )  # fmt: skip
+                packing=config.packing, device=config.device, rank=ranks.rank, ranks=ranks.size, add_up=ranks.add_up,
+            )  # fmt: skip
+
+        # One rank cannot take fewer rows by itself: the others would wait for batches that it no longer has.
+        rows = config.device_batch_size
+        evaluation = halving(evaluated, rows, config.device) if ranks.size == 1 else evaluated(rows)
     record.trained(state.budget, ready)
-    summary = summarise(config, step.model.config, state, evaluation, ready)
+    summary = summarise(config, step.model.config, state, evaluation, ready, ranks)
     record.measured(summary, evaluation)
+    masters = state.optimizer.whole_masters()
+    checksums = ranks.each(digest({name: p.detach().cpu() for name, p in step.model.named_parameters()}))
+    if not ranks.first:
+        watchdog.retire()  # what rank 0 does from here on it does alone
+        return {}
     watchdog.phase()
     with record.timed("audit"):  # after the peak of memory was read
-        findings = audited(config, score, step.model, data)
+        findings = audited(config, score, step.model, data) + check_checksums(checksums)
     watchdog.phase()
     if data.was_replaced():
         note = "holds other data by now: this run was trained and scored on what was there when it began"
@@ -299,13 +372,19 @@ def conclude(
     summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds}
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
-    folder.write_model(state.optimizer.masters)
+    folder.write_model(masters)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint, "seconds": record.seconds})
     folder.write_sample(sampled(step.model, data, config.ops))
     draw_curves(folder.path)
     if not config.keep_checkpoints:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return summary
+
+
+def check_checksums(checksums: list[str]) -> list[str]:
+    """Whether every rank has trained the same model."""
+    other = [str(rank) for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    return [f"ranks: the parameters on rank {', '.join(other)} are not those on rank 0"] if other else []
 
 
 def audited(config: TrainConfig, score: Score, model: GPT, data: Dataset) -> list[str]:
@@ -334,7 +413,7 @@ def sampled(model: GPT, data: Dataset, ops: str) -> str:
 
 
 def summarise(
-    config: TrainConfig, model: GPTConfig, state: RunState, evaluation: Evaluation, ready: float
+    config: TrainConfig, model: GPTConfig, state: RunState, evaluation: Evaluation, ready: float, ranks: Ranks
 ) -> dict[str, Value]:
     """What the summary says; the first nine keys keep their names and their order, and more may follow. Of a resumed
     run, what the result rests on: every process up to the checkpoint that the next went on from."""
@@ -342,9 +421,10 @@ def summarise(
     device = torch.device(config.device)
     timed_tokens = budget.timed_steps * config.total_batch_size
     pace = timed_tokens / budget.timed_seconds if budget.timed_seconds else 0.0
-    used = utilisation(model, device, pace)
+    used = utilisation(model, device, pace, ranks.size)
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak, rss = ranks.agree(peak, rss)
     return {
         "val_bpb": evaluation.bpb,
         "training_seconds": budget.timed_seconds,
@@ -363,6 +443,7 @@ def summarise(
         "untimed_steps": budget.step - budget.timed_steps,
         "overshoot_seconds": budget.overshoot,
         "checkpoint_seconds": state.blocked_seconds,
+        **({"ranks": ranks.size, "sums": config.sums} if ranks.size > 1 else {}),
         **({"stopped_seconds": budget.stopped_seconds} if budget.stopped_seconds else {}),
         "resumes": state.resumes,
         "seconds_to_first_step": ready,

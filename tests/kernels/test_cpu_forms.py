@@ -155,7 +155,7 @@ def test_an_update_is_that_of_the_references_and_a_rehearsal_is_none():
     for step, ops, apply in ((ours, "cpu", True), (truth, "reference", True), (rehearsed, "cpu", False)):
         kernels.set_ops(ops)
         for i in range(3):  # the same gradients: of others Adam's first steps would be those of their signs
-            step.optimizer.grads.normal_(generator=torch.Generator().manual_seed(i))
+            step.optimizer.sums.normal_(generator=torch.Generator().manual_seed(i))
             step.optimizer.set_hyper(step_values(FP32, i, i / 3), apply)
             assert step.update()
     states = [step.optimizer.state() for step in (ours, truth, untouched, rehearsed)]

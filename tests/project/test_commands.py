@@ -177,7 +177,7 @@ def test_what_the_doctor_says_of_a_bad_path():
 def test_a_gpu_without_bf16_is_refused(name, small_data, small_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr("train.results.record.machine", lambda device: {})
+    monkeypatch.setattr("train.results.record.machine", lambda *_: {})
     arguments = ["--data", str(small_data), "--run-dir", str(tmp_path / "run")] if "main" in name else [str(small_run)]
     assert importlib.import_module(name).main(arguments) == 2
     line = capsys.readouterr().err

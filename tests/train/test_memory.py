@@ -68,8 +68,10 @@ def test_the_state_is_what_the_optimizer_needs():
     with LiveBytes() as memory:
         model = GPT(config.model_config(8192), device="meta")
         optimizer = Optimizer(model, config, torch.bfloat16)
-        parameters = 50.33e6  # fp32 masters, gradients and first moment, bf16 copies; AdamW's half has a second moment
-        assert memory.now == pytest.approx(14 * parameters + 4 * parameters / 2, rel=0.01)
+        # fp32 masters, gradients, their sums over two micro-steps, the first moment; bf16 copies; AdamW's half has a
+        # second moment.
+        parameters = 50.33e6
+        assert memory.now == pytest.approx(18 * parameters + 4 * parameters / 2, rel=0.01)
     assert optimizer.groups
 
 
@@ -153,7 +155,7 @@ def test_a_row_beyond_all_memory_is_noticed_before_it_is_made(monkeypatch):
 
 def test_the_largest_batch_that_fits_is_named(monkeypatch):
     """Exactly, although much is held once whatever the rows."""
-    config = tiny(ops="triton", device_batch_size=8, total_batch_size=8 * 64)
+    config = tiny(ops="triton", device_batch_size=8, total_batch_size=16 * 64)
     shape = config.model_config(9000)
     needed = {rows: count(config, shape, rows).on("cpu") for rows in (1, 4, 8)}
     assert needed[8] < 4 * needed[1]
@@ -215,7 +217,7 @@ def resident(which):
     line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
     return int(line.split()[1]) * 1024
 
-def check(config, shape):
+def check(config, shape, ranks):
     need = memory.count(config, shape, config.device_batch_size)
     print("estimate", need.on("cpu"))
     print("held", need.step)

@@ -47,7 +47,7 @@ OTHERS = {
     "final_lr_frac": 0.1, "graphs": False, "recipe": "tuned", "lm_head_decay": 0.1, "wte_decay": 0.1,
     "value_embedding_decay": 0.1, "bigram_decay": 0.1, "momentum_ramp": 7,
     "rope_base": 5.0, "init_scale": 0.5, "lambda_r_init": 1.1,
-    "lambda_0_init": 0.2,
+    "lambda_0_init": 0.2, "sums": "native",
 }  # fmt: skip
 
 # Two kernels of which one does not compile, by `main`.
@@ -230,7 +230,7 @@ class Stub:
 
 def test_a_head_start_that_failed_is_said_and_the_run_goes_on(corpus, tmp_path, monkeypatch, capsys):
     stub = Stub()
-    monkeypatch.setattr(train.trainer, "precompiler", lambda config, vocab_size, table: stub)
+    monkeypatch.setattr(train.trainer, "precompiler", lambda *_: stub)
     assert run_main(corpus, tmp_path / "run", "--steps", "1") == 0
     assert capsys.readouterr().err.startswith("note: kernels were not compiled ahead (no disk): ")
     assert stub.closed
@@ -243,6 +243,6 @@ def test_a_signal_while_kernels_compile_ends_the_process(corpus, tmp_path, monke
         raise Interrupted(15)
 
     monkeypatch.setattr(stub, "wait", wait)
-    monkeypatch.setattr(train.trainer, "precompiler", lambda config, vocab_size, table: stub)
+    monkeypatch.setattr(train.trainer, "precompiler", lambda *_: stub)
     assert run_main(corpus, tmp_path / "run", "--steps", "1") == 143
     assert stub.closed

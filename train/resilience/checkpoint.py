@@ -27,6 +27,7 @@ from prepare import InputError
 from prepare.files import library_path, sha256_of
 from prepare.words import printable
 
+from ..ranks import ALONE, Ranks
 from .durable import rename_synced, sync, write_synced
 from .state import RunState
 from .tensors import header
@@ -147,31 +148,34 @@ class Checkpointer:
     The thread is no daemon, so that a process that ends by itself ends with its last checkpoint whole.
     """
 
-    def __init__(self, folder: Path, state: RunState, every: float, origin: dict):
+    def __init__(self, folder: Path, state: RunState, every: float, origin: dict, ranks: Ranks = ALONE):
         """
         Args:
             folder: of the checkpoints.
             every: seconds of wall time from one to the next; at 0, as often as they can be written.
             origin: what the run was started with; stands in each state.json.
+            ranks: each gives its part of every tensor, and rank 0 alone has the whole, and writes it.
         """
-        self.folder, self.state, self.every, self.origin = folder, state, every, origin
-        self.sources = list(state.tensors().values())
-        self.cuda = self.sources[0].is_cuda
-        # Filled, because memory that was only promised comes a page fault at a time, in the first snapshot.
-        sizes = [source.numel() for source in self.sources]
-        buffer = torch.empty(sum(sizes), pin_memory=self.cuda).fill_(0)
-        self.snapshot = [part.view(s.shape) for part, s in zip(buffer.split(sizes), self.sources, strict=True)]
-        self.bytes = memoryview(buffer.numpy()).cast("B")
-        self.header = header(state.tensors())
-        for path in checkpoint_folders(folder):
-            if step_of(path) > state.step:  # damaged, or the run would go on from there
-                remove(path)
+        self.folder, self.state, self.every, self.origin, self.ranks = folder, state, every, origin, ranks
+        self.sources = state.kept()
+        self.cuda = next(iter(self.sources.values())).own.is_cuda
+        if ranks.first:
+            # Filled, because memory that was only promised comes a page fault at a time, in the first snapshot.
+            shapes = {name: torch.empty(kept.cut.shape, device="meta") for name, kept in self.sources.items()}
+            buffer = torch.empty(sum(t.numel() for t in shapes.values()), pin_memory=self.cuda).fill_(0)
+            parts = buffer.split([t.numel() for t in shapes.values()])
+            self.snapshot = [part.view(t.shape) for part, t in zip(parts, shapes.values(), strict=True)]
+            self.bytes = memoryview(buffer.numpy()).cast("B")
+            self.header = header(shapes)
+            for path in checkpoint_folders(folder):
+                if step_of(path) > state.step:  # damaged, or the run would go on from there
+                    remove(path)
         self.taken = self.written = state.step  # steps of the last snapshot, of the last checkpoint on the disk
         self.next_time = time.monotonic() + every
         self.writer: threading.Thread | None = None
 
     def due(self) -> bool:
-        """Asked before each step."""
+        """Asked after each step."""
         busy = self.writer is not None and self.writer.is_alive()
         return not busy and time.monotonic() >= self.next_time and self.state.step > self.taken
 
@@ -179,10 +183,14 @@ class Checkpointer:
         """Takes a snapshot and lets it be written, unless this step has its checkpoint. Nothing may be on its way."""
         start = time.perf_counter()
         self.wait()
-        if self.written == self.state.step:
+        if self.ranks.of_first(self.written) == self.state.step:
             return
-        for copy, source in zip(self.snapshot, self.sources, strict=True):
-            copy.copy_(source, non_blocking=True)
+        for i, kept in enumerate(self.sources.values()):
+            whole = kept.gathered(self.ranks)
+            if self.ranks.first:
+                self.snapshot[i].copy_(whole, non_blocking=True)
+        if not self.ranks.first:
+            return
         if self.cuda:
             torch.cuda.synchronize()
         self.state.blocked_seconds += time.perf_counter() - start

@@ -72,8 +72,9 @@ def find(step: TrainStep, batches: Sequence[Batch]) -> Finding | None:
     return Finding(f"the gradient of {names[0]}{others} is not finite {where}", bad)
 
 
-def explain(step: TrainStep, sent: Sent, said: str, run: Path) -> str:
-    """The line of a bad step, which is kept in the folder of the run. `said`: what the loop knows of it."""
+def explain(step: TrainStep, masters: dict[str, Tensor], sent: Sent, said: str, run: Path) -> str:
+    """The line of a bad step, which is kept in the folder of the run with the whole `masters`. `said`: what the loop
+    knows of it. Of several ranks one alone repeats it, all their micro-batches one after the other."""
     generators = generator_states()
     try:
         finding = find(step, sent.batches)
@@ -85,7 +86,7 @@ def explain(step: TrainStep, sent: Sent, said: str, run: Path) -> str:
         number = f"step {sent.values.step:05d}"
         line = f"{number}: {finding.text}" if finding else f"{said}; repeated at once, the step is good"
     try:
-        keep(step.optimizer.masters, sent, line, generators, run / FOLDER)
+        keep(masters, sent, line, generators, run / FOLDER)
     except OSError as error:
         return f"{line}; it could not be kept ({printable(error)})"
     return f"{line}; kept for {command_line('train.replay', run)}"

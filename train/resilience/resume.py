@@ -64,6 +64,20 @@ def newest_interrupted_run() -> Path:
     return max(candidates)[1]
 
 
+def run_of_launch(launch: str | None, named: str | None) -> Path | None:
+    """The unfinished run that an earlier attempt of this torchrun began, in the folder `named` or below runs/. None
+    where it came to none. Raises InputError where it failed at a step: it would again."""
+    for run in [Path(named)] if named else RUNS.glob("*"):
+        path = run / "config.json"
+        if not path.is_file() or read_json(path, "start anew").get("launch") != launch:
+            continue
+        if (run / failure.FOLDER).exists():
+            raise InputError(f"{run} failed at a step, and would again: it is not started once more")
+        if not (run / "summary.json").exists():
+            return run
+    return None
+
+
 def is_free(run: Path) -> bool:
     descriptor = lock(run)
     if descriptor is None:

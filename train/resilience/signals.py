@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from prepare.errors import STDOUT, silence
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+SAME = 1.0  # seconds
 UNREAD = signal.SIGPIPE  # nobody reads what is printed, as after `| head -n 1`: ends as if it had been sent
 
 
@@ -21,10 +23,15 @@ class Interrupted(BaseException):
 
 class Signals:
     """While it is entered, the first signal raises Interrupted, or is only noted inside `deferred`. The second is the
-    system's to handle: no code of ours runs any more, so none can do harm, and none can be waited for in vain."""
+    system's to handle: no code of ours runs any more, so none can do harm, and none can be waited for in vain.
 
-    def __init__(self):
+    `relayed`: by torchrun, which passes on the signal that it gets itself; one that was sent to all processes comes
+    twice then. A repeat within a second is the same signal.
+    """
+
+    def __init__(self, relayed: bool = False):
         self.received: int | None = None
+        self._relayed, self._since = relayed, 0.0
         self._deferred = False
         self._before = {}
 
@@ -39,9 +46,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        self.received = number
+        if self._relayed and self.received is not None and time.monotonic() - self._since < SAME:
+            return
+        if not self._relayed or self.received is not None:
+            for each in self._before:
+                signal.signal(each, signal.SIG_DFL)
+        if self._relayed and self.received is not None:
+            os.kill(os.getpid(), number)
+        self.received, self._since = number, time.monotonic()
         if not self._deferred:
             raise Interrupted(number)
         line = f"\n{WORDS[number]}: finishing the step and writing a checkpoint; a second signal stops at once\n"

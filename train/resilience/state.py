@@ -12,6 +12,7 @@ from prepare import InputError, Loader
 from ..budget import Budget
 from ..clock import seconds_since_start
 from ..optimizer import Optimizer
+from ..ranks.parts import Kept
 
 
 @dataclass
@@ -51,9 +52,9 @@ class RunState:
         """Of the whole run, as far as its result rests on them."""
         return self.earlier_seconds + seconds_since_start()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by name, fp32: the tensors themselves, wherever they live."""
-        return self.optimizer.state()
+    def kept(self) -> dict[str, Kept]:
+        """Masters and moments by name, fp32: this rank's part of them, wherever they live."""
+        return self.optimizer.kept()
 
     def values(self) -> dict:
         """All else, as JSON can hold it."""
@@ -68,15 +69,21 @@ class RunState:
             "resumes": self.resumes,
         }
 
-    def restore(self, values: dict, tensors: dict[str, Tensor]) -> None:
-        """Becomes what `values` and `tensors` were taken from. Raises InputError where they are of another model."""
-        ours = self.tensors()
-        for name in sorted(ours.keys() | tensors.keys()):
-            here, there = (describe(each.get(name)) for each in (ours, tensors))
-            if here != there:
-                raise InputError(f"the checkpoint is of another model: {name} is {there} there and {here} here")
-        for name, tensor in ours.items():
-            tensor.copy_(tensors[name])
+    def restore(self, values: dict, tensors: dict[str, Tensor] | None) -> None:
+        """Becomes what `values` and `tensors` were taken from; rank 0 has the tensors. Raises InputError where they are
+        of another model."""
+        ranks, ours = self.optimizer.ranks, self.kept()
+
+        def check() -> None:
+            shapes = {name: torch.empty(kept.cut.shape, device="meta") for name, kept in ours.items()}
+            for name in sorted(ours.keys() | tensors.keys()):
+                here, there = (describe(each.get(name)) for each in (shapes, tensors))
+                if here != there:
+                    raise InputError(f"the checkpoint is of another model: {name} is {there} there and {here} here")
+
+        ranks.first_does(check)
+        for name, kept in ours.items():
+            kept.restore(ranks, tensors[name] if ranks.first else None)
         self.optimizer.round_masters()
         self.budget = Budget(self.budget.seconds, self.budget.steps, self.budget.untimed_steps, **values["budget"])
         self.average = DebiasedAverage(**values["average"])

@@ -44,10 +44,11 @@ class Watchdog:
 
     Args:
         hang_timeout: seconds; 0 watches nothing.
-        at_the_end: is given the reason, and `LAST_WORDS` seconds in a thread of its own; returns how to go on.
+        at_the_end: is given the reason, and `LAST_WORDS` seconds in a thread of its own; returns how to go on, or None
+            where another process of the run says so.
     """
 
-    def __init__(self, hang_timeout: float, at_the_end: Callable[[HangError], str] = lambda reason: ""):
+    def __init__(self, hang_timeout: float, at_the_end: Callable[[HangError], str | None] = lambda reason: ""):
         self.hang_timeout, self.at_the_end = hang_timeout, at_the_end
         self._beats = 0
         self._last: float | None = None  # the last beat of this phase
@@ -66,6 +67,10 @@ class Watchdog:
         self._stop.set()
         if self.hang_timeout:
             self._thread.join()
+
+    def retire(self) -> None:
+        """Nothing more is watched."""
+        self._stop.set()
 
     def beat(self) -> None:
         """A step has finished."""
@@ -136,7 +141,8 @@ class Watchdog:
         words = threading.Thread(target=lambda: advice.append(self.at_the_end(reason)), daemon=True)
         words.start()
         words.join(LAST_WORDS)
-        write(1, f"\nFAIL: {'; '.join([str(reason), *filter(None, advice)])}\n")
+        if advice != [None]:
+            write(1, f"\nFAIL: {'; '.join([str(reason), *filter(None, advice)])}\n")
         os._exit(1)
 
 

@@ -18,10 +18,12 @@ class Utilisation:
     mfu_device: float | None  # the convention, against this GPU's own dense bf16 peak
 
 
-def utilisation(config: GPTConfig, device: torch.device, tokens_per_second: float) -> Utilisation:
-    """MFU at a pace. On a CPU there is none; on a GPU that the table does not know, no share of its own peak."""
+def utilisation(config: GPTConfig, device: torch.device, tokens_per_second: float, gpus: int = 1) -> Utilisation:
+    """MFU at a pace of all `gpus` together, against as many peaks. On a CPU there is none; on a GPU that the table does
+    not know, no share of its own peak."""
     if device.type != "cuda" or not tokens_per_second:
         return Utilisation(None, None, None)
+    tokens_per_second /= gpus
     rate = 100 * tokens_per_second * flops_per_token(config)
     own = device_peak(torch.cuda.get_device_name(device))
     causal = 100 * tokens_per_second * flops_per_token_causal(config)

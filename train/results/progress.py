@@ -32,8 +32,11 @@ class Reporter:
     def __init__(
         self, folder: RunFolder, model: GPTConfig, device: torch.device, tokens_per_step: int,
         out: TextIO | None = None, beat: Callable[[], None] = lambda: None, unread: Callable[[], None] = lambda: None,
+        gpus: int = 1,
     ):  # fmt: skip
-        """`beat` is called after each step, for the watchdog; `unread` where nobody reads what is printed."""
+        """`beat` is called after each step, for the watchdog; `unread` where nobody reads what is printed. `gpus`: that
+        the run is trained on."""
+        self.gpus = gpus
         self.folder, self.model, self.device, self.tokens_per_step = folder, model, device, tokens_per_step
         self.out, self.beat, self.unread = out or sys.stdout, beat, unread
         self.redraw = self.out.isatty()
@@ -42,7 +45,7 @@ class Reporter:
     def step(self, budget: Budget, values: StepValues, dt: float, loss: float, smooth: float, epoch: int) -> None:
         self.beat()
         pace = self.tokens_per_step / dt
-        mfu = utilisation(self.model, self.device, pace).mfu
+        mfu = utilisation(self.model, self.device, pace, self.gpus).mfu
         progress = budget.progress(budget.step)
         line = log_line(
             step=values.step, progress=progress, loss=smooth, lr_multiplier=values.lr_multiplier, dt=dt,
@@ -82,6 +85,19 @@ class Reporter:
             self.out.write("\n")
 
 
+class SilentReporter:
+    """On a rank other than 0: its steps are the watchdog's alone."""
+
+    def __init__(self, beat: Callable[[], None]):
+        self.beat = beat
+
+    def step(self, *_) -> None:
+        self.beat()
+
+    def end(self) -> None:
+        pass
+
+
 def print_summary(summary: dict[str, Value], out: TextIO | None = None) -> None:
     """`---`, then a `key: value` line each."""
     width = max(map(len, summary)) + 1
@@ -89,7 +105,7 @@ def print_summary(summary: dict[str, Value], out: TextIO | None = None) -> None:
     print("\n".join(lines), file=out or sys.stdout, flush=True)
 
 
-def expected_epochs(config: TrainConfig, model: GPTConfig, tokens: int) -> float:
+def expected_epochs(config: TrainConfig, model: GPTConfig, tokens: int, ranks: int = 1) -> float:
     """Passes over `tokens` that the run will make: exact by steps, by seconds a guess from the device's usual pace."""
     if config.steps is not None:
         return config.steps * config.total_batch_size / tokens
@@ -97,10 +113,10 @@ def expected_epochs(config: TrainConfig, model: GPTConfig, tokens: int) -> float
         flops = 0.4 * (device_peak(torch.cuda.get_device_name()) or 100e12)
     else:
         flops = 25e9 * torch.get_num_threads()
-    return config.time_budget * flops / flops_per_token(model) / tokens
+    return ranks * config.time_budget * flops / flops_per_token(model) / tokens
 
 
-def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder) -> None:
+def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFolder, ranks: int = 1) -> None:
     """What is about to be trained, on what, in which folder."""
     counts = count_parameters(model)
     kinds = ", ".join(f"{kind} {n / 1e6:.2f}M" for kind, n in counts.items() if kind not in ("total", "scalars"))
@@ -108,6 +124,8 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     threads = torch.get_num_threads()
     cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
     where = gpu_name() if config.device == "cuda" else cpu
+    if ranks > 1:
+        where = f"{ranks} ranks, each {where}"
     length = f"{config.steps} steps" if config.steps is not None else f"{config.time_budget:g} s"
     print(f"run:    {printable(folder.path)}")
     ops = f"{config.ops} ops"
@@ -121,7 +139,10 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
     print(f"model:  {counts['total'] / 1e6:.2f}M parameters ({kinds})")
     micro = f"{config.grad_accum_steps} micro-step{'s' if config.grad_accum_steps > 1 else ''}"
     print(f"train:  {length}; a step is {config.total_batch_size:,} tokens in {micro}")
-    epochs = expected_epochs(config, model, tokens)
+    if ranks > 1:
+        print(f"ranks:  {ranks}, and each makes {config.grad_accum_steps // ranks} of the micro-steps;"
+              f" {same_bits(config, threads)}")  # fmt: skip
+    epochs = expected_epochs(config, model, tokens, ranks)
     if epochs > EPOCHS_WORTH_A_WARNING:
         print(
             f"note:   this run will pass over the corpus about {epochs:.0f} times; for a real one:"
@@ -129,6 +150,15 @@ def announce(config: TrainConfig, model: GPTConfig, data: Dataset, folder: RunFo
             f" then {command_line('train', '--data', default_folder('climbmix'))}",
         )
     sys.stdout.flush()
+
+
+def same_bits(config: TrainConfig, threads: int) -> str:
+    """How a run of several ranks is repeated on one, where that is the same run."""
+    if config.sums == "native":
+        return "--sums native: one alone makes other bits"
+    line = command_line("train", "--device-batch-size", config.device_batch_size)
+    alone = line if config.device == "cuda" else f"OMP_NUM_THREADS={threads} {line}"
+    return f"one alone makes the same bits: {alone}, and the other options as they were"
 
 
 def announce_resume(checkpoint: Checkpoint, environment: dict, doubts: list[str]) -> None:

@@ -123,14 +123,16 @@ def evaluating_code_sha256() -> str:
     return digest.hexdigest()
 
 
-def machine(device: str) -> dict:
-    """What the run's speed depends on. Runs on machines of one `name` are comparable."""
+def machine(device: str, ranks: int = 1) -> dict:
+    """What the run's speed depends on. Runs on machines of one `name` are comparable: it says how many there are where
+    there are several."""
+    times = f"{ranks}x " if ranks > 1 else ""
     found = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1)}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         gpu = {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 2**30, 1)}
-        return {"name": properties.name, **gpu, **found}
-    return {"name": f"{found['cpu']}, threads: {torch.get_num_threads()}", **found}
+        return {"name": times + properties.name, "ranks": ranks, **gpu, **found}
+    return {"name": f"{times}{found['cpu']}, threads: {torch.get_num_threads()}", "ranks": ranks, **found}
 
 
 def cpu_name() -> str:

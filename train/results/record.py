@@ -39,7 +39,8 @@ NO_FLAGS = {
 class Record:
     """Collects what the ledger says of a run, and writes it once: at the end, however that comes."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, ranks: int = 1):
+        """`ranks`: on how many GPUs, or processes on a CPU, the run is trained."""
         self.config = config
         self.folder = Path(config.resume or config.run_dir or default_run_dir(config.name))
         self.began = False  # whether the run's folder is there
@@ -49,7 +50,8 @@ class Record:
         self.sources = [self.source]  # of every process that trained it, where one differs from the one before
         self.changes = changes()
         self.code_sha256 = evaluating_code_sha256()
-        self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.machine = machine("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu", ranks)
+        self.ranks = [ranks]  # of every process that trained it, likewise
         self.model: dict = {}
         self.data: dict = {}
         self.tiles = "default"
@@ -66,6 +68,8 @@ class Record:
         # Checkpoints of before have but the name of the last. Their code was another: it wrote no `sources`.
         earlier = values.get("sources") or [named_state(values["environment"]["commit"])]
         self.sources = earlier if earlier[-1] == self.source else [*earlier, self.source]
+        before = values.get("ranks", [1])
+        self.ranks = before if before[-1] == self.ranks[-1] else [*before, *self.ranks]
 
     def doubts(self) -> list[str]:
         """Why its number is compared with no other, although it is one."""
@@ -73,6 +77,9 @@ class Record:
         if len(self.sources) > 1:
             names = [described(source | {"commit": short_commit(source) or "none"}) for source in self.sources]
             found.append(f"resumed with other code: {' > '.join(names)}")
+        if len(self.ranks) > 1 and self.config.steps is None:
+            numbers = " and then ".join(map(str, self.ranks))
+            found.append(f"timed on {numbers} GPUs or processes, which is no single measurement")
         if self.seconds.get("stopped") and self.config.steps is None:
             found.append(f"stopped for {self.seconds['stopped']:.1f} s inside its budget")
         return found
@@ -185,6 +192,7 @@ class Record:
             **self.source,
             "commit": ">".join(short_commit(source) or "none" for source in self.sources),
             "sources": self.sources,
+            "ranks": self.ranks,
             "doubts": self.doubts(),
             "commit_sha": self.source["commit"],
             "config": dataclasses.asdict(config),

@@ -102,6 +102,13 @@ class RunFolder:
         folder._open()
         return folder
 
+    @classmethod
+    def of_another(cls, path: str | Path) -> "RunFolder":
+        """The folder of a run that rank 0 keeps, as the other ranks know it: where it is. They never write to it."""
+        folder = cls.__new__(cls)
+        folder.path, folder.watchers, folder._metrics, folder._lock = Path(path), [], None, None
+        return folder
+
     def _open(self) -> None:
         self._metrics, self._torn = None, False
         self.watchers: list[EventWriter] = []  # write each row of metrics too
@@ -117,10 +124,13 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "summary.json").exists()
 
-    def write_config(self, config: dict, model: dict, data: dict, tiles: dict, tokenizer_file: bytes) -> None:
+    def write_config(
+        self, config: dict, model: dict, data: dict, tiles: dict, tokenizer_file: bytes, launch: str | None = None
+    ) -> None:
+        """`launch`: of torchrun, by which what it starts again finds the run."""
         write_json(
             self.path / "config.json",
-            {"config": config, "model": model, "data": data, "tiles": tiles, **environment()},
+            {"config": config, "model": model, "data": data, "tiles": tiles, "launch": launch, **environment()},
         )
         replace_file(self.path / "tokenizer.json", tokenizer_file)
 
@@ -158,7 +168,8 @@ class RunFolder:
             self._metrics.close()
         for watcher in self.watchers:
             watcher.close()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -88,8 +88,8 @@ def test_everything_comes_back(corpus, tmp_path, forward_dtype):
         assert torch.equal(parameter, restored.optimizer.masters[name].to(parameter.dtype)), name
     assert (draws(), train_steps(other, restored, 3)) == expected
     assert restored.average == state.average
-    for name, tensor in restored.tensors().items():
-        assert torch.equal(tensor, state.tensors()[name]), name
+    for name, tensor in restored.optimizer.state().items():
+        assert torch.equal(tensor, state.optimizer.state()[name]), name
     for loader in (state.loader, restored.loader):
         loader.close()
 
@@ -97,8 +97,8 @@ def test_everything_comes_back(corpus, tmp_path, forward_dtype):
 def test_the_state_is_all_that_the_optimizer_has(corpus):
     """Every fp32 tensor that it and its groups hold is in the state, or is a gradient, or is filled anew each step."""
     _, state = make_state(corpus, 1)
-    held = {tensor.data_ptr() for tensor in state.tensors().values()}
-    names = list(state.tensors())
+    held = {tensor.data_ptr() for tensor in state.optimizer.state().values()}
+    names = list(state.optimizer.state())
     assert len(names) == len(set(names))
     for group in state.optimizer.groups:
         for value in vars(group).values():
@@ -106,16 +106,18 @@ def test_the_state_is_all_that_the_optimizer_has(corpus):
                 if isinstance(tensor, torch.Tensor) and not is_gradient(tensor, state.optimizer):
                     assert tensor.untyped_storage().data_ptr() in held
     total = sum(p.numel() for p in state.optimizer.masters.values())
-    assert sum(tensor.numel() for name, tensor in state.tensors().items() if name.startswith("master.")) == total
+    masters = [tensor for name, tensor in state.optimizer.state().items() if name.startswith("master.")]
+    assert sum(tensor.numel() for tensor in masters) == total
 
 
 def is_gradient(tensor: torch.Tensor, optimizer: Optimizer) -> bool:
-    return tensor.untyped_storage().data_ptr() == optimizer.grads.untyped_storage().data_ptr()
+    buffers = [each.untyped_storage().data_ptr() for each in (optimizer.grads, optimizer.sums)]
+    return tensor.untyped_storage().data_ptr() in buffers
 
 
 def test_a_checkpoint_of_another_model_is_refused(corpus):
     _, state = make_state(corpus, 1)
-    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    tensors = {name: tensor.clone() for name, tensor in state.optimizer.state().items()}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     tensors["exp_avg.wte"] = torch.ones(3, 3)
     with pytest.raises(InputError, match=r"exp_avg\.wte is float32 \[3, 3\] there and float32 \[512, 64\] here"):
@@ -123,7 +125,7 @@ def test_a_checkpoint_of_another_model_is_refused(corpus):
     del tensors["exp_avg.wte"]
     with pytest.raises(InputError, match=r"exp_avg\.wte is missing there"):
         state.restore({}, tensors)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.optimizer.state().items())
 
 
 def test_the_library_reads_what_is_written(tmp_path):
@@ -361,7 +363,7 @@ def test_no_snapshot_while_one_is_being_written(corpus, tmp_path, monkeypatch):
     train_steps(step, state, 1)
     assert checkpoints.due()
     checkpoints.save()
-    at_one = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    at_one = {name: tensor.clone() for name, tensor in state.optimizer.state().items()}
     train_steps(step, state, 1)
     assert not checkpoints.due()
     second = threading.Thread(target=checkpoints.save)
@@ -373,7 +375,7 @@ def test_no_snapshot_while_one_is_being_written(corpus, tmp_path, monkeypatch):
     checkpoints.wait()
     newer, older = (read_checkpoint(path) for path in checkpoint_folders(tmp_path / "checkpoints"))
     assert (newer.step, older.step) == (2, 1)
-    for checkpoint, expected in ((older, at_one), (newer, state.tensors())):
+    for checkpoint, expected in ((older, at_one), (newer, state.optimizer.state())):
         tensors = checkpoint.tensors()
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
