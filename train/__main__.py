@@ -20,6 +20,9 @@ def main(args: list[str] | None = None) -> int:
     try:
         place = place_of()
         take_one_gpu(place)
+        if place.size > 1:
+            # A connection that breaks is said in one line, and not in PyTorch's forty beside.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ from prepare.words import command_line, printable
 from .config import TrainConfig, to_args
 from .curves import draw_curves
 from .ranks import ALONE, LostRankError, Ranks
-from .resilience.resume import run_of_launch
+from .resilience.resume import resumed, run_of_launch
 from .resilience.signals import Signals
 from .results.judge import (
     BETTER,
@@ -91,8 +91,9 @@ def begun_before(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         return config
     place = ranks.place
     found = ranks.first_does(lambda: run_of_launch(place.launch, config.run_dir))
-    found = ranks.of_first(found and str(found))
-    return dataclasses.replace(config, resume=found) if found else config
+    saved = ranks.first_does(lambda: found and dataclasses.asdict(resumed(found, {})))
+    saved = ranks.of_first(saved)
+    return TrainConfig(**saved) if saved else config
 
 
 def several(config: TrainConfig) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -96,24 +95,18 @@ def on_ranks(size: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def run_ranks(
     size: int, folder: Path, *args: str, before: Callable[[int], None] = lambda rank: None
 ) -> list[Ended]:
     """`python -m train` of a tiny model on `size` ranks, as torchrun would start them. `before(rank)` is called in each
     process first."""
-    port = str(free_port())
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which outlives every rank
 
     def child(rank: int) -> int:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
         if size > 1:
-            os.environ |= dict(zip(names, (str(rank), str(size), str(rank), str(size), port), strict=True))
-            os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+            os.environ |= dict(zip(names, map(str, (rank, size, rank, size, agent.port)), strict=True))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         before(rank)
         return train.__main__.main([*args] if "--resume" in args else [*TINY, *args])
 

@@ -9,6 +9,7 @@ torch.distributed does the sending: NCCL for a GPU's tensors, gloo for a CPU's a
 """
 
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -214,7 +215,8 @@ def _losing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(" ".join(str(error).split())) from None
+        said = re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split()))[:300]  # without the line of gloo's source
+        raise LostRankError(f"another rank is gone, or does not answer ({said})") from None
 
 
 ALONE = Ranks(Place())

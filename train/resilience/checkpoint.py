@@ -175,7 +175,9 @@ class Checkpointer:
         self.writer: threading.Thread | None = None
 
     def due(self) -> bool:
-        """Asked after each step."""
+        """Asked after each step. Rank 0, which writes them, says when."""
+        if not self.ranks.first:
+            return False
         busy = self.writer is not None and self.writer.is_alive()
         return not busy and time.monotonic() >= self.next_time and self.state.step > self.taken
 

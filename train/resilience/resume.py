@@ -26,6 +26,11 @@ def parse(args: list[str] | None = None) -> TrainConfig:
     if "resume" not in given:
         return TrainConfig(**given)
     folder = newest_interrupted_run() if given["resume"] == "auto" else Path(given["resume"])
+    return resumed(folder, given)
+
+
+def resumed(folder: Path, given: dict[str, Any]) -> TrainConfig:
+    """The configuration of an interrupted run, as `given` options change what may be changed. Raises InputError."""
     path = folder / "config.json"
     # What differs in it from the checkpoint is named there; its seal could only say that something does.
     saved = read_json(path, "name the folder of an interrupted run")

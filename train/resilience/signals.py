@@ -31,7 +31,7 @@ class Signals:
 
     def __init__(self, relayed: bool = False):
         self.received: int | None = None
-        self._relayed, self._since = relayed, 0.0
+        self._relayed, self._since, self._ending = relayed, 0.0, False
         self._deferred = False
         self._before = {}
 
@@ -54,6 +54,8 @@ class Signals:
         if self._relayed and self.received is not None:
             os.kill(os.getpid(), number)
         self.received, self._since = number, time.monotonic()
+        if self._ending:
+            return
         if not self._deferred:
             raise Interrupted(number)
         line = f"\n{WORDS[number]}: finishing the step and writing a checkpoint; a second signal stops at once\n"
@@ -72,10 +74,13 @@ class Signals:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, a signal sets `received` and nothing else; Interrupted is raised at the end, unless another exception
-        is on its way."""
+        is on its way: then torchrun's signal, which ends all ranks because one has failed, is no news."""
         self._deferred = True
         try:
             yield
+        except BaseException:
+            self._ending = self._relayed
+            raise
         finally:
             self._deferred = False
         if self.received is not None:
