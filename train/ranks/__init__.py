@@ -12,8 +12,9 @@ import json
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ __all__ = ["ALONE", "LostRankError", "Place", "Ranks"]
 T = TypeVar("T")
 PATIENCE = 1800.0  # seconds that ranks wait for each other where no watchdog looks: one may prepare data, or tune
 JOINING = 600.0  # seconds in which all of them have to be there
-ASKING = 5.0  # seconds for a word with the store, which lives on the machine of rank 0
+ASKING = 3.0  # seconds for a word with the store, which lives on the machine of rank 0
 
 
 class LostRankError(Exception):
@@ -69,7 +70,6 @@ class Ranks:
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", store=self._store, rank=self.rank, world_size=self.size,
                 timeout=timedelta(seconds=max(PATIENCE, 2 * timeout)),
             )  # fmt: skip
-            store.set_timeout(timedelta(seconds=ASKING))
 
     def close(self) -> None:
         """At the end that all come to `together`. Rank 0 has the most to do there, and torchrun ends all processes as
@@ -203,10 +203,18 @@ class Ranks:
         return self._voice
 
     def _asks_first(self) -> bool:
-        try:
-            return self.first if self._store is None else self._store.add("ended", 1) == 1
-        except (RuntimeError, ValueError):  # on the machine that cannot be reached: each side says it
-            return True
+        if self._store is None:
+            return self.first
+        answers = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(self._store.add("ended", 1))
+
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ASKING)
+        return answers in ([], [1])  # where the store cannot be reached each side says it
 
 
 @contextmanager
