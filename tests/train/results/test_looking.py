@@ -19,9 +19,9 @@ from train.config import ROOT, TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
 from train.memory import check_fits, count
-from train.report import gather, limits
 from train.report import main as report_main
 from train.results.ledger import Ledger
+from train.results.night import gather, limits
 
 
 def png_size(path: Path) -> tuple[int, int]:
