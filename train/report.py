@@ -1,18 +1,24 @@
-"""`python -m train.report [RUNS…]`: a night of experiments as one picture and one table."""
+"""`python -m train.report [RUNS…]`: a night of experiments as a page, a picture and a table."""
 
+import json
 import math
 import re
 import statistics
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
-from prepare.words import printable
+from prepare.words import printable, say_once
 
+from .page.facts import facts
+from .page.folders import Folders
+from .page.html import page
 from .resilience.durable import replace_file
 from .results.judge import CRASH, believable, experiments, incumbent_of
 from .results.ledger import Ledger
@@ -21,6 +27,7 @@ from .results.plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_fi
 from .results.statistics import spread
 
 LABEL_CHARS = 34
+WATCH = 15  # seconds between two pages of a night that goes on
 FONT_SIZE = 8.5  # of the labels, in points
 
 
@@ -28,21 +35,66 @@ def main(args: list[str] | None = None) -> int:
     parser = Parser("train.report", __doc__)
     parser.add_argument("runs", metavar="RUNS", nargs="*", type=Path, default=[Path("runs")],
                         help="folders with a ledger, or single runs (default: runs)")  # fmt: skip
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="for report.png, report.md (default: the ledger's)")
+    parser.add_argument("--out", metavar="FOLDER", type=Path,
+                        help="for report.html, report.png, report.md (default: the first ledger's)")  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--no-page", action="store_true", help="the picture and the table alone, without report.html")
+    what.add_argument("--json", action="store_true", help="print what the page shows, as JSON; write nothing")
+    what.add_argument("--watch", metavar="SECONDS", nargs="?", type=int, const=WATCH,
+                      help=f"make the page anew so often, until Ctrl-C (default: {WATCH})")  # fmt: skip
     options = parser.parse_args(args)
+    if options.watch is not None and options.watch < 1:
+        parser.error(f"--watch {options.watch} must be at least 1")
     try:
+        if options.json:
+            runs, ledgers = gather(options.runs)
+            print(json.dumps(facts(runs, ledgers, Folders(), time.time()), allow_nan=False))
+            return 0
+        if options.watch:
+            watch(options.runs, options.out, options.watch)
         runs, ledgers = gather(options.runs)
         out = options.out or ledgers[0].folder
         out.mkdir(parents=True, exist_ok=True)
         text = table(runs, ledgers)
         replace_file(out / "report.md", text.encode())
         draw(runs, out / "report.png")
+        written = [out / "report.md", out / "report.png"]
+        if not options.no_page:
+            write_page(runs, ledgers, Folders(), out)
+            written.append(out / "report.html")
     except (InputError, OSError) as error:
         print(f"error: {one_line(error, 'name other RUNS, or another folder with --out')}", file=sys.stderr)
         return 2
-    print(text.partition("\n\n| ")[0])
-    print(f"\n{printable(out / 'report.md')}\n{printable(out / 'report.png')}")
+    print(text.partition("\n\n| ")[0], end="\n\n")
+    print("\n".join(map(printable, written)))
     return 0
+
+
+def write_page(
+    runs: Sequence[dict], ledgers: Sequence[Ledger], folders: Folders, out: Path, refresh: int | None = None
+) -> None:
+    now = time.time()
+    replace_file(out / "report.html", page(facts(runs, ledgers, folders, now), now, refresh))
+
+
+def watch(paths: Sequence[Path], out: Path | None, seconds: int) -> NoReturn:
+    """Makes the page anew, also of a night that has no run yet. What cannot be read or written the first time is the
+    caller's to mend; later on the night goes on, and so does this."""
+    folders, first = Folders(), True
+    while True:
+        try:
+            runs, ledgers = gather(paths, may_be_empty=True)
+            where = out or ledgers[0].folder
+            where.mkdir(parents=True, exist_ok=True)
+            write_page(runs, ledgers, folders, where, seconds)
+        except OSError as error:
+            if first:
+                raise
+            say_once("watch", f"the page stays as it was: {one_line(error, 'it is tried again')}")
+        if first:
+            print(f"{printable(where / 'report.html')}\nmade anew every {seconds} s, until Ctrl-C", flush=True)
+        first = False
+        time.sleep(seconds)
 
 
 def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:

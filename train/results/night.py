@@ -98,11 +98,15 @@ def fresh(group: Experiment) -> list[float]:
     return [run["val_bpb"] for run in runs if believable(run)]
 
 
-def verdict_of(group: Experiment) -> str:
-    """Of the run that decided."""
+def deciding(group: Experiment) -> dict:
+    """The run whose verdict speaks for the experiment."""
     runs = group.confirmations or group.runs
-    run = [run for run in runs if run["verdict"] != INCUMBENT][-1:] or runs[-1:]
-    return run[0]["verdict"] + (f" ({run[0]['note']})" if run[0]["note"] else "")
+    return ([run for run in runs if run["verdict"] != INCUMBENT][-1:] or runs[-1:])[0]
+
+
+def verdict_of(group: Experiment) -> str:
+    run = deciding(group)
+    return run["verdict"] + (f" ({run['note']})" if run["note"] else "")
 
 
 def findings(runs: Sequence[dict], quoted: Callable[[str], str] = str) -> list[tuple[str, list[str]]]:
