@@ -116,7 +116,7 @@ def _experiment(
         "difference": interval_in(run["note"]),
         "incumbent": numbers.get(incumbent) if incumbent != group.name else None,
         "mean": number(fmean(values), 9) if values else None,
-        "sd": number(stdev(values), 4) if len(values) > 1 else None,
+        "sd": number(stdev(values)) if len(values) > 1 else None,
         "seeds": len(values),
         "fresh": number(fmean(again), 9) if again else None,
         "memory_gb": max((number(r.get("memory_gb")) or 0.0 for r in runs), default=0.0),

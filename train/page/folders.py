@@ -73,7 +73,8 @@ def number(value: Any, digits: int = 6) -> float | int | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+        rounded = float(f"{value:.{digits}g}")
+        return None if not math.isfinite(rounded) else value if rounded == value else rounded
     except OverflowError:  # an int that no float holds
         return None
 

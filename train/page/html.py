@@ -53,7 +53,7 @@ def page(facts: dict, made: float, refresh: int | None = None) -> bytes:
         _top(facts, time, refresh),
         _running(facts),
         _picture(facts),
-        _failures(facts),
+        _found(facts),
         _table(facts),
         _small_print(facts),
         '<dialog id="dialog" aria-label="experiment"><div id="bar"><button id="back">← earlier</button>'
@@ -110,7 +110,7 @@ def _top(facts: dict, time: str, refresh: int | None) -> str:
         (str(totals["undecided"] + totals["not_compared"]), "undecided or not compared", ""),
         (str(totals["crashed"]), "crashed", "bad" if totals["crashed"] else ""),
         (str(totals["runs"]), f"runs of {totals['experiments']} experiments", ""),
-        (f"{totals['hours']:.1f} h", f"{totals['hours_of_training']:.1f} h of it training", ""),
+        (_duration(3600 * totals["hours"]), f"{_duration(3600 * totals['hours_of_training'])} of it training", ""),
         (_count(totals["tokens"]), "tokens trained on", ""),
         (str(totals["holdout_looks"]), "looks at the holdout", "bad" if totals["holdout_looks"] else ""),
     ]
@@ -172,22 +172,26 @@ def _picture(facts: dict) -> str:
             f'<ul class="findings">{found}</ul></section>')  # fmt: skip
 
 
-def _failures(facts: dict) -> str:
-    """What was tried and did not work: those that look worst first, so that nobody tries them again."""
-    titles = {"worse": "Surely worse", "no gain": "No gain seen", "undecided": "Undecided",
-              "not compared": "Compared with no other", "crashed": "Crashed"}  # fmt: skip
-    blocks = []
-    for result, title in titles.items():
+RESULTS = {"kept": "Kept", "worse": "Surely worse", "no gain": "No gain seen", "undecided": "Undecided",
+           "not compared": "Compared with no other", "crashed": "Crashed"}  # fmt: skip
+
+
+def _found(facts: dict) -> str:
+    """What worked, and what was tried and did not: those that look worst first, so that nobody tries them again."""
+    blocks = {}
+    for result, title in RESULTS.items():
         ones = [one for one in facts["experiments"] if one["result"] == result]
-        ones.sort(key=lambda one: -(one["difference"] or {"mean": 0.0})["mean"])
+        if result != "kept":
+            ones.sort(key=lambda one: -(one["difference"] or {"mean": 0.0})["mean"])
         rows = "".join(f'<li><a href="#e{one["number"]}" dir="auto">{_named(one)}</a>'
                        f" <span>{_in_short(one)}</span></li>" for one in ones)  # fmt: skip
         if rows:
             opened = " open" if len(ones) <= 12 else ""
-            blocks.append(f"<details{opened}><summary>{title}: {len(ones)}</summary><ul>{rows}</ul></details>")
-    if not blocks:
-        return ""
-    return f'<section id="failures"><h2>What did not work</h2>{"".join(blocks)}</section>'
+            blocks[result] = f"<details{opened}><summary>{title}: {len(ones)}</summary><ul>{rows}</ul></details>"
+    worked = blocks.pop("kept", '<p class="quiet">Nothing yet.</p>')
+    failed = "".join(blocks.values()) or '<p class="quiet">Nothing yet.</p>'
+    return (f'<div class="found"><section id="worked"><h2>What worked</h2>{worked}</section>'
+            f'<section id="failures"><h2>What did not work</h2>{failed}</section></div>')  # fmt: skip
 
 
 def _named(one: dict) -> str:
@@ -198,7 +202,7 @@ def _in_short(one: dict) -> str:
     found = one["difference"]
     if found:
         return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
-    return text(shorten(one["note"], 90))
+    return text(shorten(one["note"] or one["verdict"], 90))
 
 
 def _table(facts: dict) -> str:

@@ -134,18 +134,28 @@
       x_axis_label: key === "step" ? "step" : "seconds of training", y_axis_label: "training loss, nats a token",
       y_range: new Bokeh.Range1d({ start: low - room, end: high + room }),
     });
-    const lines = [];
+    const lines = [], legend = document.createElement("p");
+    legend.className = "legend";
     let colour = 0;
     for (const { curve, ours } of all) {
-      const points = curve[key].map((x, i) => [x, curve.loss[i]]).filter(([x, y]) => x !== null && y !== null);
+      // Before the budget begins, its clock stands still.
+      const points = curve[key].map((x, i) => [x, curve.loss[i]])
+        .filter(([x, y]) => x !== null && y !== null && (key === "step" || x > 0));
       const source = new Bokeh.ColumnDataSource({ data: {
         x: points.map(([x]) => x), y: points.map(([, y]) => y), whose: points.map(() => curve.title),
       } });
+      const line_color = ours ? OURS[colour++ % OURS.length] : GREY;
       lines.push(figure_.line({ field: "x" }, { field: "y" }, {
-        source, line_width: ours ? 2.2 : 1.6, line_color: ours ? OURS[colour++ % OURS.length] : GREY,
-        line_alpha: ours ? 1 : 0.75,
+        source, line_width: ours ? 2.2 : 1.6, line_color, line_alpha: ours ? 1 : 0.75,
       }));
+      const entry = document.createElement("span"), mark = document.createElement("i");
+      mark.className = "mark line";
+      mark.style.background = line_color;
+      entry.append(mark, curve.title);
+      legend.append(entry);
     }
+    if (element.nextElementSibling?.className === "legend") element.nextElementSibling.remove();
+    element.after(legend);
     figure_.add_tools(new Bokeh.HoverTool({
       renderers: lines, tooltips: [["run", "@whose"], [key, "@x{0.0}"], ["loss", "@y{0.0000}"]],
     }));

@@ -48,7 +48,7 @@ def gather(paths: Sequence[Path], may_be_empty: bool = False) -> tuple[list[dict
         folder = ledger.folder.resolve()
         ledgers.setdefault(folder, ledger)
         runs = [run for run in ledger.runs() if wanted in (None, run["run"], run["group"])]
-        if not runs and not may_be_empty:
+        if not runs and not (may_be_empty and path.is_dir()):
             raise InputError(f"{path} has no run in a ledger (results.jsonl): name a folder of runs, or a run")
         chosen.setdefault(folder, []).extend(runs)
     in_order = [[run for run in ledgers[folder].runs() if run in runs] for folder, runs in chosen.items()]
