@@ -6,9 +6,9 @@ import re
 import statistics
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from time import sleep, time
 from typing import NoReturn
 
 from prepare import InputError
@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if options.json:
             runs, ledgers = gather(options.runs)
-            print(json.dumps(facts(runs, ledgers, Folders(), time.time()), allow_nan=False))
+            print(json.dumps(facts(runs, ledgers, Folders(), time()), allow_nan=False))
             return 0
         if options.watch:
             watch(options.runs, options.out, options.watch)
@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
 def write_page(
     runs: Sequence[dict], ledgers: Sequence[Ledger], folders: Folders, out: Path, refresh: int | None = None
 ) -> None:
-    now = time.time()
+    now = time()
     replace_file(out / "report.html", page(facts(runs, ledgers, folders, now), now, refresh))
 
 
@@ -94,7 +94,7 @@ def watch(paths: Sequence[Path], out: Path | None, seconds: int) -> NoReturn:
         if first:
             print(f"{printable(where / 'report.html')}\nmade anew every {seconds} s, until Ctrl-C", flush=True)
         first = False
-        time.sleep(seconds)
+        sleep(seconds)
 
 
 def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:

@@ -27,7 +27,7 @@ def details(one: dict, facts: dict) -> str:
     flags = f"; flags: <code>{text(' '.join(one['flags']))}</code>" if one["flags"] else ""
     origin = (f'<p class="quiet">commit {text(one["commit"])}, group {text(one["name"])} of {text(one["ledger"])},'
               f' {text(one["time"])}; {text(one["budget"])}{flags}</p>')  # fmt: skip
-    verdict = (f'<p class="verdict {one["result"].replace(" ", "-")}"><b>{one["result"]}</b> '
+    verdict = (f'<p class="verdict {one["result"].replace(" ", "-")}"><b>{one["result"]}.</b> '
                f"{text(one['in_words'])}</p>")  # fmt: skip
     note = f'<p class="quiet">In the ledger: {text(one["verdict"])}. {text(one["note"])}</p>'
     missing = "".join(f'<p class="missing">{text(words)}</p>' for words in one.get("missing") or ())

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..results.judge import KEEP
 from .details import details
 from .html_text import shorten, text
 from .library import library
@@ -163,13 +164,11 @@ def _picture(facts: dict) -> str:
         ("kept", "kept"), ("not", "not kept"), ("above", "above the picture"), ("crashed", "crashed"),
         ("spread", "mean ± sd over seeds"), ("best", "incumbent: best so far"),
     ))  # fmt: skip
-    found = "".join(f"<li>{text(one['text'])}" + "".join(f"<br><small>{text(more)}</small>" for more in one["more"])
-                    + "</li>" for one in facts["findings"])  # fmt: skip
     return ('<section><h2>The night</h2><div class="controls"><label>along x '
             '<select id="along"><option value="number">experiment</option><option value="time">time (UTC)</option>'
             f'</select></label>{choice}</div><div class="chart tall" id="night"></div><p class="legend">{marks}</p>'
-            '<p class="quiet">Touch or point at a mark to see its numbers; a click opens its experiment.</p>'
-            f'<ul class="findings">{found}</ul></section>')  # fmt: skip
+            '<p class="quiet">Point at a mark to see its numbers; a click opens its experiment.</p>'
+            "</section>")  # fmt: skip
 
 
 RESULTS = {"kept": "Kept", "worse": "Surely worse", "no gain": "No gain seen", "undecided": "Undecided",
@@ -191,7 +190,13 @@ def _found(facts: dict) -> str:
     worked = blocks.pop("kept", '<p class="quiet">Nothing yet.</p>')
     failed = "".join(blocks.values()) or '<p class="quiet">Nothing yet.</p>'
     return (f'<div class="found"><section id="worked"><h2>What worked</h2>{worked}</section>'
-            f'<section id="failures"><h2>What did not work</h2>{failed}</section></div>')  # fmt: skip
+            f'<section id="failures"><h2>What did not work</h2>{failed}</section></div>{_findings(facts)}')  # fmt: skip
+
+
+def _findings(facts: dict) -> str:
+    found = "".join(f"<li>{text(one['text'])}" + "".join(f"<br><small>{text(more)}</small>" for more in one["more"])
+                    + "</li>" for one in facts["findings"])  # fmt: skip
+    return f'<section><h2>From the first to now</h2><ul class="findings">{found}</ul></section>' if found else ""
 
 
 def _named(one: dict) -> str:
@@ -202,6 +207,8 @@ def _in_short(one: dict) -> str:
     found = one["difference"]
     if found:
         return f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+    if one["status"] == KEEP and one["mean"] is not None:
+        return f"the first of its kind: {one['mean']:.4f}"
     return text(shorten(one["note"] or one["verdict"], 90))
 
 

@@ -33,9 +33,12 @@
     return figure;
   }
 
+  const views = new Map();
+
   async function show(figure, element) {
-    element.replaceChildren();
-    await Bokeh.Plotting.show(figure, element);
+    const before = views.get(element);
+    views.set(element, Bokeh.Plotting.show(figure, element));
+    (await before)?.remove();
   }
 
   // The night.
@@ -131,7 +134,7 @@
       .filter((y) => y !== null);
     const low = Math.min(...settled), high = Math.max(...settled), room = 0.05 * (high - low) || 0.01;
     const figure_ = figure({
-      x_axis_label: key === "step" ? "step" : "seconds of training", y_axis_label: "training loss, nats a token",
+      x_axis_label: key === "step" ? "step" : "seconds of training", y_axis_label: "loss, nats a token",
       y_range: new Bokeh.Range1d({ start: low - room, end: high + room }),
     });
     const lines = [], legend = document.createElement("p");
@@ -226,11 +229,12 @@
   }
 
   function filter() {
-    const words = byId("find").value.toLowerCase().split(/\s+/).filter(Boolean), only = byId("only").value;
+    const words = byId("find").value.trim().toLowerCase(), only = byId("only").value;
     let count = 0;
     for (const row of rows) {
-      const text = (row.textContent + " " + byId("e" + row.dataset.number).textContent).toLowerCase();
-      row.hidden = (only && row.dataset.result !== only) || !words.every((word) => text.includes(word));
+      // A long description is cut in the table, and whole in its article.
+      const whole = byId("e" + row.dataset.number).querySelector(".words") ?? row.cells[1];
+      row.hidden = (only && row.dataset.result !== only) || !whole.textContent.toLowerCase().includes(words);
       count += !row.hidden;
     }
     byId("count").textContent = count === rows.length ? "" : `${count} of ${rows.length}`;

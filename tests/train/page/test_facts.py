@@ -76,7 +76,7 @@ def test_json_is_the_same_facts_and_writes_nothing(tmp_path, capsys, monkeypatch
     monkeypatch.setattr("train.page.library.find_spec", lambda name: None)  # it needs no plotting library
     a_small_night(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("train.report.time.time", lambda: NOW)
+    monkeypatch.setattr("train.report.time", lambda: NOW)
     assert report_main(["--json", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(facts_of(tmp_path)))
     assert sorted(tmp_path.rglob("*")) == before

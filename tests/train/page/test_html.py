@@ -292,8 +292,8 @@ def test_watching_a_night(tmp_path, monkeypatch, capsys):
     write_run(folder, metrics="\n".join(json.dumps(row) for row in rows_of(100)[:20]))
     (folder / "summary.json").unlink()
     (folder / "config.json").write_text(json.dumps({"config": {"description": "<i>now", "time_budget": 60}}))
-    monkeypatch.setattr("train.report.time.time", lambda: (folder / "metrics.jsonl").stat().st_mtime + 1)
-    monkeypatch.setattr("train.report.time.sleep", sleep)
+    monkeypatch.setattr("train.report.time", lambda: (folder / "metrics.jsonl").stat().st_mtime + 1)
+    monkeypatch.setattr("train.report.sleep", sleep)
     monkeypatch.setattr("train.report.replace_file", replace)
     monkeypatch.setattr("prepare.words.SAID", set())
     with pytest.raises(NightIsOverError):
