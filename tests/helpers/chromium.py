@@ -97,11 +97,11 @@ class Browser:
             raise RuntimeError(found["exceptionDetails"].get("exception", {}).get("description", expression))
         return found["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 60.0) -> None:
+    def until(self, expression: str, seconds: float = 20.0) -> None:
         """Waits for it to be true; raises TimeoutError where it never is."""
         self.wait(lambda: self.value(f"Boolean({expression})"), expression, seconds)
 
-    def wait(self, what: Callable[[], bool], name: str, seconds: float = 60.0) -> None:
+    def wait(self, what: Callable[[], bool], name: str, seconds: float = 20.0) -> None:
         end = time.monotonic() + seconds
         while not what():
             if time.monotonic() > end:
@@ -123,7 +123,9 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def move_to(self, x: float, y: float) -> None:
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        """In two moves, as a hand does: what a pointer enters may listen from the next one on."""
+        for nearly in (1, 0):
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x - nearly, y=y)
 
     def type(self, words: str) -> None:
         self.call("Input.insertText", text=words)
