@@ -27,8 +27,8 @@ OTHERS = {"cd", "echo", "export", "git", "grep", "source", "tail"}  # programs w
 # What neither matches, or both, fails.
 RUN = (
     "prepare --source (my_folder|stories)", "train --help", "train.sample ", "train.evaluate ", "train.export ",
-    "train.curves ", "train.replay ", "train.report(?! --watch)", "train.compare ", "bench.roofline", "bench.regressions ",
-    "bench.runs ",
+    "train.curves ", "train.replay ", "train.report(?! --watch)", "train.compare ", "bench.roofline",
+    "bench.regressions ", "bench.runs ",
 )  # fmt: skip
 NOT_RUN = {
     "prepare( --vocab-size 32768 --out .*)?$": "reads the whole standard library",

@@ -41,8 +41,7 @@ def facts(runs: Sequence[dict], ledgers: Sequence[Ledger], folders: Folders, now
         for i in contests.enter(group):
             levels[i].append({"number": numbers[name], "ledger": ledger, "time": group.first["time"],
                               "mean": number(fmean(group.numbers.values()), 9)})  # fmt: skip
-    now_running = [run for label, ledger in where.items() for run in running(
-        ledger.folder, label, [r for r in runs if r["ledger"] == label], folders, now)]  # fmt: skip
+    now_running = [run for label, ledger in where.items() for run in running(ledger, label, folders, now)]
     for run in now_running:
         held = contests.latest(run["ledger"])
         run["incumbent"] = numbers.get(held) if held else None

@@ -8,17 +8,18 @@ from statistics import median
 
 from prepare.words import printable
 
+from ..results.ledger import Ledger
 from .folders import Folders, number
 
 # Without a word for so long, a run is taken to have been killed. A run that hangs ends itself after 600 s.
 SILENT = 900.0
 
 
-def running(ledger: Path, label: str, rows: Sequence[dict], folders: Folders, now: float) -> list[dict]:
-    """The runs below `ledger` that go on at `now`, in seconds since 1970; `rows`: those that the ledger has."""
-    ended = {run["folder"]: run for run in rows}
+def running(ledger: Ledger, label: str, folders: Folders, now: float) -> list[dict]:
+    """The runs beside `ledger` that go on at `now`, in seconds since 1970."""
+    ended = {run["run"]: run for run in ledger.runs()}
     found = []
-    for name, folder in sorted(folders.of(ledger).items()):
+    for name, folder in sorted(folders.of(ledger.folder).items()):
         if (folder / "summary.json").exists() or not (sign := _last_sign(folder)):
             continue
         row = ended.get(name)

@@ -247,7 +247,7 @@ def test_what_does_not_run(tmp_path):
     add(Ledger(tmp_path), entry("failed", time=then))
     begin_run(tmp_path / "failed", NOW - 1, done=20)
     (tmp_path / "no-run").mkdir()
-    assert facts_of(tmp_path)["running"] == []
+    assert facts_of(tmp_path)["running"] == facts_of(tmp_path / "worse")["running"] == []
 
 
 def test_one_that_was_interrupted_runs_again_when_it_writes_again(tmp_path):
