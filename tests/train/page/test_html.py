@@ -59,9 +59,9 @@ def test_hostile_words_are_text_wherever_they_stand(tmp_path, words):
     places = {"description": words, "flags": [words], "commit": words, "doubts": [words], "audit": words}
     a_small_night(tmp_path / "plain", flags=["x"])
     a_small_night(tmp_path / "hostile", description=words, flags=[words], commit=words)
-    (tmp_path / "plain" / "worse" / "sample.txt").write_text("sample")
-    (tmp_path / "hostile" / "worse" / "sample.txt").write_bytes(words.encode(errors="surrogateescape")
-        if "\ud800" not in words else b"\xff\x00")  # fmt: skip
+    for night, said in (("plain", "x"), ("hostile", words)):
+        for name, content in (("sample.txt", said), ("changes.diff", f"+{said}\n-{said}\n {said}\n@@ {said}\n")):
+            (tmp_path / night / "worse" / name).write_bytes(content.encode(errors="replace"))
     add(Ledger(tmp_path / "hostile"), entry("odd", 1.0, **places))
     add(Ledger(tmp_path / "plain"), entry("odd", 1.0, **{**places, "description": "x", "audit": "x", "doubts": ["x"]}))
     plain, hostile = (page_of(tmp_path / name) for name in ("plain", "hostile"))
@@ -73,6 +73,9 @@ def test_hostile_words_are_text_wherever_they_stand(tmp_path, words):
     assert article.all("bdi")[0].text == shown
     assert shown in article.text
     assert shown in hostile.one("section", id="failures").text
+    worse, there = hostile.one("article", id="e4"), printable(words.encode(errors="replace").decode())
+    assert worse.one("pre", class_="diff").text == f"+{there}\n-{there}\n {there}\n@@ {there}"
+    assert worse.one("pre", class_="sample").text == there
 
 
 def shape(element) -> list:
