@@ -39,8 +39,6 @@
     const before = views.get(element);
     views.set(element, Bokeh.Plotting.show(figure, element));
     (await before)?.remove();
-    await views.get(element);
-    figure.toolbar.active_changed.emit(); // only by this the library sees that no tool wants the finger
   }
 
   // The night.
