@@ -106,7 +106,7 @@ def _top(facts: dict, time: str, refresh: int | None) -> str:
         change = f"{gain:+.1f} % from {best['first']:.4f}" if best["now"] != best["first"] else "no gain so far"
         tiles.append((f"{best['now']:.4f}", f"val_bpb now, {change}", "good" if gain < 0 else ""))
     tiles += [
-        (str(totals["kept"]), "kept, the first among them", "good"),
+        (str(totals["kept"]), "kept, the baseline included", "good"),
         (str(totals["worse"] + totals["no_gain"]), f"not better, {totals['worse']} of them surely worse", ""),
         (str(totals["undecided"] + totals["not_compared"]), "undecided or not compared", ""),
         (str(totals["crashed"]), "crashed", "bad" if totals["crashed"] else ""),

@@ -29,6 +29,7 @@ from train.page.html import _script, page
 from train.page.html_text import text
 from train.page.library import FILES, library
 from train.report import main as report_main
+from train.resilience import durable
 from train.results.ledger import Ledger
 
 HOSTILE = [
@@ -265,6 +266,25 @@ def test_a_package_that_is_damaged_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.page.library.FILES", ("no-such.js",))
     assert report_main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: report.html: the package bokeh is damaged (")
+
+
+@pytest.mark.usefixtures("small_library")
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    add(Ledger(tmp_path), entry("a", 1.0))
+    (tmp_path / "report.html").write_text("before")
+    real = durable.write_synced
+
+    def full(path, *pieces):
+        if not path.name.startswith("report.html"):
+            return real(path, *pieces)
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(durable, "write_synced", full)
+    assert report_main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "report.html").read_text() == "before"
+    assert {path.name for path in tmp_path.glob("report.*")} == {"report.html", "report.md", "report.png"}
 
 
 class NightIsOverError(Exception):
