@@ -23,13 +23,13 @@ def details(one: dict, facts: dict) -> str:
     against = next((e for e in facts["experiments"] if e["number"] == one["incumbent"]), None)
     head = (f'<article id="e{number}" data-number="{number}"><h2><span class="quiet">#{number}</span> '
             f'<bdi dir="auto">{text(shorten(title))}</bdi></h2>')  # fmt: skip
-    whole = f'<div class="words" dir="auto">{text(title)}</div>' if len(title) > len(shorten(title)) else ""
+    whole = f'<div class="words bounded" dir="auto">{text(title)}</div>' if len(title) > len(shorten(title)) else ""
     flags = f"; flags: <code>{text(' '.join(one['flags']))}</code>" if one["flags"] else ""
-    origin = (f'<p class="quiet">commit {text(one["commit"])}, group {text(one["name"])} of {text(one["ledger"])},'
+    origin = (f'<p class="quiet bounded">commit {text(one["commit"])}, group {text(one["name"])} of {text(one["ledger"])},'
               f' {text(one["time"])}; {text(one["budget"])}{flags}</p>')  # fmt: skip
     verdict = (f'<p class="verdict {one["result"].replace(" ", "-")}"><b>{one["result"]}.</b> '
                f"{text(one['in_words'])}</p>")  # fmt: skip
-    note = f'<p class="quiet">In the ledger: {text(one["verdict"])}. {text(one["note"])}</p>'
+    note = f'<p class="quiet bounded">In the ledger: {text(one["verdict"])}. {text(one["note"])}</p>'
     missing = "".join(f'<p class="missing">{text(words)}</p>' for words in one.get("missing") or ())
     over = ""
     if against:
