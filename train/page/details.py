@@ -23,7 +23,8 @@ def details(one: dict, facts: dict) -> str:
     against = next((e for e in facts["experiments"] if e["number"] == one["incumbent"]), None)
     head = (f'<article id="e{number}" data-number="{number}"><h2><span class="quiet">#{number}</span> '
             f'<bdi dir="auto">{text(shorten(title))}</bdi></h2>')  # fmt: skip
-    whole = f'<div class="words bounded" dir="auto">{text(title)}</div>' if len(title) > len(shorten(title)) else ""
+    cut = shorten(title) != title
+    whole = f'<div class="words bounded" dir="auto">{text(title)}</div>' if cut else ""
     flags = f"; flags: <code>{text(' '.join(one['flags']))}</code>" if one["flags"] else ""
     origin = (f'<p class="quiet bounded">commit {text(one["commit"])}, group {text(one["name"])} of {text(one["ledger"])},'
               f' {text(one["time"])}; {text(one["budget"])}{flags}</p>')  # fmt: skip
