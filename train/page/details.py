@@ -26,8 +26,9 @@ def details(one: dict, facts: dict) -> str:
     cut = shorten(title) != title
     whole = f'<div class="words bounded" dir="auto">{text(title)}</div>' if cut else ""
     flags = f"; flags: <code>{text(' '.join(one['flags']))}</code>" if one["flags"] else ""
-    origin = (f'<p class="quiet bounded">commit {text(one["commit"])}, group {text(one["name"])} of {text(one["ledger"])},'
-              f' {text(one["time"])}; {text(one["budget"])}{flags}</p>')  # fmt: skip
+    group = f"group {text(one['name'])} of {text(one['ledger'])}"
+    origin = (f'<p class="quiet bounded">commit {text(one["commit"])}, {group}, {text(one["time"])};'
+              f" {text(one['budget'])}{flags}</p>")  # fmt: skip
     verdict = (f'<p class="verdict {one["result"].replace(" ", "-")}"><b>{one["result"]}.</b> '
                f"{text(one['in_words'])}</p>")  # fmt: skip
     note = f'<p class="quiet bounded">In the ledger: {text(one["verdict"])}. {text(one["note"])}</p>'
