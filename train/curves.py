@@ -1,4 +1,5 @@
-"""`python -m train.curves RUN`: draws `curves.png`, loss, learning rate, tokens/s and MFU against seconds."""
+"""`python -m train.curves RUN`: draws `curves.png`: val_bpb, and against seconds the loss, the learning rate, the pace,
+and on a GPU MFU."""
 
 import json
 import math
@@ -45,48 +46,60 @@ def draw_curves(folder: Path) -> Path | None:
         return None
 
 
+def read_bpb(folder: Path) -> float | None:
+    """The val_bpb of the run's summary; None where it has none, or none that can be read."""
+    try:
+        value = json.loads((folder / "summary.json").read_bytes())["val_bpb"]
+        return float(value) if math.isfinite(value) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return None
+
+
 def _draw(folder: Path, steps: list[dict]) -> Path:
     seconds = list(accumulate(step["seconds"] for step in steps))
     first_timed = next((i for i, step in enumerate(steps) if step.get("timed_seconds", 1) > 0), 0)
 
-    figure = new_figure(10, 6.4)
-    panels = figure.subplots(2, 2, sharex=True).ravel()
-    figure.suptitle(printable(folder.resolve().name), fontsize=12, color=INK)
-
     def series(key: str) -> list[float]:
         return [math.nan if step[key] is None else step[key] for step in steps]
 
-    loss, rate, pace, mfu = panels
+    has_mfu = not all(math.isnan(value) for value in series("mfu"))
+    figure = new_figure(10, 6.4)
+    # Without a GPU there is no MFU: the loss has the room of two.
+    panels = figure.subplot_mosaic("lr;pm" if has_mfu else "lr;lp", sharex=True)
+    bpb = read_bpb(folder)
+    figure.suptitle(printable(folder.resolve().name) + (f": val_bpb {bpb:.6f}" if bpb is not None else ""),
+                    fontsize=12, color=INK)  # fmt: skip
+
+    loss, rate, pace = (panels[name] for name in "lrp")
     loss.plot(seconds, series("loss"), color=ORANGE, linewidth=0.7, alpha=0.6, label="step")
     loss.plot(seconds, series("smooth_loss"), color=BLUE, linewidth=1.6, label="average")
     loss.legend(frameon=False, fontsize=9, loc="upper right")
-    loss.set_title("training loss, nats per token", **_TITLE)
+    _say(loss, "training loss", "nats per token")
     rate.plot(seconds, series("lr_multiplier"), color=BLUE, linewidth=1.6)
     rate.set_ylim(-0.03, 1.05)
-    rate.set_title("learning rate, share of the full one", **_TITLE)
+    _say(rate, "learning rate", "share of the full one")
     pace.plot(seconds, series("tokens_per_second"), color=BLUE, linewidth=0.8)
     pace.set_ylim(0, 1.15 * _high(series("tokens_per_second")[first_timed:]))
     pace.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    pace.set_title("tokens per second", **_TITLE)
-    if all(math.isnan(value) for value in series("mfu")):
-        mfu.text(0.5, 0.5, "n/a: no GPU", transform=mfu.transAxes, ha="center", va="center", color=GREY, fontsize=11)
-        mfu.set_axis_off()
-    else:
-        mfu.plot(seconds, series("mfu"), color=BLUE, linewidth=0.8)
-        mfu.set_ylim(0, 1.15 * _high(series("mfu")[first_timed:]))
-    mfu.set_title("MFU, percent of an H100's bf16 peak", **_TITLE)
-    for panel in panels:
+    _say(pace, "pace", "tokens per second")
+    if has_mfu:
+        panels["m"].plot(seconds, series("mfu"), color=BLUE, linewidth=0.8)
+        panels["m"].set_ylim(0, 1.15 * _high(series("mfu")[first_timed:]))
+        _say(panels["m"], "MFU", "percent of an H100's bf16 peak")
+    for panel in panels.values():
         tidy(panel)
         panel.set_xlim(0, seconds[-1])
-        if first_timed and panel.axison:
+        panel.tick_params(labelbottom=True)
+        panel.set_xlabel("seconds of steps" + (" (grey: untimed)" if first_timed else ""), fontsize=9, color=INK)
+        if first_timed:
             panel.axvspan(0, seconds[first_timed - 1], color=GREY, alpha=0.15, linewidth=0)
-    for panel in panels[2:]:
-        panel.set_xlabel("seconds of steps" + (" (grey: untimed)" if first_timed else ""), fontsize=10, color=INK)
     save(figure, folder / NAME)
     return folder / NAME
 
 
-_TITLE = {"fontsize": 10, "loc": "left", "color": INK}
+def _say(panel, title: str, unit: str) -> None:
+    panel.set_title(title, fontsize=10, loc="left", color=INK)
+    panel.set_ylabel(unit, fontsize=9, color=INK)
 
 
 def _high(values: list[float]) -> float:

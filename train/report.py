@@ -1,39 +1,33 @@
-"""`python -m train.report [RUNS…]`: a night of experiments as one picture and one table."""
+"""`python -m train.report [RUNS…]`: a night of experiments as a page, a picture and a table."""
 
-import heapq
+import json
 import math
 import re
 import statistics
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from time import sleep, time
+from typing import NoReturn
 
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
-from prepare.words import printable
+from prepare.words import printable, say_once
 
+from .page.facts import facts
+from .page.folders import Folders
+from .page.html import page
 from .resilience.durable import replace_file
-from .results.judge import (
-    CRASH,
-    DISCARD,
-    INCUMBENT,
-    KEEP,
-    Experiment,
-    believable,
-    differences,
-    experiments,
-    incumbent_of,
-    next_seed,
-    noise_among,
-)
-from .results.ledger import Ledger, name_of
+from .results.judge import CRASH, believable, experiments, incumbent_of
+from .results.ledger import Ledger
+from .results.night import comparable_sets, findings, fresh, gather, headline, limits, verdict_of
 from .results.plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, save, tidy
-from .results.statistics import Numbers, difference, spread, to_go_on
+from .results.statistics import spread
 
 LABEL_CHARS = 34
+WATCH = 15  # seconds between two pages of a night that goes on
 FONT_SIZE = 8.5  # of the labels, in points
 
 
@@ -41,77 +35,74 @@ def main(args: list[str] | None = None) -> int:
     parser = Parser("train.report", __doc__)
     parser.add_argument("runs", metavar="RUNS", nargs="*", type=Path, default=[Path("runs")],
                         help="folders with a ledger, or single runs (default: runs)")  # fmt: skip
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="for report.png, report.md (default: the ledger's)")
+    parser.add_argument("--out", metavar="FOLDER", type=Path,
+                        help="for report.html, report.png, report.md (default: the first ledger's)")  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--no-page", action="store_true", help="the picture and the table alone, without report.html")
+    what.add_argument("--json", action="store_true", help="print what the page shows, as JSON; write nothing")
+    what.add_argument("--watch", metavar="SECONDS", nargs="?", type=int, const=WATCH,
+                      help=f"make the page anew so often, until Ctrl-C (default: {WATCH})")  # fmt: skip
     options = parser.parse_args(args)
+    if options.watch is not None and options.watch < 1:
+        parser.error(f"--watch {options.watch} must be at least 1")
     try:
+        if options.json:
+            runs, ledgers = gather(options.runs)
+            print(json.dumps(facts(runs, ledgers, Folders(), time()), allow_nan=False))
+            return 0
+        if options.watch:
+            watch(options.runs, options.out, options.watch)
         runs, ledgers = gather(options.runs)
         out = options.out or ledgers[0].folder
         out.mkdir(parents=True, exist_ok=True)
         text = table(runs, ledgers)
         replace_file(out / "report.md", text.encode())
         draw(runs, out / "report.png")
+        written = [out / "report.md", out / "report.png"]
+        if not options.no_page:
+            write_page(runs, ledgers, Folders(), out)
+            written.append(out / "report.html")
     except (InputError, OSError) as error:
         print(f"error: {one_line(error, 'name other RUNS, or another folder with --out')}", file=sys.stderr)
         return 2
-    print(text.partition("\n\n| ")[0])
-    print(f"\n{printable(out / 'report.md')}\n{printable(out / 'report.png')}")
+    print(text.partition("\n\n| ")[0], end="\n\n")
+    print("\n".join(map(printable, written)))
     return 0
 
 
-def gather(paths: Sequence[Path]) -> tuple[list[dict], list[Ledger]]:
-    """The runs that `paths` name, oldest first, and the ledgers they are in. Raises InputError.
-
-    Two ledgers are merged by the wall clock; inside one its own order holds, however that clock was set.
-    """
-    chosen: dict[Path, list[dict]] = {}
-    ledgers: dict[Path, Ledger] = {}
-    for path in paths:
-        if (path / "results.jsonl").is_file():
-            ledger, wanted = Ledger(path), None
-        else:
-            ledger, wanted = Ledger.beside(path), name_of(path)
-        folder = ledger.folder.resolve()
-        ledgers.setdefault(folder, ledger)
-        runs = [run for run in ledger.runs() if wanted in (None, run["run"], run["group"])]
-        if not runs:
-            raise InputError(f"{path} has no run in a ledger (results.jsonl): name a folder of runs, or a run")
-        chosen.setdefault(folder, []).extend(runs)
-    in_order = [[run for run in ledgers[folder].runs() if run in runs] for folder, runs in chosen.items()]
-    return [*heapq.merge(*in_order, key=lambda run: run["time"])], list(ledgers.values())
+def write_page(
+    runs: Sequence[dict], ledgers: Sequence[Ledger], folders: Folders, out: Path, refresh: int | None = None
+) -> None:
+    now = time()
+    replace_file(out / "report.html", page(facts(runs, ledgers, folders, now), now, refresh))
 
 
-def comparable_sets(runs: Sequence[dict]) -> list[list[dict]]:
-    """Finished runs by what they may be compared with, the largest set first."""
-    sets: list[list[dict]] = []
-    for run in filter(believable, runs):
-        home = next((s for s in sets if not differences(s[0], run)), None)
-        sets.append([run]) if home is None else home.append(run)
-    return sorted(sets, key=len, reverse=True)
-
-
-def headline(groups: dict[str, Experiment]) -> str:
-    counts = Counter(group.status for group in groups.values())
-    of = f"{len(groups)} experiment{'s' * (len(groups) != 1)}"
-    return f"{of}: " + ", ".join(f"{counts[s]} {s}" for s in (KEEP, DISCARD, CRASH))
-
-
-def fresh(group: Experiment) -> list[float]:
-    """Its numbers on seeds that came after it was found to be better."""
-    runs = group.confirmations or [run for run in group.runs if run["verdict"] == INCUMBENT]
-    return [run["val_bpb"] for run in runs if believable(run)]
-
-
-def verdict_of(group: Experiment) -> str:
-    """Of the run that decided."""
-    runs = group.confirmations or group.runs
-    run = [run for run in runs if run["verdict"] != INCUMBENT][-1:] or runs[-1:]
-    return _verdict(run[0])
+def watch(paths: Sequence[Path], out: Path | None, seconds: int) -> NoReturn:
+    """Makes the page anew, also of a night that has no run yet. What cannot be read or written the first time is the
+    caller's to mend; later on the night goes on, and so does this."""
+    folders, first = Folders(), True
+    while True:
+        try:
+            runs, ledgers = gather(paths, may_be_empty=True)
+            where = out or ledgers[0].folder
+            where.mkdir(parents=True, exist_ok=True)
+            write_page(runs, ledgers, folders, where, seconds)
+        except OSError as error:
+            if first:
+                raise
+            say_once("watch", f"the page stays as it was: {one_line(error, 'it is tried again')}")
+        if first:
+            print(f"{printable(where / 'report.html')}\nmade anew every {seconds} s, until Ctrl-C", flush=True)
+        first = False
+        sleep(seconds)
 
 
 def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
     """The report in Markdown: what was found, then a row for every experiment, in order."""
     groups = experiments(runs)
-    lines = [f"# {headline(groups)}", "", *findings(runs, groups)]
+    lines = [f"# {headline(groups)}", ""]
+    for words, under in findings(runs, _text):
+        lines += [f"- {words}", *(f"  - {more}" for more in under)]
     damaged = sum(ledger.entries()[1] for ledger in ledgers)
     looks = sum(ledger.holdout_uses() for ledger in ledgers)
     if looks:
@@ -130,63 +121,6 @@ def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
         )  # fmt: skip
         lines.append("| " + " | ".join(map(_text, cells)) + " |")
     return "\n".join(lines) + "\n"
-
-
-def findings(runs: Sequence[dict], groups: dict[str, Experiment]) -> list[str]:
-    """The incumbent of each set of comparable runs, what it gained and by which way, and what a new run has to beat."""
-    lines = []
-    sets = comparable_sets(runs)
-    for members in sets:
-        where, incumbent = members[0]["comparable"], incumbent_of(members)
-        if incumbent is None:
-            continue
-        first = experiments(members)[members[0]["group"]]
-        count = f"{len(members)} run{'s' * (len(members) != 1)}"
-        lines.append(f"- {where['budget']} on {_text(where['machine'])}, {count}: first"
-                     f" {spread([*first.numbers.values()])}, now {spread([*incumbent.numbers.values()])}"
-                     f" ({_text(incumbent.name)}: {_text(incumbent.first['description'])})")  # fmt: skip
-        noise = noise_among(members)
-        if noise is None:
-            lines.append("  - nothing is known of the noise: `--repeat 3` shows it")
-            continue
-        if incumbent.name != first.name:
-            found = difference(incumbent.numbers, first.numbers, noise)
-            low, high = found.interval
-            lines.append(f"  - against the first: {found.mean:+.6f}, with 95 % from {low:+.6f} to {high:+.6f};"
-                         f" {_text(way(incumbent, first, runs))}")  # fmt: skip
-        seed = next_seed({}, incumbent.numbers)
-        lines.append(f"  - a new run goes on to a second seed where, with seed {seed}, it is below"
-                     f" {to_go_on(seed, incumbent.numbers, noise):.6f}")  # fmt: skip
-    for members in sets[1:]:
-        first, reasons = _text(members[0]["run"]), _text("; ".join(differences(members[0], sets[0][0])))
-        some = "1 run," if len(members) == 1 else f"{len(members)} runs, from"
-        more = f"{some} {first}, is" if len(members) == 1 else f"{some} {first} on, are"
-        lines.append(f"- {more} not compared with the others: {reasons}")
-    return lines
-
-
-def way(ours: Experiment, theirs: Experiment, runs: Sequence[dict]) -> str:
-    """Whether a gain inside a time budget came of more tokens or of better ones: by runs of equal steps where there are
-    any, of the same code, else by the tokens."""
-    code = ("commit_sha", "diff_sha256")
-    sides: list[Numbers] = []
-    steps = [run for run in runs if believable(run) and re.fullmatch(r"\d+ steps", run["budget"])]
-    for experiment in (ours, theirs):
-        same = [run for run in steps if all(run.get(key) == experiment.first.get(key) for key in code)]
-        sides.append({run["seed"]: run["val_bpb"] for run in same if not differences(run, steps[0])})
-    pace = [(run.get("summary") or {}).get("tokens_per_second") for run in (ours.latest, theirs.latest)]
-    tokens = f"{pace[0] / pace[1] - 1:+.1%} tokens a second" if all(pace) else "tokens a second are not known"
-    noise = noise_among([run for run in steps if not differences(run, steps[0])])
-    if not all(sides) or noise is None:
-        return f"{tokens}; runs of both by --steps would tell faster from better per token"
-    found = difference(*sides, noise)
-    low, high = found.interval
-    word = "better per token" if high < 0 else "worse per token" if low > 0 else "per token no difference is seen"
-    return f"{tokens}; at equal steps {found.mean:+.6f}, from {low:+.6f} to {high:+.6f}: {word}"
-
-
-def _verdict(run: dict) -> str:
-    return run["verdict"] + (f" ({run['note']})" if run["note"] else "")
 
 
 # What Markdown would take for markup, in a table too; an underscore inside a word is none.
@@ -274,20 +208,6 @@ def draw(runs: Sequence[dict], path: Path) -> None:
     figure.draw_without_rendering()  # only now is it known where a point lies
     label(axes, keeps)
     save(figure, path)
-
-
-def limits(shown: Sequence[dict]) -> tuple[float, float]:
-    """The range of val_bpb that is worth seeing: from below the best to beyond every keep, what fresh seeds gave, and
-    most others. What is worse than that would squeeze the differences that matter into a line."""
-    values = sorted(run["val_bpb"] for run in shown)
-    if not values:
-        return 0.0, 1.0
-    best = values[0]
-    wanted = max((run["val_bpb"] for run in shown if run["status"] == KEEP or run.get("confirms")), default=best)
-    most, middle = values[math.ceil(0.85 * (len(values) - 1))], statistics.median(values)
-    high = max(wanted, min(most, best + 4 * (middle - best)))
-    room = (high - best) or 0.01 * best
-    return best - 0.2 * room, high + 0.12 * room
 
 
 def label(axes, keeps: Sequence[tuple[float, float, float, str]]) -> None:

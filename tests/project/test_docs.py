@@ -27,14 +27,15 @@ OTHERS = {"cd", "echo", "export", "git", "grep", "source", "tail"}  # programs w
 # What neither matches, or both, fails.
 RUN = (
     "prepare --source (my_folder|stories)", "train --help", "train.sample ", "train.evaluate ", "train.export ",
-    "train.curves ", "train.replay ", "train.report", "train.compare ", "bench.roofline", "bench.regressions ",
-    "bench.runs ",
+    "train.curves ", "train.replay ", "train.report(?! --watch)", "train.compare ", "bench.roofline",
+    "bench.regressions ", "bench.runs ",
 )  # fmt: skip
 NOT_RUN = {
     "prepare( --vocab-size 32768 --out .*)?$": "reads the whole standard library",
     "prepare --source climbmix": "needs a network",
     "train( --(?!help)|$)": "trains",
     "train.doctor": "tries a kernel",
+    "train.report --watch": "goes on until Ctrl-C",
     "bench.gpu_tests": "needs a GPU",
     "bench.offline": "compiles every kernel",
     "train.tune": "compiles kernels, or needs a GPU",
@@ -245,13 +246,14 @@ def test_pytest_takes_what_is_given_to_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, small_run):
-    """A folder in which the commands find what they name: RUN, my_folder, stories.txt.gz, results, a ledger."""
+    """A folder in which the commands find what they name: RUN, my_folder, stories.txt.gz, results, ledgers."""
     import gzip
 
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(small_run, folder / "RUN")
     shutil.copy(small_run.parent / "results.jsonl", folder)
-    a_night(folder / "runs", 3)
+    for name in ("runs", "gpu0", "gpu1"):
+        a_night(folder / name, 3)
     write_corpus(folder / "my_folder", 60)
     texts = [f"story {i}, which is not the one before it" * 20 for i in range(60)]
     (folder / "stories.txt.gz").write_bytes(gzip.compress("<|endoftext|>".join(texts).encode()))

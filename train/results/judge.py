@@ -4,6 +4,7 @@ An experiment is a group of runs, one for each seed. One experiment at a time is
 and then whichever was found to be better. The others are compared with it, seed by seed (`statistics`).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -210,6 +211,13 @@ def _against(incumbent: Experiment, run: dict, comparable: Sequence[dict]) -> Ju
     if word == BETTER:
         return Judgement(KEEP, BETTER, note)
     return Judgement(DISCARD, word if word == NOT_BETTER else f"undecided: next seed {seed}", note)
+
+
+def interval_in(note: str) -> dict[str, float] | None:
+    """The difference that a note speaks of, as `mean`, `low`, `high` (95 %) and `p`; None where it speaks of none."""
+    # The last one: what stands before it is a name, which may be anything.
+    found = re.findall(r": ([+-]\d+\.\d+), with 95 % from ([+-]\d+\.\d+) to ([+-]\d+\.\d+); p (\d\.\d+)", note)
+    return dict(zip(("mean", "low", "high", "p"), map(float, found[-1]), strict=True)) if found else None
 
 
 def _by_seed(ours: Numbers, theirs: Numbers) -> str:

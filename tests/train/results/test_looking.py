@@ -19,9 +19,9 @@ from train.config import ROOT, TrainConfig, resolve
 from train.curves import draw_curves
 from train.curves import main as curves_main
 from train.memory import check_fits, count
-from train.report import gather, limits
 from train.report import main as report_main
 from train.results.ledger import Ledger
+from train.results.night import gather, limits
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -148,6 +148,28 @@ def metrics(folder: Path, **changed) -> Path:
 def test_curves_of_a_damaged_log(tmp_path, changed):
     assert png_size(draw_curves(metrics(tmp_path / "run", **changed))) == (1000, 640)
     assert not list((tmp_path / "run").glob("*.part"))
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize(("mfu", "panels"), [
+    (None, ["nats per token", "share of the full one", "tokens per second"]),
+    (41.5, ["nats per token", "share of the full one", "tokens per second", "percent of an H100's bf16 peak"]),
+])  # fmt: skip
+@pytest.mark.parametrize(("summary", "title"), [
+    ('{"val_bpb": 1.1280014}', "run: val_bpb 1.128001"), ("{", "run"), ('{"val_bpb": null}', "run"),
+    ('{"val_bpb": NaN}', "run"), ("[]", "run"),
+])  # fmt: skip
+def test_curves_have_a_panel_for_what_there_is_and_the_number(tmp_path, monkeypatch, mfu, panels, summary, title):
+    drawn = []
+    monkeypatch.setattr("train.curves.save", lambda figure, path: drawn.append(figure))
+    folder = metrics(tmp_path / "run", mfu=mfu)
+    (folder / "summary.json").write_text(summary)
+    draw_curves(folder)
+    (figure,) = drawn
+    assert [panel.get_ylabel() for panel in figure.axes] == panels
+    assert all(panel.lines and panel.axison and panel.get_title("left") for panel in figure.axes)
+    assert {panel.get_xlabel() for panel in figure.axes} == {"seconds of steps (grey: untimed)"}
+    assert figure.get_suptitle() == title
 
 
 @pytest.mark.usefixtures("pictures")
