@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 
-from kernels import EPS, SOFTCAP
 from model import GPT
-from model.config import GATE_CHANNELS
 from prepare import InputError, Tokenizer
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.tokenizer import byte_of_char
 from prepare.words import is_utf8, printable
 
+from .plain import config_of
 from .resilience.durable import replace_file
 from .resilience.tensors import save_tensors
 from .results.run_folder import load_run, write_json
@@ -82,26 +81,9 @@ def write_and_compare(model: GPT, tokenizer: Tokenizer, to: Path) -> float:
 
 
 def exported_config(model: GPT, tokenizer: Tokenizer) -> dict:
-    config = model.config
     return {
         "model_type": "timebox",
-        "vocab_size": config.vocab_size,
-        "seq_len": config.seq_len,
-        "depth": config.depth,
-        "d_model": config.d_model,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "windows": config.windows,
-        "smear": config.smear,
-        "offset_layers": config.offset_layers,
-        "ve_layers": config.ve_layers,
-        "bigram_layers": config.bigram_layers,
-        "bigram_rows": config.bigram_rows,
-        "gate_channels": GATE_CHANNELS,
-        "rotary_base": config.rope_base,
-        "norm_eps": EPS,
-        "softcap": SOFTCAP,
+        **config_of(model.config),
         "bos": tokenizer.bos,
         "special_tokens": {name: tokenizer.bos + i for i, name in enumerate(tokenizer.special_tokens)},
     }
