@@ -78,7 +78,7 @@ FLOORS = (
     ("resilience",),
     ("results",),
     ("tune",),
-    ("curves", "generate", "loop"),
+    ("curves", "modeling", "plain", "generate", "loop"),
     ("trainer",),
     ("experiment",),
 )  # fmt: skip
