@@ -10,7 +10,7 @@ ifeq ($(origin PYTHON)$(wildcard $(PY)),command line$(PY))
 $(info note: $(VENV) is there and keeps its Python; for one with $(PYTHON): make clean, then this again)
 endif
 
-.PHONY: train dev test bench lint clean
+.PHONY: train dev test test-extras bench lint clean
 .DEFAULT_GOAL := train
 
 train: $(VENV)/.runtime
@@ -26,6 +26,10 @@ test: $(VENV)/.dev
 ifeq ($(strip $(ARGS)),)
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m bench.gpu_tests; fi
 endif
+
+# What the extra `hf` is for. It is large, and `make test` neither needs nor runs it.
+test-extras: $(VENV)/.hf
+	$(PY) -m pytest tests/extras $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
@@ -56,4 +60,9 @@ $(VENV)/.runtime: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
 	$(call install,.[dev])
+	@touch $@
+
+WITH_HF := .[dev,hf]
+$(VENV)/.hf: pyproject.toml $(VENV)/.dev
+	$(call install,$(WITH_HF))
 	@touch $@

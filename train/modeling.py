@@ -68,9 +68,7 @@ class Cache:
 class Span:
     """Tokens [B, T] that are read together, and what every layer asks of them: where they are, and what they see."""
 
-    def __init__(
-        self, config: dict, tokens: Tensor, cache: Cache | None, starts: Tensor | None, dtype: torch.dtype
-    ):
+    def __init__(self, config: dict, tokens: Tensor, cache: Cache | None, starts: Tensor | None, dtype: torch.dtype):
         self.tokens, self.cache, self.starts = tokens, cache, starts
         begin = cache.length if cache else 0
         self.positions = torch.arange(begin, begin + tokens.shape[1], device=tokens.device)

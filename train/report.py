@@ -13,7 +13,7 @@ from pathlib import Path
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
-from prepare.words import printable
+from prepare.words import markdown, printable
 
 from .resilience.durable import replace_file
 from .results.judge import (
@@ -128,7 +128,7 @@ def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
             f"{memory:.1f}", group.status, verdict_of(group), " ".join(tried[0].get("flags") or []),
             tried[0]["description"],
         )  # fmt: skip
-        lines.append("| " + " | ".join(map(_text, cells)) + " |")
+        lines.append("| " + " | ".join(map(markdown, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -142,9 +142,9 @@ def findings(runs: Sequence[dict], groups: dict[str, Experiment]) -> list[str]:
             continue
         first = experiments(members)[members[0]["group"]]
         count = f"{len(members)} run{'s' * (len(members) != 1)}"
-        lines.append(f"- {where['budget']} on {_text(where['machine'])}, {count}: first"
+        lines.append(f"- {where['budget']} on {markdown(where['machine'])}, {count}: first"
                      f" {spread([*first.numbers.values()])}, now {spread([*incumbent.numbers.values()])}"
-                     f" ({_text(incumbent.name)}: {_text(incumbent.first['description'])})")  # fmt: skip
+                     f" ({markdown(incumbent.name)}: {markdown(incumbent.first['description'])})")  # fmt: skip
         noise = noise_among(members)
         if noise is None:
             lines.append("  - nothing is known of the noise: `--repeat 3` shows it")
@@ -153,12 +153,12 @@ def findings(runs: Sequence[dict], groups: dict[str, Experiment]) -> list[str]:
             found = difference(incumbent.numbers, first.numbers, noise)
             low, high = found.interval
             lines.append(f"  - against the first: {found.mean:+.6f}, with 95 % from {low:+.6f} to {high:+.6f};"
-                         f" {_text(way(incumbent, first, runs))}")  # fmt: skip
+                         f" {markdown(way(incumbent, first, runs))}")  # fmt: skip
         seed = next_seed({}, incumbent.numbers)
         lines.append(f"  - a new run goes on to a second seed where, with seed {seed}, it is below"
                      f" {to_go_on(seed, incumbent.numbers, noise):.6f}")  # fmt: skip
     for members in sets[1:]:
-        first, reasons = _text(members[0]["run"]), _text("; ".join(differences(members[0], sets[0][0])))
+        first, reasons = markdown(members[0]["run"]), markdown("; ".join(differences(members[0], sets[0][0])))
         some = "1 run," if len(members) == 1 else f"{len(members)} runs, from"
         more = f"{some} {first}, is" if len(members) == 1 else f"{some} {first} on, are"
         lines.append(f"- {more} not compared with the others: {reasons}")
@@ -187,15 +187,6 @@ def way(ours: Experiment, theirs: Experiment, runs: Sequence[dict]) -> str:
 
 def _verdict(run: dict) -> str:
     return run["verdict"] + (f" ({run['note']})" if run["note"] else "")
-
-
-# What Markdown would take for markup, in a table too; an underscore inside a word is none.
-_MARKUP = re.compile(r"[\\`*\[\]<|~&$]|(?<![^\W_])_|_(?![^\W_])")
-
-
-def _text(words: str) -> str:
-    """One line of Markdown that shows `words` as they are."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(words.split())) or "-"
 
 
 def draw(runs: Sequence[dict], path: Path) -> None:
