@@ -107,7 +107,8 @@ def test_texts_of_a_batch_are_those_of_each_alone(loaded):
     assert torch.equal(at_once, theirs.generate(**batch, **options, use_cache=False))
     beams = theirs.generate(**batch, **options, num_beams=3)
     assert torch.equal(beams, theirs.generate(**batch, **options, num_beams=3, use_cache=False))
-    reserved = theirs.generation_config.suppress_tokens
+    reserved = list(range(tokenizer.bos_token_id + 1, model.config.vocab_size))
+    assert theirs.generation_config.suppress_tokens == reserved
     for prompt, written in zip(prompts, at_once, strict=True):
         start = tokenizer(prompt).input_ids
         alone = generate(model, start, 8, banned=reserved, temperature=0, top_k=0, seed=0)
@@ -121,6 +122,16 @@ def test_a_text_may_be_longer_than_a_row(loaded):
     written = theirs.generate(**start, **options)
     assert written.shape[1] > 100 > model.config.seq_len
     assert torch.equal(written, theirs.generate(**start, **options, use_cache=False))
+
+
+def test_what_programs_ask_of_the_configuration(loaded):
+    """Under the names that transformers has for them; lm-eval takes the length of a row from there."""
+    theirs, tokenizer, model = loaded
+    asked, shape = theirs.config, model.config
+    assert asked.max_position_embeddings == tokenizer.model_max_length == shape.seq_len
+    assert (asked.hidden_size, asked.num_hidden_layers, asked.vocab_size) == (64, 3, shape.vocab_size)
+    assert (asked.num_attention_heads, asked.num_key_value_heads) == (shape.num_heads, shape.kv_heads)
+    assert theirs.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_rounded_weights(exported):
