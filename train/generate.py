@@ -37,11 +37,13 @@ def caching(model: GPT) -> Reader:
 
     def reader(tokens: list[int]) -> Tensor:
         nonlocal cache, read
-        if tokens[: len(read)] != read or len(tokens) == len(read):  # another text
+        if not read or tokens[: len(read)] != read or len(tokens) == len(read):  # another text
             cache, read = Cache(), []
         new = torch.tensor([tokens[len(read) :]], device=device)
+        read = []  # should this be interrupted, the cache has half of it
+        logits = copy.logits(copy.features(new, cache)[0, -1])
         read = list(tokens)
-        return copy.logits(copy.features(new, cache)[0, -1])
+        return logits
 
     return reader
 

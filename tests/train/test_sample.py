@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model import GPT
 from prepare import InputError
 from tests.helpers.tiny_run import run_main
-from train import generate, sample
+from train import generate, modeling, sample
 from train.results.run_folder import load_run
 
 
@@ -134,6 +134,26 @@ def test_each_token_is_computed_once_until_the_row_is_full(learned):
     assert read[61] == [tokenizer.bos, *written[65 - 32 : 65]]  # bos and the newest half of a row
     assert read[62] == [*read[61], written[65]]
     assert max(map(len, read)) == 64
+
+
+@torch.no_grad()
+def test_an_interrupt_inside_a_token_leaves_no_half_of_it(learned, monkeypatch):
+    """To the text that was interrupted, the next prompt may add."""
+    model, _, _ = load_run(learned)
+    reader, honest, left = generate.caching(model), modeling.GPT.norm, [6]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return honest(*args)
+
+    reader([500, 1, 2])
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling.GPT, "norm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reader([500, 1, 2, 3])
+    torch.testing.assert_close(reader([500, 1, 2, 3, 4]), generate.caching(model)([500, 1, 2, 3, 4]))
 
 
 def test_a_long_prompt_is_read_from_its_end():
