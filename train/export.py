@@ -59,17 +59,24 @@ def export(run: str | Path, to: Path, hf: bool = False) -> float:
         raise InputError(f"{to} is {'not empty' if to.is_dir() else 'a file'}: choose another folder for --to")
     if not is_utf8(to.absolute()):
         raise InputError(f"{to} is no UTF-8, and safetensors reads no other paths: choose another folder for --to")
-    model, tokenizer, _ = load_run(run)
+    model, tokenizer, saved = load_run(run)
     to.mkdir(parents=True, exist_ok=True)
     try:
         if not hf:
             return write_and_compare(model, tokenizer, to)
-        write_hf_files(to, tokenizer, model.config.seq_len, Ledger.beside(run).row_of(run))
+        write_hf_files(to, tokenizer, model.config.seq_len, row_of(run, saved))
         return write_and_compare(model, tokenizer, to, hf=True)
     except BaseException:
         for path in to.iterdir():  # what is not whole is not left in the way of the next try
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
+
+
+def row_of(run: str | Path, saved: dict) -> dict | None:
+    """Of the run with this config.json, in the ledger; None where that has none, or one of another run of its name."""
+    row = Ledger.beside(run).row_of(run)
+    same = row and row.get("model") == saved["model"] and row.get("seed") == saved["config"].get("seed")
+    return row if same else None
 
 
 def write_and_compare(model: GPT, tokenizer: Tokenizer, to: Path, hf: bool = False) -> float:

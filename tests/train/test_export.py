@@ -174,10 +174,12 @@ def test_the_model_card_is_of_the_ledgers_row(small_run, tmp_path, capsys):
     assert "\n| commit of timebox | abc1234 |\n" in card
     assert "somebody" not in card
     assert "{" not in card.replace("{x}", "")
-    for name in ("results.jsonl", "results.tsv"):
-        (runs / name).unlink()
-    assert export_main([str(runs / "run"), "--to", str(tmp_path / "no row"), "--format", "hf"]) == 0
-    assert "how well it does was not recorded" in (tmp_path / "no row" / "README.md").read_text(encoding="utf-8")
+    Ledger(runs).append({**entry, "seed": entry["seed"] + 1})  # another run, whose folder had this name
+    assert export_main([str(runs / "run"), "--to", str(tmp_path / "another"), "--format", "hf"]) == 0
+    (runs / "results.jsonl").unlink()
+    assert export_main([str(runs / "run"), "--to", str(tmp_path / "none"), "--format", "hf"]) == 0
+    for name in ("another", "none"):
+        assert "how well it does was not recorded" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_was_not_finished_is_emptied(finished, tmp_path, monkeypatch, capsys):
