@@ -27,15 +27,6 @@ def _escape(match: re.Match) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-# What Markdown would take for markup, in a table too; an underscore inside a word is none.
-_MARKUP = re.compile(r"[\\`*\[\]<|~&$]|(?<![^\W_])_|_(?![^\W_])")
-
-
-def markdown(words: str) -> str:
-    """One line of Markdown that shows `words` as they are."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(words.split())) or "-"
-
-
 def is_utf8(path: object) -> bool:
     """Whether it is for libraries that know no other names."""
     return not re.search("[\ud800-\udfff]", str(path))

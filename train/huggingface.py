@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 from prepare import Tokenizer
-from prepare.words import markdown
 
 from .resilience.durable import replace_file, write_json
+from .results.markdown import markdown
 
 WRAPPER = Path(__file__).with_name("modeling_hf.py")
 

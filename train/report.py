@@ -13,7 +13,7 @@ from pathlib import Path
 from prepare import InputError
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
-from prepare.words import markdown, printable
+from prepare.words import printable
 
 from .resilience.durable import replace_file
 from .results.judge import (
@@ -30,6 +30,7 @@ from .results.judge import (
     noise_among,
 )
 from .results.ledger import Ledger, name_of
+from .results.markdown import markdown
 from .results.plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, save, tidy
 from .results.statistics import Numbers, difference, spread, to_go_on
 
