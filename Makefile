@@ -27,9 +27,10 @@ ifeq ($(strip $(ARGS)),)
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m bench.gpu_tests; fi
 endif
 
-# What needs more than Python: the page of `train.report` in a headless Chromium.
-test-extras: $(VENV)/.dev
-	$(PY) -m pytest tests/extras/page_in_a_browser.py $(ARGS)
+# What is large, or needs more than Python, and so is no part of `make test`: the extra `hf`, and the page of
+# `train.report` in a headless Chromium, which has to be there.
+test-extras: $(VENV)/.hf
+	$(PY) -m pytest tests/extras tests/extras/page_in_a_browser.py $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
@@ -60,4 +61,9 @@ $(VENV)/.runtime: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
 	$(call install,.[dev])
+	@touch $@
+
+WITH_HF := .[dev,hf]
+$(VENV)/.hf: pyproject.toml $(VENV)/.dev
+	$(call install,$(WITH_HF))
 	@touch $@

@@ -2,6 +2,8 @@
 
 model.safetensors    fp32 weights                        modeling.py       the model in plain PyTorch, self-contained
 config.json          shapes, and what modeling.py reads  tokenizer.json    for `tokenizers.Tokenizer.from_file`
+
+With `--format hf` also what Hugging Face's transformers loads: train/huggingface.py.
 """
 
 import importlib.util
@@ -12,17 +14,18 @@ from pathlib import Path
 
 import torch
 
-from kernels import EPS, SOFTCAP
 from model import GPT
-from model.config import GATE_CHANNELS
 from prepare import InputError, Tokenizer
 from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.tokenizer import byte_of_char
 from prepare.words import is_utf8, printable
 
+from .huggingface import hf_config, hf_tokenizer_json, write_hf_files
+from .plain import config_of
 from .resilience.durable import replace_file
 from .resilience.tensors import save_tensors
+from .results.ledger import Ledger
 from .results.run_folder import load_run, write_json
 
 MODELING = Path(__file__).with_name("modeling.py")
@@ -33,9 +36,11 @@ def main(args: list[str] | None = None) -> int:
     parser = Parser("train.export", __doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", metavar="FOLDER", type=Path, required=True, help="a new or empty folder")
+    parser.add_argument("--format", choices=("plain", "hf"), default="plain",
+                        help="hf: transformers loads the folder too (default: plain)")  # fmt: skip
     options = parser.parse_args(args)
     try:
-        difference = export(options.run, options.to)
+        difference = export(options.run, options.to, options.format == "hf")
     except (InputError, OSError) as error:
         print(f"error: {one_line(error, 'make room, or name another RUN or --to')}", file=sys.stderr)
         return 2
@@ -43,8 +48,9 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def export(run: str | Path, to: Path) -> float:
-    """Writes the folder, and returns how far the logits of what was written lie from the run's.
+def export(run: str | Path, to: Path, hf: bool = False) -> float:
+    """Writes the folder, with `hf` for transformers too. Returns how far the logits of what was written lie from the
+    run's.
 
     Raises InputError where `to` is in use, or where modeling.py does not compute what model/gpt.py does; OSError. `to`
     is then as empty as it was.
@@ -53,21 +59,34 @@ def export(run: str | Path, to: Path) -> float:
         raise InputError(f"{to} is {'not empty' if to.is_dir() else 'a file'}: choose another folder for --to")
     if not is_utf8(to.absolute()):
         raise InputError(f"{to} is no UTF-8, and safetensors reads no other paths: choose another folder for --to")
-    model, tokenizer, _ = load_run(run)
+    model, tokenizer, saved = load_run(run)
     to.mkdir(parents=True, exist_ok=True)
     try:
-        return write_and_compare(model, tokenizer, to)
+        if not hf:
+            return write_and_compare(model, tokenizer, to)
+        write_hf_files(to, tokenizer, model.config.seq_len, row_of(run, saved))
+        return write_and_compare(model, tokenizer, to, hf=True)
     except BaseException:
         for path in to.iterdir():  # what is not whole is not left in the way of the next try
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
-def write_and_compare(model: GPT, tokenizer: Tokenizer, to: Path) -> float:
-    """Fills the empty folder `to`; what is returned and raised is `export`'s."""
-    save_tensors(to / "model.safetensors", dict(model.named_parameters()))
-    write_json(to / "config.json", exported_config(model, tokenizer))
-    replace_file(to / "tokenizer.json", json.dumps(tokenizer_json(tokenizer), ensure_ascii=False).encode())
+def row_of(run: str | Path, saved: dict) -> dict | None:
+    """Of the run with this config.json, in the ledger; None where that has none, or one of another run of its name."""
+    row = Ledger.beside(run).row_of(run)
+    same = row and row.get("model") == saved["model"] and row.get("seed") == saved["config"].get("seed")
+    return row if same else None
+
+
+def write_and_compare(model: GPT, tokenizer: Tokenizer, to: Path, hf: bool = False) -> float:
+    """Writes what a plain folder has; what is returned and raised is `export`'s."""
+    config, vocabulary = exported_config(model, tokenizer), tokenizer_json(tokenizer)
+    if hf:
+        config, vocabulary = hf_config(config, tokenizer), hf_tokenizer_json(vocabulary, tokenizer)
+    save_tensors(to / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
+    write_json(to / "config.json", config)
+    replace_file(to / "tokenizer.json", json.dumps(vocabulary, ensure_ascii=False).encode())
     shutil.copyfile(MODELING, to / "modeling.py")
     try:
         difference = compare_logits(model, to)
@@ -82,26 +101,9 @@ def write_and_compare(model: GPT, tokenizer: Tokenizer, to: Path) -> float:
 
 
 def exported_config(model: GPT, tokenizer: Tokenizer) -> dict:
-    config = model.config
     return {
         "model_type": "timebox",
-        "vocab_size": config.vocab_size,
-        "seq_len": config.seq_len,
-        "depth": config.depth,
-        "d_model": config.d_model,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "windows": config.windows,
-        "smear": config.smear,
-        "offset_layers": config.offset_layers,
-        "ve_layers": config.ve_layers,
-        "bigram_layers": config.bigram_layers,
-        "bigram_rows": config.bigram_rows,
-        "gate_channels": GATE_CHANNELS,
-        "rotary_base": config.rope_base,
-        "norm_eps": EPS,
-        "softcap": SOFTCAP,
+        **config_of(model.config),
         "bos": tokenizer.bos,
         "special_tokens": {name: tokenizer.bos + i for i, name in enumerate(tokenizer.special_tokens)},
     }

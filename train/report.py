@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import statistics
 import sys
 import textwrap
@@ -22,6 +21,7 @@ from .page.html import page
 from .resilience.durable import replace_file
 from .results.judge import CRASH, believable, experiments, incumbent_of
 from .results.ledger import Ledger
+from .results.markdown import markdown
 from .results.night import comparable_sets, findings, fresh, gather, headline, limits, verdict_of
 from .results.plot import BLUE, DPI, GREEN, GREY, INK, ORANGE, VERMILION, new_figure, save, tidy
 from .results.statistics import spread
@@ -101,7 +101,7 @@ def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
     """The report in Markdown: what was found, then a row for every experiment, in order."""
     groups = experiments(runs)
     lines = [f"# {headline(groups)}", ""]
-    for words, under in findings(runs, _text):
+    for words, under in findings(runs, markdown):
         lines += [f"- {words}", *(f"  - {more}" for more in under)]
     damaged = sum(ledger.entries()[1] for ledger in ledgers)
     looks = sum(ledger.holdout_uses() for ledger in ledgers)
@@ -119,17 +119,9 @@ def table(runs: Sequence[dict], ledgers: Sequence[Ledger]) -> str:
             f"{memory:.1f}", group.status, verdict_of(group), " ".join(tried[0].get("flags") or []),
             tried[0]["description"],
         )  # fmt: skip
-        lines.append("| " + " | ".join(map(_text, cells)) + " |")
+        lines.append("| " + " | ".join(map(markdown, cells)) + " |")
     return "\n".join(lines) + "\n"
 
-
-# What Markdown would take for markup, in a table too; an underscore inside a word is none.
-_MARKUP = re.compile(r"[\\`*\[\]<|~&$]|(?<![^\W_])_|_(?![^\W_])")
-
-
-def _text(words: str) -> str:
-    """One line of Markdown that shows `words` as they are."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(words.split())) or "-"
 
 
 def draw(runs: Sequence[dict], path: Path) -> None:

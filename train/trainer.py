@@ -406,7 +406,7 @@ def sampled(model: GPT, data: Dataset, ops: str) -> str:
     prompt = [data.tokenizer.bos, *data.tokenizer.encode(SAMPLE_PROMPT)]
     try:
         with kernels.ops_in_force("reference" if ops == "compile" else ops):  # its shapes change with every token
-            tokens = generate(model, prompt, SAMPLE_TOKENS, banned=special, temperature=0.8, top_k=50, seed=0)
+            tokens = [*generate(model, prompt, SAMPLE_TOKENS, banned=special, temperature=0.8, top_k=50, seed=0)]
         return SAMPLE_PROMPT + data.tokenizer.decode(tokens) + "\n"
     except Exception as error:  # of any kind: the run has its number
         return f"not sampled: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -5,6 +5,7 @@ Where a page names a file, a section or an option, it is there.
 
 import importlib
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -22,7 +23,8 @@ from tests.helpers.prepare_corpus import write_corpus
 from train.config import ROOT, TrainConfig, resolve
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-OTHERS = {"cd", "echo", "export", "git", "grep", "source", "tail"}  # programs whose arguments are not ours to parse
+# Programs whose arguments are not ours to parse.
+OTHERS = {"cd", "echo", "export", "git", "grep", "lm_eval", "source", "tail"}
 # Regular expressions of the commands that take less than 5 s, and of those that take more, need a GPU, or a network.
 # What neither matches, or both, fails.
 RUN = (
@@ -266,6 +268,7 @@ def test_a_quick_command_runs(text, desk, monkeypatch, capsys):
     input."""
     monkeypatch.chdir(desk)
     monkeypatch.setenv("TIMEBOX_HOME", str(desk / "home"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is asked for\n"))
     for program, _, module, *arguments in commands(text):
         assert program == "python"
         shutil.rmtree(desk.parent / "folder", ignore_errors=True)

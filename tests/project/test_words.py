@@ -238,9 +238,9 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
 
 
 def test_what_a_model_makes_up_is_no_command_to_a_terminal(small_run, monkeypatch, capsys):
-    monkeypatch.setattr("prepare.Tokenizer.decode", lambda self, tokens: "\x1b]0;title\x07\n\tindented")
+    monkeypatch.setattr("prepare.Tokenizer.decode_bytes", lambda self, tokens: b"\x1b]0;title\x07\n\tindented\ta")
     assert sample.main([str(small_run), "--tokens", "1"]) == 0
     assert "\x1b" in capsys.readouterr().out  # a file gets what there is
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert sample.main([str(small_run), "--tokens", "1"]) == 0
-    assert capsys.readouterr().out == "\\x1b]0;title\\x07\n        indented\n"
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07\n        indented        a\n"

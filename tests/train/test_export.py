@@ -3,12 +3,13 @@
 import errno
 import json
 import os
-import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as TokenizersTokenizer
 
@@ -16,9 +17,13 @@ import train.__main__
 from model import GPT
 from prepare import Tokenizer
 from prepare.files import SEAL
-from train.export import export, tokenizer_json
+from tests.helpers.adversarial_texts import adversarial_texts
+from tests.helpers.imports import imported
+from train import huggingface
+from train.export import MODELING, export, tokenizer_json
 from train.export import main as export_main
 from train.resilience.tensors import digest
+from train.results.ledger import Ledger
 from train.results.run_folder import load_run
 
 ELSEWHERE = """
@@ -68,18 +73,6 @@ def test_equal_logits_from_a_process_without_us(finished, tmp_path):
         ours = torch.stack([model(tokens[:, : t + 1]) for t in range(32)], dim=1)
     assert ours.abs().max() > 1
     torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
-
-
-def adversarial_texts():
-    rng = random.Random(0)
-    yield from ["", "<|bos|>", "x<|reserved_1|> <|bos|>\n", "naïve été 日本語 😀", "\u200b\x00\ud7ff", "a" * 3000]
-    for char in [" ", "\n", "-", "=", "e", "aa b", "0", "\t", "'", "é", "😀"]:
-        yield from (char * count for count in range(1, 40))
-    pieces = ["<|bos|>", "<|", "|>", " ", "  ", "\n", "\r\n", "'s", "'LL", "123", "é", "日", "😀", "\x00", "a", "=="]
-    for _ in range(3000):
-        yield "".join(rng.choices(pieces, k=rng.randint(1, 20)))
-    for _ in range(3000):
-        yield "".join(rng.choices("abcdefghi -=", k=rng.randint(1, 40)))
 
 
 def test_the_tokenizers_library_gives_the_same_ids(finished, tmp_path):
@@ -134,3 +127,64 @@ def test_a_folder_in_use_is_left_alone(finished, tmp_path, capsys):
     assert export_main([str(finished), "--to", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_what_hugging_face_finds_in_the_folder(finished, tmp_path):
+    """Its classes where config.json says, `bos` before a text, and all of the plain folder. tests/extras loads it."""
+    assert export_main([str(finished), "--to", str(tmp_path / "out"), "--format", "hf"]) == 0
+    assert export_main([str(finished), "--to", str(tmp_path / "plain")]) == 0
+    config, plain = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "plain"))
+    assert config.items() >= {key: value for key, value in plain.items() if key != SEAL}.items()
+    assert (tmp_path / "out" / "modeling.py").read_bytes() == (tmp_path / "plain" / "modeling.py").read_bytes()
+    for place in config["auto_map"].values():
+        module, name = place.split(".")
+        assert f"class {name}(" in (tmp_path / "out" / f"{module}.py").read_text()
+    ours = Tokenizer.load(finished / "tokenizer.json")
+    theirs = TokenizersTokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert theirs.encode("naïve").ids == [ours.bos, *ours.encode("naïve")]
+    assert theirs.encode("naïve", add_special_tokens=False).ids == ours.encode("naïve")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [ours.bos, ours.bos, ours.bos + 1]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_the_classes_rest_on_torch_and_transformers_alone():
+    """Where they are loaded there is nothing else: modeling.py takes safetensors, which comes with transformers, to
+    load a folder by itself."""
+    assert imported(huggingface.WRAPPER) - {"train"} == {"torch", "transformers"}
+    assert imported(MODELING) - set(sys.stdlib_module_names) == {"torch", "safetensors"}
+
+
+def test_the_model_card_is_of_the_ledgers_row(small_run, tmp_path, capsys):
+    runs = tmp_path / "home of somebody" / "runs"
+    shutil.copytree(small_run, runs / "run")
+    (entry,) = Ledger.beside(small_run).runs()
+    entry |= {"val_bpb": 1.2345678, "description": "a | `first` *try* {x}", "commit": "abc1234", "note": ""}
+    entry["data"]["source"] = str(runs / "my_folder")
+    entry["flags"] = ["--steps=2", f"--data={runs}", "--depth=1"]
+    Ledger(runs).append({**entry, "val_bpb": 9.0})
+    Ledger(runs).append({**entry, "config": entry["config"] | {"resume": str(runs / "run")}})
+    assert export_main([str(runs / "run"), "--to", str(tmp_path / "out"), "--format", "hf"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "\n| validation bits per byte | 1.234568 |\n" in card
+    assert "\n| description | a \\| \\`first\\` \\*try\\* {x} |\n" in card
+    assert "\n| flags | --steps=2 --depth=1 |\n" in card
+    assert "\n| source of the text | my\\_folder |\n" in card or "\n| source of the text | my_folder |\n" in card
+    assert "\n| commit of timebox | abc1234 |\n" in card
+    assert "somebody" not in card
+    assert "{" not in card.replace("{x}", "")
+    Ledger(runs).append({**entry, "seed": entry["seed"] + 1})  # another run, whose folder had this name
+    assert export_main([str(runs / "run"), "--to", str(tmp_path / "another"), "--format", "hf"]) == 0
+    (runs / "results.jsonl").unlink()
+    assert export_main([str(runs / "run"), "--to", str(tmp_path / "none"), "--format", "hf"]) == 0
+    for name in ("another", "none"):
+        assert "how well it does was not recorded" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_was_not_finished_is_emptied(finished, tmp_path, monkeypatch, capsys):
+    honest = GPT.features
+    monkeypatch.setattr(GPT, "features", lambda self, tokens: 1.01 * honest(self, tokens))
+    assert export_main([str(finished), "--to", str(tmp_path / "out"), "--format", "hf"]) == 2
+    assert "other logits than model/gpt.py" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []

@@ -44,12 +44,12 @@ def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = N
     return len(content).to_bytes(8, "little") + content
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """From any device. On the disk, whole, when it returns. Raises OSError."""
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """From any device, with `metadata` beside the hash. On the disk, whole, when it returns. Raises OSError."""
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # As the library lays them out, each where its dtype wants it: the largest elements first.
     here = dict(sorted(here.items(), key=lambda item: -item[1].element_size()))
-    replace_file(path, header(here, {SEAL: digest(here)}), *map(_bytes, here.values()))
+    replace_file(path, header(here, {SEAL: digest(here), **(metadata or {})}), *map(_bytes, here.values()))
 
 
 def load_tensors(path: Path, mend: str) -> dict[str, torch.Tensor]:

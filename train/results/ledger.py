@@ -70,6 +70,10 @@ class Ledger:
         runs = [entry for entry in self.entries()[0] if entry["kind"] == RUN]
         return standing(runs) if new is None else standing([*runs, new])[:-1]
 
+    def row_of(self, run: str | Path) -> dict | None:
+        """The last row of the run in this folder; None where there is none."""
+        return next((entry for entry in reversed(self.runs()) if entry["run"] == name_of(run)), None)
+
     def holdout_uses(self) -> int:
         return sum(entry["kind"] == HOLDOUT for entry in self.entries()[0])
 
