@@ -211,6 +211,23 @@ def test_a_bad_gradient_on_one_rank_ends_all_at_that_step(corpus, tmp_path, caps
     assert "step 00004: the loss and all gradients are good" in capsys.readouterr().out
 
 
+def other_parameters_on_rank_1(rank: int) -> None:
+    release = TrainStep.release
+
+    def changed(self):
+        release(self)
+        if rank == 1:
+            self.model.lambda_0.data[0] += 1e-6
+
+    TrainStep.release = changed
+
+
+def test_parameters_that_differ_are_a_finding(corpus, tmp_path):
+    ended = go(2, tmp_path / "run", corpus=corpus, before=other_parameters_on_rank_1)
+    assert [each.code for each in ended] == [1, 0], ended
+    assert "FAIL: audit: ranks: the parameters on rank 1 are not those on rank 0" in ended[0].out
+
+
 def test_time_is_up_for_all_at_once(corpus, tmp_path):
     """By rank 0's clock, however slow the others seem to themselves."""
 
@@ -232,8 +249,11 @@ def test_time_is_up_for_all_at_once(corpus, tmp_path):
                       before=before)  # fmt: skip
     assert [each.code for each in ended] == [0, 0], ended
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (tmp_path / "steps-of-1").read_text().split()[0] == str(summary["num_steps"])
-    assert summary["num_steps"] == len(rows(tmp_path / "run")) > 2
+    steps, seconds = (tmp_path / "steps-of-1").read_text().split()
+    assert int(steps) == summary["num_steps"] == len(rows(tmp_path / "run")) > 2
+    timed = [row["seconds"] for row in rows(tmp_path / "run")][2:]
+    assert summary["training_seconds"] == pytest.approx(sum(timed))
+    assert float(seconds) < 100 * max(timed) + sum(timed)  # its own last step is the only one that it took itself
 
 
 @pytest.mark.parametrize(
