@@ -33,22 +33,14 @@ def muon_update_cpu(
     master: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tensor, copy: Tensor | None, hyper: Tensor,
     apply: Tensor, iterate_dtype: torch.dtype, beta2: float,
 ) -> None:  # fmt: skip
-    """`muon_update`, one matrix at a time: a library that is given several may order its sums by how many there are,
-    and a process that has a share of them has to compute the bits of all."""
+    """`muon_update`."""
     if _nothing_applies(apply):
         return
-    for i in range(len(master)):
-        one = [tensor[i : i + 1] for tensor in (master, grad, momentum, second_moment)]
-        _muon_update_one(*one, None if copy is None else copy[i : i + 1], hyper, iterate_dtype, beta2)
-
-
-def _muon_update_one(
-    master: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tensor, copy: Tensor | None, hyper: Tensor,
-    iterate_dtype: torch.dtype, beta2: float,
-) -> None:  # fmt: skip
     lr, mu, weight_decay = hyper[:3].unbind()
     momentum.lerp_(grad, 1 - mu)
-    g = polar_express_ref(grad.lerp(momentum, mu), iterate_dtype).to(master.dtype)
+    # One at a time: a library that multiplies several at once may choose its way by how many there are, and a process
+    # that has a share of them has to compute the bits of all.
+    g = torch.cat([polar_express_ref(one, iterate_dtype) for one in grad.lerp(momentum, mu).split(1)]).to(master.dtype)
 
     along, matrix = -1 if master.shape[-2] >= master.shape[-1] else -2, (-2, -1)
     squares = g.square().mean(along, keepdim=True)
