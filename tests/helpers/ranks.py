@@ -32,9 +32,11 @@ class Ended:
     err: str
 
 
-def fork(size: int, folder: Path, work: Callable[[int], int]) -> list[Ended]:
+def fork(
+    size: int, folder: Path, work: Callable[[int], int], at_end: Callable[[int], None] = lambda rank: None
+) -> list[Ended]:
     """`work(rank)` in `size` processes of one thread each; it returns the exit code. One that has stopped itself is
-    killed when the others have ended."""
+    killed when the others have ended. `at_end(rank)` is called here as soon as a rank has ended."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -50,6 +52,7 @@ def fork(size: int, folder: Path, work: Callable[[int], int]) -> list[Ended]:
                 stopped.add(pid)
             elif changed:
                 codes[pid] = os.waitstatus_to_exitcode(status)
+                at_end(pids.index(pid))
         if len(codes) + len(stopped - codes.keys()) == size:
             for each in stopped - codes.keys():
                 os.kill(each, signal.SIGKILL)
@@ -100,8 +103,9 @@ def on_ranks(size: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]
 
 
 def run_ranks(
-    size: int, folder: Path, *args: str, before: Callable[[int], None] = lambda rank: None
-) -> list[Ended]:
+    size: int, folder: Path, *args: str, before: Callable[[int], None] = lambda rank: None,
+    at_end: Callable[[int], None] = lambda rank: None,
+) -> list[Ended]:  # fmt: skip
     """`python -m train` of a tiny model on `size` ranks, as torchrun would start them. `before(rank)` is called in each
     process first."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which outlives every rank
@@ -114,4 +118,4 @@ def run_ranks(
         before(rank)
         return train.__main__.main([*args] if "--resume" in args else [*TINY, *args])
 
-    return fork(size, folder, child)
+    return fork(size, folder, child, at_end)

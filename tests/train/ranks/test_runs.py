@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from train.replay import main as replay
 from train.resilience.checkpoint import checkpoint_folders
 from train.results.ledger import Ledger
 from train.results.progress import Reporter, SilentReporter
+from train.results.record import Record
 from train.step import TrainStep
 
 KILLS = int(os.environ.get("TIMEBOX_KILLS", "2"))
@@ -102,6 +104,26 @@ def test_stopped_on_one_rank_and_continued_on_as_many_as_there_are(alone, corpus
     assert row["ranks"] == [4, 2, 1, 4]
     assert row["summary"]["resumes"] == 3
     assert row["doubts"] == []  # by steps, no time is measured
+
+
+def test_the_others_wait_for_rank_0(corpus, tmp_path):
+    """torchrun ends all processes as soon as one has failed: rank 0 has its row to write before that."""
+    stop, fail, rows_then = stop_at(3, 1, signal.SIGTERM), Record.fail, {}
+
+    def before(rank: int) -> None:
+        def slowly(self, error):
+            time.sleep(1.0)
+            fail(self, error)
+
+        Record.fail = slowly
+        stop(rank)
+
+    def at_end(rank: int) -> None:
+        rows_then[rank] = len(Ledger(tmp_path).runs())
+
+    ended = go(2, tmp_path / "run", corpus=corpus, before=before, at_end=at_end)
+    assert [each.code for each in ended] == [143, 143], ended
+    assert rows_then == {0: 1, 1: 1}
 
 
 def killed_at(call: int, rank: int):
