@@ -309,8 +309,3 @@ def _walk(root: Path, skip_folders: set[str], passed_over: Skipped) -> list[Path
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-
-
-def climbmix_source(paths: list[Path], details: dict) -> Source:
-    """The last of `paths` is pinned for validation."""
-    return fetched_source("climbmix", paths[-1:], paths[:-1], details)
