@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from urllib.parse import urljoin
 
 import requests
 from tqdm import tqdm
@@ -22,6 +23,7 @@ TRIES = 5
 FIRST_PAUSE = 1.0  # seconds before the second try; each further pause is twice as long
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
 CHUNK = 1 << 16  # what arrived of a chunk that was cut is lost
+MAX_REDIRECTS = 10
 RETRIED_STATUS = (408, 429)  # of the 4xx; every 5xx is retried
 
 
@@ -91,23 +93,33 @@ def sizes(base_url: str, names: list[str]) -> list[Remote]:
     """What the server says of files, without fetching them. Raises InputError."""
 
     def of(name: str) -> Remote:
-        answers = ask(f"{base_url.rstrip('/')}/{name}", "HEAD")
-        linked = [answer.headers["X-Linked-Size"] for answer in answers if "X-Linked-Size" in answer.headers]
-        size = (linked or [answers[-1].headers.get("Content-Length", "")])[0]
-        return Remote(name, int(size) if size.isdecimal() else None, _sha256_given(answers))
+        answer = _headers(f"{base_url.rstrip('/')}/{name}")
+        size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
+        return Remote(name, int(size) if size.isdecimal() else None, _sha256_given([answer]))
 
     with ThreadPoolExecutor(THREADS) as pool:
         return [*pool.map(of, names)]
 
 
-def ask(url: str, method: str = "GET") -> list[requests.Response]:
-    """The answers to a small question, redirects first. Raises InputError."""
+def _headers(url: str) -> requests.Response:
+    """Of a file, as the first server that knows its size gives them. The hub does, and redirects to a store whose
+    signed addresses may be for GET alone."""
+    for _ in range(MAX_REDIRECTS):
+        answer = ask(url, "HEAD", allow_redirects=False)
+        if not answer.is_redirect or "X-Linked-Size" in answer.headers:
+            return answer
+        url = urljoin(url, answer.headers["Location"])
+    raise InputError(f"{url} redirects without an end: check --base-url")
 
-    def once() -> list[requests.Response]:
+
+def ask(url: str, method: str = "GET", allow_redirects: bool = True) -> requests.Response:
+    """The answer to a small question. Raises InputError."""
+
+    def once() -> requests.Response:
         response = requests.request(method, url, headers={"Accept-Encoding": "identity"}, timeout=TIMEOUT,
-                                    allow_redirects=True)  # fmt: skip
+                                    allow_redirects=allow_redirects)  # fmt: skip
         _check_status(response)
-        return [*response.history, response]
+        return response
 
     return _tried(url, once, threading.Event())
 

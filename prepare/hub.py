@@ -106,7 +106,7 @@ def _asked(hub: str, corpus: Corpus) -> list[Remote]:
     """The hub's listing of a folder, page after page. Source: huggingface.co/docs/hub/api, "tree"."""
     url, found = f"{hub}/api/datasets/{corpus.repo}/tree/{corpus.revision}/{corpus.folder}", []
     while url:
-        answer = ask(url)[-1]
+        answer = ask(url)
         try:
             for entry in answer.json():
                 if entry["type"] == "file":

@@ -83,8 +83,10 @@ class Handler(BaseHTTPRequestHandler):
         })  # fmt: skip
 
     def store(self, sha256, query):
+        if self.command == "HEAD":
+            return self.answer(403, b"")  # what is signed is signed for GET
         content = next(c for c in self.server.files.values() if hashlib.sha256(c).hexdigest() == sha256)
-        if self.server.corrupt and self.command == "GET":
+        if self.server.corrupt:
             self.server.corrupt -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
         headers, status = {"ETag": '"d41d8cd98f00b204e9800998ecf8427e-1"'}, 200  # the store's own name for it
@@ -98,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(name, value)
-        cut = status in (200, 206) and self.path.startswith("/store") and self.command == "GET" and self.server.cut > 0
+        cut = status in (200, 206) and self.path.startswith("/store") and self.server.cut > 0
         if cut:
             self.server.cut -= 1
             self.close_connection = True

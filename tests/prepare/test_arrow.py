@@ -107,6 +107,10 @@ def cut_between_batches(path):
     path.write_bytes(path.read_bytes()[:-8])
 
 
+def a_name_that_is_not_utf8(path):
+    path.write_bytes(path.read_bytes().replace(b"text\0", b"\xff\xffxt\0", 1))
+
+
 def not_utf8(path):
     content = path.read_bytes().replace("é 25".encode(), b"\xff\xff 25")
     path.write_bytes(content)
@@ -119,6 +123,7 @@ def not_utf8(path):
     (no_arrow, "is not a whole Arrow file, after row 0", "broken Arrow", 0),
     (cut_in_a_batch, "is not a whole Arrow file, after row 40", "broken Arrow", 40),
     (cut_between_batches, "is not a whole Arrow file, after row 60 (it breaks off)", "broken Arrow", 60),
+    (a_name_that_is_not_utf8, "is not a whole Arrow file, after row 0", "broken Arrow", 0),
     (not_utf8, "a.arrow, row 25 (counted from 0): not UTF-8", "not UTF-8", 59),
 ])  # fmt: skip
 def test_what_cannot_be_read(tmp_path, damage, said, counted, left):

@@ -133,6 +133,15 @@ def test_a_file_of_another_size_is_fetched_again(pretend):
     assert path.read_bytes() == whole
 
 
+def test_what_climbmix_has_is_checked_by_what_the_redirect_says(pretend, tmp_path):
+    """Which is in no answer of the store behind it."""
+    pretend.files["karpathy/climbmix-400b-shuffle@main/shard_00000.parquet"] = b"some bytes"
+    url, pretend.corrupt = f"{pretend.url}/datasets/karpathy/climbmix-400b-shuffle/resolve/main", 100
+    with pytest.raises(InputError, match="SHA-256"):
+        download.fetch_all(url, ["shard_00000.parquet"], tmp_path)
+    assert not list(tmp_path.glob("shard*"))
+
+
 def dry_run(capsys, *arguments) -> list[str]:
     assert main([*arguments, "--dry-run"]) == 0
     return capsys.readouterr().out.splitlines()
@@ -154,10 +163,15 @@ def test_a_dry_run_says_what_it_would_fetch_and_writes_nothing(pretend, tmp_path
 
 def test_a_dry_run_counts_what_has_arrived(pretend, capsys):
     prepare("fineweb-edu", vocab_size=VOCAB_SIZE, base_url=pretend.url)
+    for key in pretend.files:
+        if key.endswith("1_00000.parquet"):
+            pretend.files[key] = bytes(1_000_000)
+    (hub.downloads_folder("fineweb-edu") / PAGES.revision / hub.LISTING).unlink()
     sizes = [len(c) for key, c in pretend.files.items() if "10BT" in key]
     part = hub.downloads_folder("fineweb-edu") / PAGES.revision / "001_00000.parquet.part"
     part.write_bytes(bytes(sizes[1] // 2))
-    line = next(line for line in dry_run(capsys, "--source", "fineweb-edu", "--shards", "3") if "fetch:" in line)
+    line = next(line for line in dry_run(capsys, "--source", "fineweb-edu", "--shards", "3", "--base-url",
+                                             pretend.url) if "fetch:" in line)  # fmt: skip
     rest = sum(sizes[1:]) - sizes[1] // 2
     arrived = f"1 there already; {sizes[1] // 2 / 1e6:.2f} MB of the others too"
     assert line == f"fetch:   2 of 3 files, {rest / 1e6:.2f} MB; {arrived}"
