@@ -34,7 +34,7 @@ RUN = (
 )  # fmt: skip
 NOT_RUN = {
     "prepare( --vocab-size 32768 --out .*)?$": "reads the whole standard library",
-    "prepare --source climbmix": "needs a network",
+    "prepare --source (climbmix|fineweb-edu|tinystories)": "needs a network",
     "train( --(?!help)|$)": "trains",
     "train.doctor": "tries a kernel",
     "train.report --watch": "goes on until Ctrl-C",
