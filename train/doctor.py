@@ -17,10 +17,12 @@ import torch
 
 from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 from prepare.home import home
 from prepare.limits import control_group_bytes, num_cores
 from prepare.words import command_line, install_line, printable
 
+from .advise import advise
 from .config import ROOT, TrainConfig, cpu_has_bf16, resolve
 from .device import OLDEST_GPU, gpu_name, why_no_gpu
 from .memory import available_bytes, count, largest_batch
@@ -68,13 +70,31 @@ def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 nothing is wrong; 1 something is; 2 bad arguments."""
     parser = Parser("train.doctor", __doc__)
     parser.add_argument("--data", metavar="FOLDER", help="prepared folder (default: the one that train would take)")
+    parser.add_argument("--advise", action="store_true", help="time steps of a few shapes here, for about half a"
+                        " minute, and print a command that suits this machine; nothing else is looked at")  # fmt: skip
+    parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="of the run that --advise is for (default:"
+                        " the one that train would take)")  # fmt: skip
     options = parser.parse_args(args)
+    if options.advise:
+        return say_advice(options.data, options.time_budget)
+    if options.time_budget is not None:
+        parser.error("--time-budget is for --advise: add that, or leave it out")
     wrong = 0
     for finding in examine(options.data):
         print(finding, flush=True)
         wrong += finding.state == WRONG
     print(f"{wrong} thing{'s are' if wrong != 1 else ' is'} wrong" if wrong else "all is well")
     return 1 if wrong else 0
+
+
+def say_advice(data: str | None, time_budget: float | None) -> int:
+    try:
+        for line in advise(data, time_budget):
+            print(line, flush=True)
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(error, 'name another folder with --data')}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def examine(data: str | None) -> Iterator[Finding]:
