@@ -24,7 +24,7 @@ from train.config import ROOT, TrainConfig, resolve
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # Programs whose arguments are not ours to parse.
-OTHERS = {"cd", "echo", "export", "git", "grep", "lm_eval", "source", "tail"}
+OTHERS = {"cd", "docker", "echo", "export", "git", "grep", "lm_eval", "source", "tail", "uv"}
 # Regular expressions of the commands that take less than 5 s, and of those that take more, need a GPU, or a network.
 # What neither matches, or both, fails.
 RUN = (
