@@ -25,6 +25,7 @@ from prepare.words import command_line, printable
 
 from .config import TrainConfig, resolve
 from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
+from .loop import seldom_collecting
 from .memory import available_bytes, give_back, largest_batch
 from .recipes import DEVICE_DEFAULTS, vocab_size
 from .results.load import Load
@@ -168,7 +169,8 @@ def _timed(config: TrainConfig, shape: GPTConfig, data: Dataset | None) -> tuple
 
         for _ in range(WARM_UP):
             one()
-        return seconds_of(one, config.device)
+        with seldom_collecting():  # as in the loop
+            return seconds_of(one, config.device)
 
 
 def seconds_of(one: Callable[[], object], device: str) -> tuple[float, int]:
