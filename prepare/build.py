@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from . import hub
 from .download import CLIMBMIX_URL, DEFAULT_SHARDS, fetch_climbmix
 from .errors import InputError, bad_path_is_input_error, full_disk_is_input_error
 from .files import read_json, sealed
@@ -27,7 +28,7 @@ from .shards import (
     save_array,
     write_json,
 )
-from .sources import Source, climbmix_source, counted, folder_source, stdlib_source
+from .sources import Source, counted, fetched_source, folder_source, stdlib_source
 from .tokenizer import MAX_TRAIN_CHARS, TRAIN_BYTES, Tokenizer, check_vocab_size
 from .words import command_line, printable
 
@@ -41,8 +42,8 @@ def prepare(
     out: str | Path | None = None,
     vocab_size: int | None = None,
     seed: int = 0,
-    shards: int = DEFAULT_SHARDS,
-    base_url: str = CLIMBMIX_URL,
+    shards: int | None = None,
+    base_url: str | None = None,
     tokenizer: str | Path | None = None,
     text_column: str = Reading.text_column,
     separator: str | None = None,
@@ -50,11 +51,11 @@ def prepare(
 ) -> Path:
     """Writes tokenizer, shards and manifest of `source` to `out` and returns it; raises InputError.
 
-    `source` is `stdlib`, `climbmix`, a folder or a file. `shards` and `base_url` matter to climbmix alone; `Reading`
-    describes `text_column`, `separator` and `skip_bad`. The vocabulary is learned from the text, or is that of
-    `tokenizer`: another prepared folder, or its tokenizer.json. The same text, seed and library versions give the same
-    bytes. A folder already there is replaced at the end, and kept on failure; where `out` is not given, only one that
-    was prepared from the same source.
+    `source` is one of `BUILT_IN_SOURCES`, a folder or a file. `shards` and `base_url` matter to those that are fetched,
+    and None is the default of each; `Reading` describes `text_column`, `separator` and `skip_bad`. The vocabulary is
+    learned from the text, or is that of `tokenizer`: another prepared folder, or its tokenizer.json. The same text,
+    seed and library versions give the same bytes. A folder already there is replaced at the end, and kept on failure;
+    where `out` is not given, only one that was prepared from the same source.
     """
     check_vocab_size(DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
     if seed < 0:
@@ -123,17 +124,27 @@ def _build(text: Source, out: Path, tokenizer: Tokenizer | None, vocab_size: int
 
 
 def open_source(
-    source: str, reading: Reading | None = None, *, shards: int = DEFAULT_SHARDS, base_url: str = CLIMBMIX_URL
+    source: str, reading: Reading | None = None, *, shards: int | None = None, base_url: str | None = None
 ) -> Source:
-    """Finds the files of a source; climbmix is downloaded first. Raises InputError."""
-    if source in BUILT_IN_SOURCES and reading not in (None, Reading()):
-        raise InputError("--text-column, --separator and --skip-bad are for a folder or a file: leave them out")
+    """Finds the files of a source, which are downloaded first where it is served somewhere. Raises InputError."""
+    check_reading(source, reading)
     if source == "stdlib":
         return stdlib_source()
     if source == "climbmix":
-        paths = fetch_climbmix(shards, base_url, downloads_folder(source))
-        return climbmix_source(paths, {"shards": shards, "base_url": base_url})
+        shards, base_url = DEFAULT_SHARDS if shards is None else shards, base_url or CLIMBMIX_URL
+        *training, validation = fetch_climbmix(shards, base_url, downloads_folder(source))
+        return fetched_source(source, [validation], training, {"shards": shards, "base_url": base_url})
+    if source in hub.CORPORA:
+        chosen = hub.choose(source, shards, base_url)
+        corpus, (validation, training) = chosen.corpus, hub.fetch(chosen)
+        details = {"shards": len(training), "repo": corpus.repo, "revision": corpus.revision, "license": corpus.license}
+        return fetched_source(source, validation, training, details, Reading(corpus.text_column))
     return folder_source(source, reading)
+
+
+def check_reading(source: str, reading: Reading | None) -> None:
+    if source in BUILT_IN_SOURCES and reading not in (None, Reading()):
+        raise InputError("--text-column, --separator and --skip-bad are for a folder or a file: leave them out")
 
 
 def summary(manifest: dict, folder: Path) -> str:

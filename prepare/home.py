@@ -7,7 +7,8 @@ from pathlib import Path
 from .errors import InputError
 
 DEFAULT_SOURCE = "stdlib"
-BUILT_IN_SOURCES = ("stdlib", "climbmix")
+FETCHED_SOURCES = ("climbmix", "fineweb-edu", "tinystories")
+BUILT_IN_SOURCES = ("stdlib", *FETCHED_SOURCES)
 
 
 def home() -> Path:

@@ -1,4 +1,4 @@
-"""The texts of one file: Parquet, JSON lines and plain text, the last two compressed too.
+"""The texts of one file: Parquet, Arrow, JSON lines and plain text, the last two compressed too.
 
 Files are streams: in memory is a batch of rows, a line, or a document, whatever a file's size.
 """
@@ -15,13 +15,14 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from . import arrow
 from .errors import InputError
 from .files import library_path
 
-FORMATS = (".parquet", ".jsonl", ".txt", ".md")
+FORMATS = (".parquet", ".arrow", ".jsonl", ".txt", ".md")
 CUT_BY_SEPARATOR = (".txt", ".md")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-BATCH_ROWS = 1_000  # Parquet rows decoded at a time
+BATCH_ROWS = 1_000  # rows of Parquet and Arrow decoded at a time
 CHUNK = 1 << 20  # bytes of text read at a time
 MEASURED = 1 << 22  # bytes of text from which it is estimated how much a compressed file holds
 BOM = b"\xef\xbb\xbf"  # what editors on Windows put before UTF-8: no part of the text
@@ -32,7 +33,7 @@ Skipped = Counter  # reason -> documents, lines, rows or files
 def format_of(path: Path) -> tuple[str, str | None]:
     """One of FORMATS, or else the ending that is no format ("" where there is none); and how it is compressed."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    if last in COMPRESSIONS and before in FORMATS and before != ".parquet":  # which is compressed inside, and seeks
+    if last in COMPRESSIONS and before in FORMATS and before not in (".parquet", ".arrow"):  # compressed inside
         return before, COMPRESSIONS[last]
     return last, None
 
@@ -41,7 +42,7 @@ def format_of(path: Path) -> tuple[str, str | None]:
 class Reading:
     """How files are read.
 
-    text_column: of Parquet, and the key of JSON lines.
+    text_column: of Parquet and Arrow, and the key of JSON lines.
     separator: between the documents of a plain text file, of which it is no part, nor are the line breaks around it;
         None: each file is one document.
     skip_bad: what cannot be read is left out and counted, by reason; else it is an InputError.
@@ -56,6 +57,8 @@ class Reading:
         form, compression = format_of(path)
         if form == ".parquet":
             yield from self._parquet(path, skipped)
+        elif form == ".arrow":
+            yield from self._arrow(path, skipped)
         elif form == ".py":
             yield from _python(path, skipped)
         else:
@@ -70,6 +73,8 @@ class Reading:
         size = path.stat().st_size
         if form == ".parquet":
             return self._parquet_bytes(path, size)
+        if form == ".arrow":
+            return arrow.text_bytes(path, self.text_column, size)
         with self._broken_is_bad(path, compression, Skipped()):
             return _uncompressed_bytes(path, compression, size) if compression else size
         return size
@@ -144,6 +149,22 @@ class Reading:
                     self._bad(skipped, "rows in broken Parquet row groups", line, end - row)
                 row = end
 
+    def _arrow(self, path: Path, skipped: Skipped) -> Iterator[str | None]:
+        row = 0
+        try:
+            with arrow.opened(path) as (schema, batches):
+                if line := self._wrong_with(schema):
+                    self._bad(skipped, f"files without one column {self.text_column} of strings", f"{path}{line}")
+                    return
+                for batch in batches:
+                    column = arrow.checked(batch.column(self.text_column))
+                    for first in range(0, len(column), BATCH_ROWS):
+                        yield from self._strings(column.slice(first, BATCH_ROWS), path, row + first, skipped)
+                    row += len(column)
+        except arrow.BrokenError as e:
+            line = f"{path} is not a whole Arrow file, after row {row} ({_one_line(e)}): fetch or write it again"
+            self._bad(skipped, "broken Arrow files, read up to there", line)
+
     def _strings(self, column: pa.Array, path: Path, first: int, skipped: Skipped) -> Iterator[str | None]:
         try:
             yield from column.to_pylist()
@@ -178,8 +199,8 @@ class Reading:
         if number > 1:
             return f" has {number} columns called {name}: rename all but one"
         kind = schema.field(name).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        if not arrow.is_of_strings(kind):
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             return f": the column {name} holds {kind}, not strings; convert it, or name another with --text-column"
         return ""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import InputError
-from .home import expanded
+from .home import BUILT_IN_SOURCES, expanded
 from .readers import CUT_BY_SEPARATOR, FORMATS, Reading, Skipped, format_of
 
 VAL_SHARE = 0.02  # of all documents, where no file is named as validation
@@ -27,6 +27,7 @@ HOLDOUT_SHARE = 0.01  # of the documents that are not validation, where no file 
 MAX_HELD_OUT = 0.2
 SMALL_CORPUS = 2_000  # documents; above it, the odds that a hash leaves a split empty are below one in 10⁸
 HASH_RANGE = 1 << 64
+DERIVED = r"(tmp|cache-).*\.arrow"  # by what the library `datasets` calls what it made of a set, beside the set
 NAMED_KINDS = 8  # of the files that are not read: what more there are is counted together
 
 _SPLIT_OF_WORD = {"val": "val", "valid": "val", "validation": "val", "test": "holdout", "train": "train"}
@@ -184,23 +185,29 @@ def folder_source(folder: str | Path, reading: Reading | None = None) -> Source:
             raise InputError(f"{root} is none of {_formats()}: name it as what it is, or convert it")
     elif root.is_dir():
         root = root.resolve()
-        files = _named([path.relative_to(root) for path in _walk(root, set(), passed_over)], root, passed_over)
+        paths = [path.relative_to(root) for path in _walk(root, set(), passed_over)]
+        _check_one_set(paths, root)
+        files = _named(paths, root, passed_over)
         if not files:
             there = f", only {counted(passed_over)}" if passed_over else ""
             raise InputError(f"{root} has no text{there}: put {_formats()} there")
     else:
         what = "is neither a folder nor a file" if root.exists() else "does not exist"
-        raise InputError(f"{root} {what}: --source takes stdlib, climbmix, a folder with text or a file")
+        raise InputError(f"{root} {what}: --source takes {', '.join(BUILT_IN_SOURCES)}, a folder with"
+                         " text or a file")  # fmt: skip
     _check_of_use(reading, files)
     named = Counter(file.split for file in files)
     details = {"files": len(files), "validation_files": named["val"], "holdout_files": named["holdout"]}
     return Source(str(root), tuple(files), details | asdict(reading), reading=reading, passed_over=passed_over)
 
 
-def climbmix_source(paths: list[Path], details: dict) -> Source:
-    """Downloaded shards, the last of them pinned for validation."""
-    files = [SourceFile(path, "val" if i == len(paths) - 1 else None, path.name) for i, path in enumerate(paths)]
-    return Source("climbmix", (files[-1], *files[:-1]), details)
+def fetched_source(
+    name: str, validation: list[Path], training: list[Path], details: dict, reading: Reading | None = None
+) -> Source:
+    """Downloaded shards. Without any for validation a hash of the text decides, as everywhere."""
+    files = [SourceFile(path, "val", path.name) for path in validation]
+    files += [SourceFile(path, None, path.name) for path in training]
+    return Source(name, tuple(files), details, reading=reading or Reading())
 
 
 def split_named(path: Path, trains: set[tuple[Path, str]]) -> str | None:
@@ -223,7 +230,9 @@ def _named(paths: list[Path], root: Path, passed_over: Skipped) -> list[SourceFi
     taken, others = [], Counter()
     for path in paths:
         form, _ = format_of(path)
-        if form in FORMATS:
+        if re.fullmatch(DERIVED, path.name):
+            passed_over["results of map and filter, cache-*.arrow (not read)"] += 1
+        elif form in FORMATS:
             taken.append(path)
         else:
             others[_kind(path)] += 1
@@ -234,6 +243,18 @@ def _named(paths: list[Path], root: Path, passed_over: Skipped) -> list[SourceFi
     trains = {(parent, match[1]) for parent, match in matches if match and match[2] == "train"}
     files = [SourceFile(root / path, split_named(path, trains), path.as_posix()) for path in taken]
     return sorted(files, key=lambda file: ("val", "holdout", None).index(file.split))
+
+
+def _check_one_set(paths: list[Path], root: Path) -> None:
+    """In the cache of the library `datasets` each revision and each configuration of a set has a folder of its own,
+    with a dataset_info.json: read together they would be the same text more than once. What `save_to_disk` writes has a
+    state.json too, and one folder a split."""
+    folders = {path.parent for path in paths if path.name == "dataset_info.json"}
+    sets = sorted(folders - {path.parent for path in paths if path.name == "state.json"})
+    if len(sets) > 1:
+        named = ", ".join(map(str, sets[:3])) + (", ..." if len(sets) > 3 else "")
+        raise InputError(f"{root} holds {len(sets)} sets of the library datasets ({named}): name the folder of one of"
+                         " them with --source")  # fmt: skip
 
 
 def _kind(path: Path) -> str:
@@ -251,7 +272,7 @@ def _check_of_use(reading: Reading, files: list[SourceFile]) -> None:
     if reading.separator is not None and not formats & {*CUT_BY_SEPARATOR}:
         raise InputError(f"--separator cuts {' and '.join(CUT_BY_SEPARATOR)} and there are none: leave it out")
     if reading.text_column != Reading.text_column and not formats - {*CUT_BY_SEPARATOR}:
-        raise InputError("--text-column is for .parquet and .jsonl and there are none: leave it out")
+        raise InputError("--text-column is for .parquet, .arrow and .jsonl and there are none: leave it out")
 
 
 def _is_text(given: str) -> bool:

@@ -20,10 +20,12 @@ import torch
 from model import GPT
 from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
+from prepare.errors import one_line
 from prepare.home import home
 from prepare.limits import control_group_bytes, num_cores
 from prepare.words import command_line, install_line, printable
 
+from .advise import advise
 from .config import ROOT, TrainConfig, cpu_has_bf16, resolve
 from .device import OLDEST_GPU, complete, gpu_name, why_no_gpu
 from .memory import available_bytes, count, largest_batch
@@ -75,7 +77,15 @@ def main(args: list[str] | None = None) -> int:
     """Exit codes: 0 nothing is wrong; 1 something is; 2 bad arguments."""
     parser = Parser("train.doctor", __doc__)
     parser.add_argument("--data", metavar="FOLDER", help="prepared folder (default: the one that train would take)")
+    parser.add_argument("--advise", action="store_true", help="time steps of a few shapes here, for about half a"
+                        " minute, and print a command that suits this machine; nothing else is looked at")  # fmt: skip
+    parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="of the run that --advise is for (default:"
+                        " the one that train would take)")  # fmt: skip
     options = parser.parse_args(args)
+    if options.advise:
+        return say_advice(options.data, options.time_budget)
+    if options.time_budget is not None:
+        parser.error("--time-budget is for --advise: add that, or leave it out")
     try:
         place = place_of()
         take_one_gpu(place)
@@ -136,6 +146,16 @@ def _links() -> str:
     lines = [line.split() for line in done.stdout.splitlines() if re.match(r"\S*GPU\d", line)]
     kinds = {kind for line in lines for kind in line[1 : 1 + len(lines)] if kind != "X"}
     return ", ".join(sorted(kinds)) or "there is but one"
+
+
+def say_advice(data: str | None, time_budget: float | None) -> int:
+    try:
+        for line in advise(data, time_budget):
+            print(line, flush=True)
+    except (InputError, OSError) as error:
+        print(f"error: {one_line(error, 'name another folder with --data')}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def examine(data: str | None) -> Iterator[Finding]:

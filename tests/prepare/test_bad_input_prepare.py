@@ -158,7 +158,7 @@ def test_bad_corpus(tmp_path, capsys, make):
         (["--tokenizer", str(ROOT)], "tokenizer.json is missing; name a prepared folder"),
         (["--tokenizer", __file__], "cannot be read"),
         (["--separator", ""], "--separator is empty"),
-        (["--text-column", "body"], "--text-column is for .parquet and .jsonl"),
+        (["--text-column", "body"], "--text-column is for .parquet, .arrow and .jsonl"),
         (["--source", "stdlib", "--skip-bad"], "are for a folder or a file"),
         (["--vocab-size", "259"], "--vocab-size takes 260"),
         (["--vocab-size", "65537"], "to 65,536"),

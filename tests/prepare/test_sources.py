@@ -257,8 +257,8 @@ def test_one_file_is_a_corpus(tmp_path, name):
         ("a.txt", Reading(separator=""), "--separator is empty"),
         ("a.txt", Reading(separator="\udcff"), "--separator and --text-column take text in UTF-8"),
         ("a.jsonl", Reading(separator="|"), r"--separator cuts \.txt and \.md and there are none"),
-        ("a.txt", Reading(text_column="body"), r"--text-column is for \.parquet and \.jsonl and there are none"),
-        ("a.csv", Reading(), r"a\.csv is none of \.parquet, \.jsonl, \.txt, \.md"),
+        ("a.txt", Reading(text_column="body"), r"--text-column is for \.parquet, \.arrow and \.jsonl and there"),
+        ("a.csv", Reading(), r"a\.csv is none of \.parquet, \.arrow, \.jsonl, \.txt, \.md"),
     ],
 )
 def test_what_would_be_of_no_use_is_refused(tmp_path, name, reading, line):

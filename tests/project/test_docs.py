@@ -25,7 +25,7 @@ from train.config import ROOT, TrainConfig, resolve
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # Programs whose arguments are not ours to parse.
-OTHERS = {"cd", "echo", "export", "git", "grep", "lm_eval", "source", "tail"}
+OTHERS = {"cd", "docker", "echo", "export", "git", "grep", "lm_eval", "source", "tail", "uv"}
 # Regular expressions of the commands that take less than 5 s, and of those that take more, need a GPU, or a network.
 # What neither matches, or both, fails.
 RUN = (
@@ -35,7 +35,7 @@ RUN = (
 )  # fmt: skip
 NOT_RUN = {
     "prepare( --vocab-size 32768 --out .*)?$": "reads the whole standard library",
-    "prepare --source climbmix": "needs a network",
+    "prepare --source (climbmix|fineweb-edu|tinystories)": "needs a network",
     "train( --(?!help)|$)": "trains",
     "train.doctor": "tries a kernel",
     "train.report --watch": "goes on until Ctrl-C",
