@@ -206,6 +206,17 @@ def test_an_evaluation_comes_before_the_checkpoint_of_its_step():
     assert order == ["take", "save"]
 
 
+def test_what_an_evaluation_leaves_is_collected_before_the_clock_goes_on(monkeypatch):
+    events = []
+    monkeypatch.setattr(train.loop.gc, "collect", lambda: events.append("collected"))
+    take, mark = LongEvaluations.take, LaggingClock.mark
+    monkeypatch.setattr(LongEvaluations, "take", lambda self: events.append("evaluated") or take(self))
+    monkeypatch.setattr(LaggingClock, "mark", lambda self: events.append("mark") or mark(self))
+    run(0, make_step(), every="2", seconds=1.0, steps=3)
+    at = events.index("evaluated")
+    assert events[at : at + 3] == ["evaluated", "collected", "mark"]
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_process_that_stood_still_inside_a_step_says_so(lag):
     """Not what it did before the first, nor while a checkpoint was written."""

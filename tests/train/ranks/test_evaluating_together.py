@@ -11,6 +11,7 @@ import train.evaluating
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_run import assert_same
 from train.clock import HostClock
+from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
 from train.results.evals import read_evals
 from train.step import TrainStep
 
@@ -65,6 +66,8 @@ def test_it_changes_no_bit_and_is_the_same_on_two_ranks(corpus, tmp_path, alone,
     assert_same(tmp_path / "run", alone)
     assert numbers(tmp_path / "run") == numbers(evaluated)
     assert [step for step, *_ in numbers(tmp_path / "run")] == [4, 8]
+    ends = [read_checkpoint(checkpoint_folders(run / "checkpoints")[0]) for run in (tmp_path / "run", alone)]
+    assert ends[0].values["rng"]["torch"] == ends[1].values["rng"]["torch"]
     assert ended[0].out.count("\neval 0") == 2
 
 
