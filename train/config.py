@@ -125,7 +125,7 @@ class TrainConfig:
     eval_tokens: int | None = option(None, "validation tokens of the final evaluation; 0: all of them",
                                     begins="evaluation")  # fmt: skip
     eval_every: str = option("0", "val_bpb on a small part of validation while training, outside of the budget's clock:"
-                             " each so many steps (100), or timed seconds (30s); 0: never", free=True)  # fmt: skip
+                             " every so many steps (100), or timed seconds (30s); 0: never", free=True)  # fmt: skip
 
     name: str = option("run", "name of the run, part of its folder's name", kind=printable, begins="record")
     description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)

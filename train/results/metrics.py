@@ -92,5 +92,5 @@ def eval_line(row: dict, columns: int | None = None) -> str:
     bpb = "n/a" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
     line = f"eval {row['step']:05d} ({100 * row['progress']:.1f}%) | val_bpb: {bpb} on {row['val_rows']} rows"
     line += f" | took: {row['seconds']:.1f}s | "
-    sample = printable(row["sample"].strip())
+    sample = printable(" ".join(row["sample"].split()))
     return (line + (sample if columns else sample[:SHOWN_OF_A_SAMPLE]))[:columns]
