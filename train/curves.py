@@ -65,7 +65,9 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
 
     has_mfu = not all(math.isnan(value) for value in series("mfu"))
     figure = new_figure(10, 6.4)
-    evals = [row for row in read_evals(folder) if row["step"] <= steps[-1].get("step", -1) + 1]
+    # Seconds after so many steps; of damaged ones they are not known.
+    after = {0: 0.0} | {s["step"] + 1: end for s, end in zip(steps, seconds, strict=True) if type(s.get("step")) is int}
+    evals = [row for row in read_evals(folder) if row["step"] <= max(after)]
     if evals:
         panels = figure.subplot_mosaic("lr;vp;vm" if has_mfu else "lr;vp", sharex=True)
     else:  # without a GPU there is no MFU: the loss has the room of two
@@ -91,8 +93,6 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
         panels["m"].set_ylim(0, 1.15 * _high(series("mfu")[first_timed:]))
         _say(panels["m"], "MFU", "percent of an H100's bf16 peak")
     if evals:
-        # After so many steps; of damaged ones the seconds are not known.
-        after = {0: 0.0} | {step["step"] + 1: end for step, end in zip(steps, seconds, strict=True) if "step" in step}
         at = [max(end for done, end in after.items() if done <= row["step"]) for row in evals]
         panels["v"].plot(at, [row["val_bpb"] for row in evals], color=GREEN, linewidth=1.6, marker="o", markersize=4)
         _say(panels["v"], "val_bpb on a small part", "bits per byte")

@@ -56,6 +56,19 @@ def small_library(monkeypatch):
 
 @pytest.mark.usefixtures("small_library")
 @pytest.mark.parametrize("words", HOSTILE)
+def test_a_hostile_sample_made_on_the_way_is_text(tmp_path, words):
+    a_small_night(tmp_path)
+    plain = json.loads(evals_of(4))
+    (tmp_path / "gain-42" / "evals.jsonl").write_text(json.dumps(plain))
+    tags = [element.tag for element in page_of(tmp_path).all()]
+    (tmp_path / "gain-42" / "evals.jsonl").write_text(json.dumps(plain | {"sample": words}))
+    document = page_of(tmp_path)
+    assert [element.tag for element in document.all()] == tags
+    assert printable(words) in document.one("article", id="e3").text
+
+
+@pytest.mark.usefixtures("small_library")
+@pytest.mark.parametrize("words", HOSTILE)
 def test_hostile_words_are_text_wherever_they_stand(tmp_path, words):
     """The same elements as of a night with plain words, and the words themselves among their text."""
     places = {"description": words, "flags": [words], "commit": words, "doubts": [words], "audit": words}

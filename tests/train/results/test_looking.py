@@ -193,6 +193,18 @@ def test_curves_have_a_panel_for_evaluations_on_the_way(tmp_path, monkeypatch, m
 
 
 @pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("step", [None, 1.5])
+def test_of_steps_without_a_number_no_evaluation_has_a_place(tmp_path, monkeypatch, step):
+    drawn = []
+    monkeypatch.setattr("train.curves.save", lambda figure, path: drawn.append(figure))
+    folder = metrics(tmp_path / "run", step=step)
+    (folder / "evals.jsonl").write_text('{"step": 8, "timed_seconds": 0.0, "val_bpb": 3.0}')
+    draw_curves(folder)
+    (figure,) = drawn
+    assert len(figure.axes) == 3
+
+
+@pytest.mark.usefixtures("pictures")
 def test_the_grey_ends_where_the_timed_steps_begin(tmp_path, monkeypatch):
     spans = []
     monkeypatch.setattr("matplotlib.axes.Axes.axvspan", lambda self, start, end, **_: spans.append((start, end)))
