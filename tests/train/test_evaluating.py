@@ -154,7 +154,7 @@ def test_it_is_printed(corpus, tmp_path, capsys):
 
 
 def test_a_line_is_as_wide_as_the_terminal_and_shows_no_control_character():
-    sample = "The \x1b[31m\n" + "x" * 900
+    sample = "The  \x1b[31m\n\t " + "x" * 900
     row = {"step": 7, "progress": 0.5, "val_bpb": None, "val_rows": 3, "seconds": 0.12, "sample": sample}
     whole = "eval 00007 (50.0%) | val_bpb: n/a on 3 rows | took: 0.1s | The \\x1b[31m " + "x" * 99
     assert eval_line(row, 70) == whole[:70]
