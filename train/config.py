@@ -19,6 +19,7 @@ from prepare import InputError
 from prepare.arguments import Parser
 from prepare.words import printable
 
+from .every import Every
 from .recipes import BEFORE_RECIPES, DEVICE_DEFAULTS, RECIPES, recipe_defaults, why_no_recipe
 
 ROOT = Path(__file__).parent.parent  # of the repository
@@ -41,7 +42,8 @@ MEANT = {
     "--max-steps": ("--steps",),
     "--max-iters": ("--steps",),
     "--epochs": ("--steps", "--time-budget"),
-    "--eval-steps": ("--eval-tokens",),
+    "--eval-steps": ("--eval-every", "--eval-tokens"),
+    "--eval-interval": ("--eval-every",),
     "--layers": ("--depth",),
     "--block-size": ("--seq-len",),
     "--output-dir": ("--run-dir",),
@@ -122,6 +124,8 @@ class TrainConfig:
 
     eval_tokens: int | None = option(None, "validation tokens of the final evaluation; 0: all of them",
                                     begins="evaluation")  # fmt: skip
+    eval_every: str = option("0", "val_bpb on a small part of validation while training, outside of the budget's clock:"
+                             " every so many steps (100), or timed seconds (30s); 0: never", free=True)  # fmt: skip
 
     name: str = option("run", "name of the run, part of its folder's name", kind=printable, begins="record")
     description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)
@@ -282,6 +286,7 @@ def _check(config: TrainConfig) -> None:
         if not least <= value < math.inf or value == -math.inf:  # NaN fails too
             wanted = "finite" if value == math.inf or least == -math.inf else f"at least {least}"
             raise InputError(f"--{key.replace('_', '-')} {value} must be {wanted}")
+    Every.of(config.eval_every)
     if config.depth > MAX_DEPTH:
         raise InputError(f"--depth {config.depth} must be at most {MAX_DEPTH}")
     if config.steps is not None and config.steps < 1:

@@ -10,7 +10,8 @@ from pathlib import Path
 from prepare.arguments import Parser, command
 from prepare.words import printable
 
-from .results.plot import BLUE, GREY, INK, ORANGE, new_figure, save, tidy
+from .results.evals import read_evals
+from .results.plot import BLUE, GREEN, GREY, INK, ORANGE, new_figure, save, tidy
 
 NAME = "curves.png"
 
@@ -64,8 +65,13 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
 
     has_mfu = not all(math.isnan(value) for value in series("mfu"))
     figure = new_figure(10, 6.4)
-    # Without a GPU there is no MFU: the loss has the room of two.
-    panels = figure.subplot_mosaic("lr;pm" if has_mfu else "lr;lp", sharex=True)
+    # Seconds after so many steps; of damaged ones they are not known.
+    after = {0: 0.0} | {s["step"] + 1: end for s, end in zip(steps, seconds, strict=True) if type(s.get("step")) is int}
+    evals = [row for row in read_evals(folder) if row["step"] <= max(after)]
+    if evals:
+        panels = figure.subplot_mosaic("lr;vp;vm" if has_mfu else "lr;vp", sharex=True)
+    else:  # without a GPU there is no MFU: the loss has the room of two
+        panels = figure.subplot_mosaic("lr;pm" if has_mfu else "lr;lp", sharex=True)
     bpb = read_bpb(folder)
     figure.suptitle(printable(folder.resolve().name) + (f": val_bpb {bpb:.6f}" if bpb is not None else ""),
                     fontsize=12, color=INK)  # fmt: skip
@@ -86,6 +92,10 @@ def _draw(folder: Path, steps: list[dict]) -> Path:
         panels["m"].plot(seconds, series("mfu"), color=BLUE, linewidth=0.8)
         panels["m"].set_ylim(0, 1.15 * _high(series("mfu")[first_timed:]))
         _say(panels["m"], "MFU", "percent of an H100's bf16 peak")
+    if evals:
+        at = [max(end for done, end in after.items() if done <= row["step"]) for row in evals]
+        panels["v"].plot(at, [row["val_bpb"] for row in evals], color=GREEN, linewidth=1.6, marker="o", markersize=4)
+        _say(panels["v"], "val_bpb on a small part", "bits per byte")
     for panel in panels.values():
         tidy(panel)
         panel.set_xlim(0, seconds[-1])

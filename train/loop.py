@@ -9,6 +9,7 @@ from itertools import islice
 from .budget import Budget
 from .clock import Clock, Stops
 from .config import TrainConfig
+from .evaluating import Evaluations
 from .optimizer import MAX_LOSS
 from .ranks import ALONE, Ranks
 from .resilience.checkpoint import Checkpointer
@@ -41,7 +42,7 @@ def seldom_collecting() -> Iterator[None]:
 @seldom_collecting()
 def train(
     config: TrainConfig, step: TrainStep, state: RunState, clock: Clock, report: Reporter, checkpoints: Checkpointer,
-    stop: Callable[[], bool], stops: Stops, ranks: Ranks = ALONE,
+    stop: Callable[[], bool], stops: Stops, ranks: Ranks = ALONE, evaluations: Evaluations | None = None,
 ) -> None:  # fmt: skip
     """Trains until the budget is used up or `stop` says so; nothing is on its way then. Raises TrainingError.
 
@@ -49,7 +50,8 @@ def train(
     waits for it. A bad step is therefore noticed late; the optimizer takes neither it nor any step after it.
 
     All ranks do the same at the same step: what one of them alone may know, the time that a step took on rank 0, a
-    signal, a checkpoint that is due, they agree on after each step, one step late like all else.
+    signal, a checkpoint that is due, they agree on after each step, one step late like all else. `evaluations` are due
+    by what all know already; who asks to stop does not wait for one, and it comes first when the run goes on.
 
     Before the first mark all is ready that no step should pay for: the first batch, and the garbage is gone.
     """
@@ -63,7 +65,8 @@ def train(
     last = clock.mark()
     while True:
         more = state.budget.wants(number) and not asked
-        wanted = more and not due
+        evaluate = evaluations is not None and not asked and evaluations.due(number)
+        wanted = more and not due and not evaluate
         if wanted:
             values = step_values(config, number, state.budget.progress(number))
             micro_batches = list(islice(state.loader, config.grad_accum_steps))
@@ -72,12 +75,16 @@ def train(
             in_flight.append(Sent(values, micro_batches, loss, good, clock.mark()))
             number += 1
         elif not in_flight:
-            if not more:
+            if evaluate:
+                evaluations.take()
+                settle_garbage()
+            elif not more:
                 return
-            checkpoints.save()
+            else:
+                checkpoints.save()
             stops.since()
             asked, due = agreed(state.budget, stop(), checkpoints.due(), ranks)
-            last = clock.mark()  # what a checkpoint takes is no step's time
+            last = clock.mark()  # what it took is no step's time
             continue
         if len(in_flight) > clock.lag or not wanted:
             sent = in_flight.popleft()

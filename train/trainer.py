@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import kernels
 from kernels import Table, chosen
 from model import GPT, GPTConfig
 from model.gpt import count_parameters
@@ -26,7 +25,7 @@ from .clock import Stops, clock_of, seconds_since_start
 from .config import TrainConfig
 from .curves import draw_curves
 from .device import complete, keep_freed_memory, keep_to_the_cores_allowed
-from .generate import generate
+from .evaluating import Evaluations, sampled
 from .loop import train
 from .memory import (
     check_fits,
@@ -56,8 +55,6 @@ from .results.tensorboard import EventWriter, check_tensorboard
 from .schedule import step_values
 from .step import TrainingError, TrainStep
 from .tune import Tiles, saved_tiles, tiles_for
-
-SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 64
 
 
 def precompiler(config: TrainConfig, vocab_size: int, table: Table, ranks: Ranks = ALONE) -> Precompiler | None:
@@ -301,7 +298,7 @@ def go(
     if checkpoint:
         state.restore(checkpoint.values, ranks.first_does(checkpoint.tensors))
     if decided.folder:
-        ranks.first_does(lambda: folder.cut_metrics(state.step))
+        ranks.first_does(lambda: folder.cut_logs(state.step, state.evaluated.step))
     origin = {
         "config": config.fixed(), "data": decided.fingerprint, "environment": environment(), "sources": record.sources,
         "tiles": decided.tiles.as_json(), "ranks": record.ranks,
@@ -312,11 +309,15 @@ def go(
         folder, decided.shape, step.device, config.total_batch_size, beat=watchdog.beat, unread=signals.unread,
         gpus=ranks.size,
     )  # fmt: skip
+    evaluations = Evaluations(config, decided.data, step, state, report, watchdog, ranks)
     stops = stack.enter_context(Stops())
     ready, load = seconds_since_start(), Load(config.device)
     with signals.deferred():
         try:
-            train(config, step, state, clock_of(config.device), report, checkpoints, signals.came, stops, ranks)
+            train(
+                config, step, state, clock_of(config.device), report, checkpoints, signals.came, stops, ranks,
+                evaluations,
+            )  # fmt: skip
             record.load = load.end()
             watchdog.phase()
             checkpoints.save()
@@ -333,6 +334,8 @@ def go(
             raise TrainingError(explain(step, masters, error.sent, str(error), folder.path), error.sent) from None
         finally:
             report.end()
+            if state.evaluated.seconds:
+                record.seconds["evals"] = state.evaluated.seconds
     return watchdog, ready
 
 
@@ -400,18 +403,6 @@ def audited(config: TrainConfig, score: Score, model: GPT, data: Dataset) -> lis
         return [f"not done: {type(error).__name__}: {' '.join(str(error).split())}"]
 
 
-def sampled(model: GPT, data: Dataset, ops: str) -> str:
-    """A few words of what was learned, to be read beside those of other runs; a reason, where there can be none."""
-    special = list(range(data.tokenizer.bos, data.tokenizer.vocab_size))
-    prompt = [data.tokenizer.bos, *data.tokenizer.encode(SAMPLE_PROMPT)]
-    try:
-        with kernels.ops_in_force("reference" if ops == "compile" else ops):  # its shapes change with every token
-            tokens = [*generate(model, prompt, SAMPLE_TOKENS, banned=special, temperature=0.8, top_k=50, seed=0)]
-        return SAMPLE_PROMPT + data.tokenizer.decode(tokens) + "\n"
-    except Exception as error:  # of any kind: the run has its number
-        return f"not sampled: {type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def summarise(
     config: TrainConfig, model: GPTConfig, state: RunState, evaluation: Evaluation, ready: float, ranks: Ranks
 ) -> dict[str, Value]:
@@ -443,6 +434,7 @@ def summarise(
         "untimed_steps": budget.step - budget.timed_steps,
         "overshoot_seconds": budget.overshoot,
         "checkpoint_seconds": state.blocked_seconds,
+        **({"eval_seconds": state.evaluated.seconds} if state.evaluated.seconds else {}),
         **({"ranks": ranks.size, "sums": config.sums} if ranks.size > 1 else {}),
         **({"stopped_seconds": budget.stopped_seconds} if budget.stopped_seconds else {}),
         "resumes": state.resumes,

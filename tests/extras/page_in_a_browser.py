@@ -11,7 +11,7 @@ import pytest
 from prepare.words import printable
 from tests.helpers.chromium import Browser
 from tests.helpers.ledger_entries import add, entry
-from tests.helpers.night_page import of_seeds, rows_of, write_run
+from tests.helpers.night_page import evals_of, of_seeds, rows_of, write_run
 from train.report import main as report_main
 from train.results.judge import experiments
 from train.results.ledger import Ledger
@@ -118,6 +118,30 @@ def test_the_table_filters(browser, page, night):
                   " e.dispatchEvent(new Event('change')); })()")  # fmt: skip
     crashed = [run["description"] for run in Ledger(night).runs() if run["outcome"] == "failed"]
     assert column(browser, 1) == crashed == ["idea 4", "idea 13"]
+    no_complaint(browser, page)
+
+
+def test_what_was_evaluated_on_the_way_is_drawn(browser, night):
+    """Over the incumbent's, in a chart of its own; also of one evaluation, which makes no line."""
+    for run, steps in (("base-42", (90, 180, 270)), ("gain-42", (100, 200, 300)), ("gain-43", (100,))):
+        (night / run / "evals.jsonl").write_text(evals_of(*steps))
+    assert report_main([str(night)]) == 0
+    page = night / "report.html"
+    shown(browser, page)
+    browser.click('#table tr[data-number="2"] td:nth-child(2)')
+    browser.until("document.querySelector('#shown .chart.evals')?.firstElementChild?.shadowRoot")
+    assert browser.value("document.querySelectorAll('#shown .chart').length") == 2
+    legend = "document.querySelector('#shown .chart.evals').nextElementSibling.textContent"
+    assert browser.value(legend) == "incumbent, seed 42this, seed 42this, seed 43"
+    view = VIEW.replace("#night", "#shown .chart.evals")
+    browser.until(f"{view}?.frame.bbox.width > 0")
+    assert browser.value(f"{view}.model.left[0].axis_label") == "val_bpb on a small part"
+    assert browser.value(f"{view}.model.renderers.map((r) => r.data_source.data.y.length)") == [3, 3, 3, 3, 1, 1]
+    browser.click("#close")
+    browser.click('#table tr[data-number="3"] td:nth-child(2)')  # one without: no such chart
+    assert browser.value("document.querySelectorAll('#shown .chart.evals').length") == 0
+    for run in ("base-42", "gain-42", "gain-43"):
+        (night / run / "evals.jsonl").unlink()
     no_complaint(browser, page)
 
 

@@ -29,6 +29,12 @@ def rows_of(steps: int, loss: float = 3.0) -> list[dict]:
     ]  # fmt: skip
 
 
+def evals_of(*steps: int, bpb: float = 1.5) -> str:
+    """Of evals.jsonl, beside `rows_of`."""
+    return "".join(json.dumps({"step": i, "timed_seconds": max(0, i - 2) * 0.5, "val_bpb": bpb + 1 / i,
+                               "sample": f"after {i}\n<b>"}) + "\n" for i in steps)  # fmt: skip
+
+
 def write_run(folder: Path, steps: int = 10, **files: str) -> Path:
     """What a run leaves that the page reads; `files`: other contents, by the first word of a name."""
     folder.mkdir(parents=True)

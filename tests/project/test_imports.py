@@ -63,12 +63,12 @@ def test_an_op_imports_no_other_op():
 
 # From the bottom to the top: a floor imports those below it. What is on no floor is a command, and on top.
 FLOORS = (
-    ("recipes", "config", "place", "ranks", "schedule", "budget", "clock", "optimizer", "compiled", "step",
+    ("recipes", "every", "config", "place", "ranks", "schedule", "budget", "clock", "optimizer", "compiled", "step",
      "live_bytes", "memory", "launching", "device", "precompile"),
     ("resilience",),
     ("results",),
     ("tune",),
-    ("curves", "modeling", "plain", "generate", "loop"),
+    ("curves", "modeling", "plain", "generate", "evaluating", "loop"),
     ("trainer",),
     ("experiment",),
 )  # fmt: skip

@@ -17,8 +17,10 @@ from tests.helpers.small_step import CONFIG, SHAPE, endless_batches, make_step
 from train.budget import Budget
 from train.clock import DeviceClock, HostClock, Stops
 from train.config import TrainConfig, resolve
+from train.evaluating import Evaluations
+from train.every import Every
 from train.optimizer import Optimizer
-from train.resilience.state import RunState
+from train.resilience.state import Evaluated, RunState
 from train.schedule import StepValues, step_values
 from train.step import TrainingError, TrainStep
 
@@ -73,13 +75,29 @@ class Pauses:
         self.clock.now += 1000.0
 
 
+class LongEvaluations(Evaluations):
+    """Of real ones when they are due; each takes a thousand seconds."""
+
+    def __init__(self, state: RunState, clock: LaggingClock, every: str):
+        self.state, self.clock, self.every = state, clock, Every.of(every)
+        self.taken = []
+
+    def take(self) -> None:
+        self.taken.append(self.state.step)
+        self.clock.now += 1000.0
+        self.state.evaluated = Evaluated(self.state.step, self.state.budget.timed_seconds, 1000.0 * len(self.taken))
+
+
 def run(
-    lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, stops=None, **budget
+    lag: int, step: TrainStep, stop=lambda: False, pause_after=math.inf, stops=None, every="0", **budget
 ) -> tuple[Recorder, Budget]:
     seen, clock = Recorder(), LaggingClock(lag)
     state = RunState(step.optimizer, Batches(endless_batches()), Budget(untimed_steps=0, **budget))
     seen.pauses = Pauses(state, clock, pause_after)
-    train.loop.train(CONFIG, step, state, clock, seen, seen.pauses, stop, stops or Stops())
+    seen.evaluations = LongEvaluations(state, clock, every)
+    train.loop.train(
+        CONFIG, step, state, clock, seen, seen.pauses, stop, stops or Stops(), evaluations=seen.evaluations
+    )
     return seen, state.budget
 
 
@@ -141,6 +159,62 @@ def test_a_checkpoint_is_taken_at_rest_and_costs_no_step(lag):
     assert budget.timed_seconds == 6
     plain, _ = run(lag, make_step(), seconds=1.0, steps=6)
     assert seen.losses == plain.losses
+
+
+@pytest.mark.parametrize(("lag", "every", "taken"), [
+    (0, "2", [2, 4, 6]), (1, "2", [2, 4, 6]),  # by steps it is known before the step is sent
+    (0, "2s", [2, 4, 6]), (1, "2s", [3, 5, 6]),  # by seconds a step is on its way when they are over
+    (0, "2.5s", [3, 5]), (0, "9", []), (1, "100s", []),
+])  # fmt: skip
+def test_an_evaluation_is_made_at_rest_and_costs_no_step(lag, every, taken):
+    """Beside a checkpoint; the budget's clock has none of it, and training is what it was."""
+    seen, budget = run(lag, make_step(), pause_after=3, every=every, seconds=1.0, steps=6)
+    assert seen.evaluations.taken == taken
+    assert seen.seconds == [1.0] * 6
+    assert budget.timed_seconds == 6
+    assert len(seen.pauses.taken) == 1
+    plain, _ = run(lag, make_step(), seconds=1.0, steps=6)
+    assert seen.losses == plain.losses
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_inside_a_time_budget_as_many_steps_are_made_with_evaluations(lag):
+    (_, plain), (seen, budget) = (run(lag, make_step(), every=every, seconds=7.0) for every in ("0", "2.5s"))
+    assert (budget.step, budget.timed_seconds) == (plain.step, plain.timed_seconds)
+    assert len(seen.evaluations.taken) == 2 + lag
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_who_asks_to_stop_waits_for_no_evaluation(lag):
+    asked = iter([False])
+    seen, budget = run(lag, make_step(), lambda: next(asked, True), every="1s", seconds=9.0)
+    assert budget.step == 1 + lag
+    assert seen.evaluations.taken == []
+
+
+def test_an_evaluation_comes_before_the_checkpoint_of_its_step():
+    """Which knows of it, so that no run that goes on from there makes it again."""
+    order = []
+    state = RunState(None, Batches(endless_batches()), Budget(9.0, steps=3, untimed_steps=0))
+    clock = LaggingClock(0)
+    pauses, evaluations = Pauses(state, clock, 2), LongEvaluations(state, clock, "2")
+    for what, name in ((pauses, "save"), (evaluations, "take")):
+        real = getattr(what, name)
+        setattr(what, name, lambda real=real, name=name: (order.append(name), real()))
+    step = lambda *_: (torch.zeros(()), torch.ones((), dtype=torch.bool))  # noqa: E731
+    train.loop.train(CONFIG, step, state, clock, Recorder(), pauses, lambda: False, Stops(), evaluations=evaluations)
+    assert order == ["take", "save"]
+
+
+def test_what_an_evaluation_leaves_is_collected_before_the_clock_goes_on(monkeypatch):
+    events = []
+    monkeypatch.setattr(train.loop.gc, "collect", lambda: events.append("collected"))
+    take, mark = LongEvaluations.take, LaggingClock.mark
+    monkeypatch.setattr(LongEvaluations, "take", lambda self: events.append("evaluated") or take(self))
+    monkeypatch.setattr(LaggingClock, "mark", lambda self: events.append("mark") or mark(self))
+    run(0, make_step(), every="2", seconds=1.0, steps=3)
+    at = events.index("evaluated")
+    assert events[at : at + 3] == ["evaluated", "collected", "mark"]
 
 
 @pytest.mark.parametrize("lag", [0, 1])

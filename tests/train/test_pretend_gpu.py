@@ -14,6 +14,7 @@ from tests.helpers.small_step import SHAPE, make_step
 from tests.helpers.tiny_run import assert_same, losses, run_main
 from train.config import TrainConfig, resolve
 from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
+from train.results.evals import read_evals
 from train.schedule import StepValues
 
 pretended = pytest.mark.parametrize("gpu", ["pretended"], indirect=True)
@@ -105,11 +106,13 @@ def test_a_run_as_graphs_is_the_run_without(gpu, small_data, tmp_path, monkeypat
     if gpu:
         options += ["--ops", "reference"]
         monkeypatch.setattr(train.device, "pick_graphs", lambda wanted, *_: wanted is None)
-    runs = {"replayed": [], "eager": ["--no-graphs"]}
+    runs = {"replayed": [], "eager": ["--no-graphs"], "evaluated": ["--eval-every", "2"]}
     for name, more in runs.items():
         assert run_main(small_data, tmp_path / name, *options, *more) == 0, capsys.readouterr().err
-        assert json.loads((tmp_path / name / "config.json").read_text())["config"]["graphs"] == (name == "replayed")
-    assert_same(*(tmp_path / name for name in runs))
+        assert json.loads((tmp_path / name / "config.json").read_text())["config"]["graphs"] == (name != "eager")
+    assert_same(tmp_path / "replayed", tmp_path / "eager")
+    assert_same(tmp_path / "replayed", tmp_path / "evaluated")  # between replays, in memory of its own
+    assert [row["step"] for row in read_evals(tmp_path / "evaluated")] == [2, 4]
     assert len(set(losses(tmp_path / "eager"))) == 5
     end = read_checkpoint(checkpoint_folders(tmp_path / "replayed" / "checkpoints")[0]).tensors()
     for name, weight in load_file(tmp_path / "replayed" / "model.safetensors").items():

@@ -3,12 +3,14 @@
 from .html_text import shorten, text
 
 # In the order in which they come; what a newer run times besides follows.
-PHASES = ("setup", "compile", "training", "untimed", "evaluation", "audit", "total")
+PHASES = ("setup", "compile", "training", "untimed", "evals", "evaluation", "audit", "total")
+EVALS_SHOWN = 12  # with samples; the chart has all
 MEANING = {
     "setup": "until the first step, without compiling",
     "compile": "compiling and warming up",
     "training": "steps inside the budget",
     "untimed": "steps before the budget began",
+    "evals": "val_bpb on a small part, on the way",
     "overshoot": "beyond the budget",
     "stopped": "stood still inside the budget",
     "evaluation": "val_bpb",
@@ -40,7 +42,7 @@ def details(one: dict, facts: dict) -> str:
     curves = f"<h3>Curves{over}</h3>" if one.get("curves") else ""
     chart = '<div class="chart"></div>' if one.get("curves") else ""
     return "".join([
-        head, whole, verdict, note, origin, missing, _runs(one), curves, chart,
+        head, whole, verdict, note, origin, missing, _runs(one), curves, chart, _evals(one),
         _part("What it changed", "diff", one.get("diff"), "Nothing: its commit is its parent's code."),
         _part("What its model writes", "sample", one.get("sample"), "Nothing."),
         _seconds(one), _summary(one), "</article>",
@@ -53,6 +55,22 @@ def _part(title: str, kind: str, content: str | None, empty: str) -> str:
     if not content.strip():
         return f'<h3>{title}</h3><p class="quiet">{empty}</p>'
     return f'<h3>{title}</h3><pre class="{kind}">{_lines(kind, content)}</pre>'
+
+
+def _evals(one: dict) -> str:
+    """Of the run that came last and has any: a chart, and a few of its evaluations with what the model wrote then."""
+    name, found = next(reversed((one.get("evals") or {}).items()), (None, None))
+    if not found:
+        return ""
+    every = max(1, -(-len(found["step"]) // EVALS_SHOWN))
+    rows = "".join(
+        f"<tr><td>{text(step)}</td><td>{bpb:.6f}</td><td dir=\"auto\">{text(sample)}</td></tr>"
+        for step, bpb, sample in [*zip(found["step"], found["val_bpb"], found["sample"], strict=True)][::-1][::every]
+    )
+    return ('<h3>On the way: val_bpb on a small part</h3><div class="chart evals"></div>'
+            f"<details><summary>What the model of {text(name)} wrote meanwhile</summary>"
+            '<div class="wide"><table class="plain"><thead><tr><th>step</th><th>val_bpb</th><th>sample</th></tr>'
+            f"</thead><tbody>{rows}</tbody></table></div></details>")  # fmt: skip
 
 
 def _lines(kind: str, content: str) -> str:

@@ -196,9 +196,9 @@ def _words(one: dict, count: int) -> str:
 
 
 def _from_folders(group: Experiment, ledger: Ledger, folders: Folders) -> dict:
-    """What is left of its runs: a curve for each, the changes and a sample of the first that has them, and in words
+    """What is left of its runs: curves of each, the changes and a sample of the first that has them, and in words
     what is missing."""
-    there, curves, missing = folders.of(ledger.folder), {}, []
+    there, curves, evals, missing = folders.of(ledger.folder), {}, {}, []
     kept: dict[str, str | None] = {"changes.diff": None, "sample.txt": None}
     gone, lines = [], {"metrics.jsonl": [], **{name: [] for name in kept}}
     for run in (*group.runs, *group.confirmations):
@@ -211,6 +211,8 @@ def _from_folders(group: Experiment, ledger: Ledger, folders: Folders) -> dict:
             lines["metrics.jsonl"].append(run["run"])
         else:
             curves[run["run"]] = curve
+        if found := folders.evals(folder):  # most runs have none
+            evals[run["run"]] = found
         for name in kept:
             if kept[name] is None and (text := folders.text(folder / name)) is not None:
                 kept[name] = text
@@ -219,7 +221,8 @@ def _from_folders(group: Experiment, ledger: Ledger, folders: Folders) -> dict:
     missing += [f"The folder of {name} is gone: what it held is not shown." for name in gone]
     missing += [f"{name} of {run} is missing or damaged." for name, runs in lines.items() for run in runs
                 if kept.get(name) is None]  # fmt: skip
-    return {"diff": kept["changes.diff"], "sample": kept["sample.txt"], "curves": curves, "missing": missing}
+    return {"diff": kept["changes.diff"], "sample": kept["sample.txt"], "curves": curves,
+            "evals": evals, "missing": missing}  # fmt: skip
 
 
 def _totals(runs: Sequence[dict], ledgers: Sequence[Ledger], found: Sequence[dict]) -> dict:

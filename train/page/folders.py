@@ -8,8 +8,10 @@ from typing import Any
 from prepare.words import printable
 
 from ..curves import read_metrics
+from ..results import evals
 
 POINTS = 160  # of a curve: more than a phone can show
+MOST_OF_A_SAMPLE = 300  # characters of one that was made on the way
 MOST_BYTES = 60_000  # of a diff or a sample in the page; the whole of it is in the folder
 
 
@@ -34,6 +36,10 @@ class Folders:
     def curve(self, folder: Path) -> dict[str, list] | None:
         """`step`, `seconds` (timed) and `loss` (smoothed, nats a token), thinned. None where there is none to read."""
         return self._once(folder / "metrics.jsonl", lambda path: curve_of(read_metrics(path.parent)))
+
+    def evals(self, folder: Path) -> dict[str, list] | None:
+        """`step`, `seconds` (timed), `val_bpb` and `sample` of the evaluations on the way, thinned."""
+        return self._once(folder / evals.NAME, lambda path: evals_of(evals.read_evals(path.parent)))
 
     def last_step(self, folder: Path) -> list[dict]:
         """The last twenty rows of the metrics."""
@@ -66,6 +72,19 @@ def curve_of(steps: list[dict]) -> dict[str, list] | None:
         "loss": [number(row["smooth_loss"]) for row in kept],
     }
     return curve if any(value is not None for value in curve["loss"]) else None
+
+
+def evals_of(rows: list[dict]) -> dict[str, list] | None:
+    if not rows:
+        return None
+    every = max(1, math.ceil(len(rows) / POINTS))
+    kept = rows[::-1][::every][::-1]
+    return {
+        "step": [row["step"] for row in kept],
+        "seconds": [number(row["timed_seconds"]) for row in kept],
+        "val_bpb": [number(row["val_bpb"], 7) for row in kept],
+        "sample": [printable(row.get("sample", ""))[:MOST_OF_A_SAMPLE] for row in kept],
+    }
 
 
 def number(value: Any, digits: int = 6) -> float | int | None:

@@ -90,6 +90,8 @@ def _data(facts: dict) -> dict:
             {key: one[key] for key in kept} | {
                 "name": shorten(one["description"] or one["name"], 60),
                 "curves": one.get("curves") or {},
+                "evals": {run: {key: found[key] for key in ("step", "seconds", "val_bpb")}
+                          for run, found in (one.get("evals") or {}).items()},
                 "runs": [{key: run[key] for key in ("run", "seed", "val_bpb", "time", "set")} for run in one["runs"]],
             } for one in facts["experiments"]
         ],
@@ -136,10 +138,13 @@ def _running(facts: dict) -> str:
     for i, run in enumerate(facts["running"]):
         left, share = run["remaining_seconds"], run["progress"] or 0.0
         remaining = "" if left is None or run["phase"].startswith("trained") else f", {_duration(left)} left"
+        found = run["last_eval"]
+        evaluated = f", val_bpb {found['val_bpb']:.4f} on a small part after {found['step']} steps" if found else ""
         cards.append(
             f'<article class="run"><h3 dir="auto">{text(shorten(run["description"] or run["run"]))}</h3>'
             f'<p>{text(run["phase"])}{text(remaining)}; seed {text(run["seed"])}, step {text(run["step"] or 0)}'
-            f', on {text(run["ledger"])}; last sign {_duration(run["last_sign_seconds_ago"])} before this was made</p>'
+            f'{evaluated}, on {text(run["ledger"])}; last sign {_duration(run["last_sign_seconds_ago"])}'
+            ' before this was made</p>'
             f'<progress max="1" value="{min(max(share, 0.0), 1.0):.4f}"></progress>'
             f'<div class="chart" id="running{i}"></div></article>'
         )

@@ -122,19 +122,21 @@
     return lines.values();
   }
 
-  // The curves of some runs over those of others.
+  // The curves of some runs over those of others, of their loss or of what was evaluated on the way.
 
-  function curves(element, ours, theirs, along = "seconds") {
+  const UNITS = { loss: "loss, nats a token", val_bpb: "val_bpb on a small part" };
+
+  function curves(element, ours, theirs, what = "loss", along = "seconds") {
     const all = [...theirs.map((curve) => ({ curve, ours: false })), ...ours.map((curve) => ({ curve, ours: true }))]
       .filter(({ curve }) => curve);
     if (!all.length) return element.remove();
     const key = all.every(({ curve }) => curve[along].some((x) => x > 0)) ? along : "step";
     // The first steps fall from so high that all that matters would lie on one line.
-    const settled = all.flatMap(({ curve }) => curve.loss.slice(Math.floor(curve.loss.length / 12)))
+    const settled = all.flatMap(({ curve }) => curve[what].slice(Math.floor(curve[what].length / 12)))
       .filter((y) => y !== null);
     const low = Math.min(...settled), high = Math.max(...settled), room = 0.05 * (high - low) || 0.01;
     const figure_ = figure({
-      x_axis_label: key === "step" ? "step" : "seconds of training", y_axis_label: "loss, nats a token",
+      x_axis_label: key === "step" ? "step" : "seconds of training", y_axis_label: UNITS[what],
       y_range: new Bokeh.Range1d({ start: low - room, end: high + room }),
     });
     const lines = [], legend = document.createElement("p");
@@ -142,7 +144,7 @@
     let colour = 0;
     for (const { curve, ours } of all) {
       // Before the budget begins, its clock stands still.
-      const points = curve[key].map((x, i) => [x, curve.loss[i]])
+      const points = curve[key].map((x, i) => [x, curve[what][i]])
         .filter(([x, y]) => x !== null && y !== null && (key === "step" || x > 0));
       const source = new Bokeh.ColumnDataSource({ data: {
         x: points.map(([x]) => x), y: points.map(([, y]) => y), whose: points.map(() => curve.title),
@@ -151,6 +153,8 @@
       lines.push(figure_.line({ field: "x" }, { field: "y" }, {
         source, line_width: ours ? 2.2 : 1.6, line_color, line_alpha: ours ? 1 : 0.75,
       }));
+      // A line of one point is none.
+      if (what === "val_bpb") figure_.scatter({ field: "x" }, { field: "y" }, { source, size: 5, color: line_color });
       const entry = document.createElement("span"), mark = document.createElement("i");
       mark.className = "mark line";
       mark.style.background = line_color;
@@ -160,15 +164,15 @@
     if (element.nextElementSibling?.className === "legend") element.nextElementSibling.remove();
     element.after(legend);
     figure_.add_tools(new Bokeh.HoverTool({
-      renderers: lines, tooltips: [["run", "@whose"], [key, "@x{0.0}"], ["loss", "@y{0.0000}"]],
+      renderers: lines, tooltips: [["run", "@whose"], [key, "@x{0.0}"], [what, "@y{0.0000}"]],
     }));
     show(figure_, element);
   }
 
-  function curvesOf(number, what) {
+  function curvesOf(number, what, kind = "curves") {
     const one = experiments.get(number);
     const seeds = new Map((one?.runs ?? []).map((run) => [run.run, run.seed]));
-    return Object.entries(one?.curves ?? {}).map(([run, curve]) => ({ ...curve, title: `${what}, seed ${seeds.get(run)}` }));
+    return Object.entries(one?.[kind] ?? {}).map(([run, curve]) => ({ ...curve, title: `${what}, seed ${seeds.get(run)}` }));
   }
 
   // The experiment that is open.
@@ -187,8 +191,12 @@
     const place = home.indexOf(article);
     byId("back").disabled = place === 0;
     byId("on").disabled = place === home.length - 1;
-    const chart = article.querySelector(".chart"), one = experiments.get(number);
-    if (chart) curves(chart, curvesOf(number, "this"), one.incumbent ? curvesOf(one.incumbent, "incumbent") : []);
+    const one = experiments.get(number);
+    for (const chart of article.querySelectorAll(".chart")) {
+      const evals = chart.classList.contains("evals");
+      const of = (which, title) => (which ? curvesOf(which, title, evals ? "evals" : "curves") : []);
+      curves(chart, of(number, "this"), of(one.incumbent, "incumbent"), evals ? "val_bpb" : "loss");
+    }
   }
 
   const besides = (step) => () => {

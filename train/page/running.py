@@ -30,6 +30,7 @@ def running(ledger: Ledger, label: str, folders: Folders, now: float) -> list[di
         config = _config(folder)
         steps = folders.last_step(folder)
         last = steps[-1] if steps else {}
+        evals = folders.evals(folder)
         progress = number(last.get("progress"))
         found.append({
             "run": name,
@@ -42,6 +43,7 @@ def running(ledger: Ledger, label: str, folders: Folders, now: float) -> list[di
             "remaining_seconds": _remaining(config, steps),
             "loss": number(last.get("smooth_loss")),
             "tokens_per_second": number(last.get("tokens_per_second")),
+            "last_eval": evals and {key: values[-1] for key, values in evals.items()},
             "last_sign_seconds_ago": max(0.0, round(now - sign, 1)),
             "phase": "setting up" if not steps else "trained, and being evaluated" if progress == 1 else "training",
             "curve": folders.curve(folder),

@@ -29,6 +29,15 @@ class DebiasedAverage:
         return self.sum / (1 - self.beta**self.count)
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """When the run was evaluated last (`--eval-every`), and how long all of that has taken."""
+
+    step: int = 0
+    timed_seconds: float = 0.0
+    seconds: float = 0.0
+
+
 @dataclass
 class RunState:
     """Consistent only while no step is on its way. The loader's part is its state after the batch handed out last:
@@ -39,6 +48,7 @@ class RunState:
     budget: Budget
     average: DebiasedAverage = field(default_factory=DebiasedAverage)
     blocked_seconds: float = 0.0  # that training stood still for checkpoints
+    evaluated: Evaluated = Evaluated()
     resumes: int = 0
     earlier_seconds: float = 0.0  # of the processes before this one, each up to the checkpoint it left
 
@@ -66,6 +76,7 @@ class RunState:
             "rng": rng_states(),
             "seconds": self.seconds,
             "blocked_seconds": self.blocked_seconds,
+            "evaluated": asdict(self.evaluated),
             "resumes": self.resumes,
         }
 
@@ -89,6 +100,7 @@ class RunState:
         self.average = DebiasedAverage(**values["average"])
         self.loader.load_state_dict(values["loader"])
         self.blocked_seconds = values["blocked_seconds"]
+        self.evaluated = Evaluated(**values.get("evaluated", {}))  # checkpoints of before have none
         self.resumes = values["resumes"] + 1
         self.earlier_seconds = values["seconds"]
         set_rng_states(values["rng"])

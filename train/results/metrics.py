@@ -7,6 +7,7 @@ import torch
 
 from model import GPTConfig, flops_per_token, flops_per_token_causal
 from model.flops import H100_PEAK, device_peak
+from prepare.words import printable
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ Value = float | int | str | None  # of a summary; None where there is none, as M
 
 DIGITS = {  # after the point, of a summary's floats
     "val_bpb": 6, "unigram_bpb": 6, "mfu_percent": 2, "mfu_causal_percent": 2, "mfu_device_percent": 2,
-    "tokens_per_second": 0, "overshoot_seconds": 3, "checkpoint_seconds": 3,
+    "tokens_per_second": 0, "overshoot_seconds": 3, "checkpoint_seconds": 3, "eval_seconds": 3,
 }  # fmt: skip
 
 
@@ -80,3 +81,16 @@ def log_line(
     pace = f"{tokens_per_second / 1000:.0f}k" if tokens_per_second >= 10_000 else f"{tokens_per_second:.0f}"
     lines.append(f"step {step} loss {loss:.4f} tok/s {pace} mfu {share} left {remaining:.0f}s")
     return next((line for line in lines if len(line) <= columns), lines[-1][:columns])
+
+
+SHOWN_OF_A_SAMPLE = 60  # characters, where nothing else limits the line
+
+
+def eval_line(row: dict, columns: int | None = None) -> str:
+    """An evaluation on the way in one line, and of its sample what there is room for: in `columns` characters, where
+    they are given."""
+    bpb = "n/a" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
+    line = f"eval {row['step']:05d} ({100 * row['progress']:.1f}%) | val_bpb: {bpb} on {row['val_rows']} rows"
+    line += f" | took: {row['seconds']:.1f}s | "
+    sample = printable(" ".join(row["sample"].split()))
+    return (line + (sample if columns else sample[:SHOWN_OF_A_SAMPLE]))[:columns]

@@ -20,7 +20,7 @@ from ..device import gpu_name
 from ..resilience.checkpoint import Checkpoint
 from ..resilience.durable import DISK_FULL
 from ..schedule import StepValues
-from .metrics import Value, log_line, shown, utilisation
+from .metrics import Value, eval_line, log_line, shown, utilisation
 from .run_folder import RunFolder
 
 EPOCHS_WORTH_A_WARNING = 4
@@ -59,8 +59,17 @@ class Reporter:
             "weight_decay": values.weight_decay, "seconds": dt, "timed_seconds": budget.timed_seconds,
             "tokens": budget.step * self.tokens_per_step, "tokens_per_second": pace, "mfu": mfu, "epoch": epoch,
         }  # fmt: skip
+        self._log(lambda: self.folder.write_metrics(row), line)
+
+    def evaluated(self, row: dict) -> None:
+        """An evaluation on the way, as evals.jsonl has it; its line stays, also where those of steps are redrawn."""
+        line = eval_line(row, shutil.get_terminal_size().columns - 1 if self.redraw else None)
+        self._log(lambda: self.folder.write_eval(row), line)
+        self.end()
+
+    def _log(self, write: Callable[[], None], line: str) -> None:
         try:
-            self.folder.write_metrics(row)  # first: what was printed is in the file
+            write()  # first: what was printed is in the file
             self.say(line)
         except BrokenPipeError:
             self.unread()
@@ -93,6 +102,9 @@ class SilentReporter:
 
     def step(self, *_) -> None:
         self.beat()
+
+    def evaluated(self, row: dict) -> None:
+        pass
 
     def end(self) -> None:
         pass

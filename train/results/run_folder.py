@@ -18,6 +18,7 @@ from prepare.files import read_sealed
 from ..config import RUNS, TrainConfig
 from ..resilience.durable import lock, replace_file, sync, write_json
 from ..resilience.tensors import load_tensors, save_tensors
+from .evals import append_eval, cut_evals
 from .metrics import jsonable
 from .provenance import short_commit, source_state
 from .tensorboard import EventWriter
@@ -155,6 +156,14 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         replace_file(path, b"".join(line + b"\n" for line in lines if _step_of(line) in range(step)))
+
+    def write_eval(self, row: dict) -> None:
+        append_eval(self.path, row)
+
+    def cut_logs(self, step: int, evaluated: int) -> None:
+        """Leaves of both logs what a checkpoint of `step` stands for; `evaluated`: at which the last evaluation was."""
+        self.cut_metrics(step)
+        cut_evals(self.path, evaluated)
 
     def write_model(self, weights: dict[str, torch.Tensor]) -> None:
         """fp32 tensors, from any device."""

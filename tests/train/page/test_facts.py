@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.helpers.ledger_entries import add, entry
-from tests.helpers.night_page import DIFF, NOW, a_small_night, facts_of, of_seeds, rows_of, write_run
-from train.page.folders import MOST_BYTES, POINTS, curve_of, number
+from tests.helpers.night_page import DIFF, NOW, a_small_night, evals_of, facts_of, of_seeds, rows_of, write_run
+from train.page.folders import MOST_BYTES, POINTS, Folders, curve_of, number
 from train.report import main as report_main
 from train.results.judge import interval_in
 from train.results.ledger import Ledger
@@ -115,6 +115,28 @@ def test_what_the_folders_hold(tmp_path):
     assert wider["curves"].keys() == {"gain-42", "gain-43"}
     assert wider["curves"]["gain-42"]["step"] == [*range(10)]
     assert wider["curves"]["gain-42"]["seconds"][:4] == [0, 0, 0.5, 1.0]
+
+
+def test_what_was_evaluated_on_the_way(tmp_path):
+    a_small_night(tmp_path)
+    (tmp_path / "gain-43" / "evals.jsonl").write_text(evals_of(4, 8) + "{")
+    found = by_description(facts_of(tmp_path))
+    assert found["wider"]["evals"] == {"gain-43": {
+        "step": [4, 8], "seconds": [1.0, 3.0], "val_bpb": [1.75, 1.625], "sample": ["after 4 <b>", "after 8 <b>"],
+    }}  # fmt: skip
+    assert found["baseline"]["evals"] == {}
+    assert found["wider"]["missing"] == found["baseline"]["missing"] == []
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_long_row_of_evaluations_is_thinned_and_ends_where_it_ends(tmp_path):
+    write_run(tmp_path / "a")
+    (tmp_path / "a" / "evals.jsonl").write_text(evals_of(*range(1, 1002)))
+    found = Folders().evals(tmp_path / "a")
+    assert POINTS / 2 < len(found["step"]) <= POINTS
+    assert found["step"][-1] == 1001
+    assert {len(values) for values in found.values()} == {len(found["step"])}
+    assert Folders().evals(tmp_path) is None
 
 
 def damage(folder, how: str) -> None:
@@ -227,6 +249,14 @@ def test_what_runs_now(tmp_path):
     assert (run["run"], run["phase"], run["step"], run["progress"]) == ("timed", "training", 19, 0.2)
     assert (run["remaining_seconds"], run["last_sign_seconds_ago"], run["incumbent"]) == (291.0, 2.0, 3)
     assert run["curve"]["step"][-1] == 19
+
+
+def test_the_last_evaluation_of_what_runs_now(tmp_path):
+    begin_run(tmp_path / "a", NOW, done=9)
+    assert facts_of(tmp_path)["running"][0]["last_eval"] is None
+    (tmp_path / "a" / "evals.jsonl").write_text(evals_of(4, 8))
+    last = facts_of(tmp_path)["running"][0]["last_eval"]
+    assert (last["step"], last["val_bpb"], last["sample"]) == (8, 1.625, "after 8 <b>")
 
 
 def test_what_is_left_of_a_run_by_steps(tmp_path):

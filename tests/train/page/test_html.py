@@ -17,6 +17,7 @@ from tests.helpers.ledger_entries import a_night, add, entry
 from tests.helpers.night_page import (
     NOW,
     a_small_night,
+    evals_of,
     facts_of,
     of_seeds,
     page_of,
@@ -51,6 +52,19 @@ HOSTILE = [
 def small_library(monkeypatch):
     """In place of a plotting library, for what is not about it."""
     monkeypatch.setattr("train.page.html.library", lambda: ["var Bokeh = {};"])
+
+
+@pytest.mark.usefixtures("small_library")
+@pytest.mark.parametrize("words", HOSTILE)
+def test_a_hostile_sample_made_on_the_way_is_text(tmp_path, words):
+    a_small_night(tmp_path)
+    plain = json.loads(evals_of(4))
+    (tmp_path / "gain-42" / "evals.jsonl").write_text(json.dumps(plain))
+    tags = [element.tag for element in page_of(tmp_path).all()]
+    (tmp_path / "gain-42" / "evals.jsonl").write_text(json.dumps(plain | {"sample": words}))
+    document = page_of(tmp_path)
+    assert [element.tag for element in document.all()] == tags
+    assert printable(words) in document.one("article", id="e3").text
 
 
 @pytest.mark.usefixtures("small_library")
@@ -213,6 +227,26 @@ def test_an_experiment_has_all_that_is_known_of_it(tmp_path):
 
 
 @pytest.mark.usefixtures("small_library")
+def test_what_was_evaluated_on_the_way_has_a_chart_and_a_table(tmp_path):
+    """Newest first, and a dozen of them; an experiment that has none says nothing of it."""
+    a_small_night(tmp_path)
+    (tmp_path / "gain-42" / "evals.jsonl").write_text(evals_of(*range(1, 25)))
+    document = page_of(tmp_path)
+    wider, base = (document.one("article", id=f"e{number}") for number in (3, 1))
+    assert len(wider.all("div", class_="evals")) == 1
+    table = next(table for table in wider.all("table") if "sample" in table.text)
+    shown = [cells(row) for row in table.one("tbody").all("tr")]
+    assert shown[0] == ["24", "1.541667", "after 24 <b>"]
+    assert [int(step) for step, *_ in shown] == [*range(24, 0, -2)]
+    assert "What the model of gain-42 wrote meanwhile" in wider.text
+    assert not base.all("div", class_="evals")
+    assert "On the way" not in base.text
+    data = json.loads(document.one("script", id="data").text)
+    assert data["experiments"][2]["evals"]["gain-42"]["step"] == [*range(1, 25)]
+    assert data["experiments"][0]["evals"] == {}
+
+
+@pytest.mark.usefixtures("small_library")
 def test_a_page_says_what_is_missing(tmp_path):
     a_small_night(tmp_path)
     (tmp_path / "worse" / "changes.diff").unlink()
@@ -313,6 +347,7 @@ def test_watching_a_night(tmp_path, monkeypatch, capsys):
 
     folder = tmp_path / "now"
     write_run(folder, metrics="\n".join(json.dumps(row) for row in rows_of(100)[:20]))
+    (folder / "evals.jsonl").write_text(evals_of(4, 8))
     (folder / "summary.json").unlink()
     (folder / "config.json").write_text(json.dumps({"config": {"description": "<i>now", "time_budget": 60}}))
     monkeypatch.setattr("train.report.time", lambda: (folder / "metrics.jsonl").stat().st_mtime + 1)
@@ -332,6 +367,7 @@ def test_watching_a_night(tmp_path, monkeypatch, capsys):
     refresh = next(m for m in third.all("meta") if m.attributes.get("http-equiv") == "refresh")
     assert refresh.attributes["content"] == "7"
     running = third.one("section", id="running")
+    assert "step 19, val_bpb 1.6250 on a small part after 8 steps, on" in running.text
     assert "<i>now" in running.text
     assert "training, 51 s left" in running.text
     assert running.one("progress").attributes["value"] == "0.2000"

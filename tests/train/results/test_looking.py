@@ -173,6 +173,38 @@ def test_curves_have_a_panel_for_what_there_is_and_the_number(tmp_path, monkeypa
 
 
 @pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize(("mfu", "panels"), [(None, "lrvp"), (41.5, "lrvpm")])
+def test_curves_have_a_panel_for_evaluations_on_the_way(tmp_path, monkeypatch, mfu, panels):
+    """Each after its steps, on the axis of the others; what follows a damaged step stands at the one before."""
+    drawn = []
+    monkeypatch.setattr("train.curves.save", lambda figure, path: drawn.append(figure))
+    folder = metrics(tmp_path / "run", mfu=mfu)
+    rows = [{"step": step, "timed_seconds": 0.0, "val_bpb": 3 - step / 40} for step in (0, 8, 20, 40, 400)]
+    (folder / "evals.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"step": 9']))
+    draw_curves(folder)
+    (figure,) = drawn
+    assert len(figure.axes) == len(panels)
+    panel, = (panel for panel in figure.axes if panel.get_title("left") == "val_bpb on a small part")
+    (line,) = panel.lines
+    # Of the 40 steps of 0.1 s the one that is damaged, 7, is none; and after 400 steps there are no others.
+    assert line.get_xdata() == pytest.approx([0.0, 0.7, 1.9, 3.9])
+    assert line.get_ydata() == pytest.approx([3.0, 2.8, 2.5, 2.0])
+    assert panel.get_xlim() == pytest.approx((0, 3.9))
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("step", [None, 1.5])
+def test_of_steps_without_a_number_no_evaluation_has_a_place(tmp_path, monkeypatch, step):
+    drawn = []
+    monkeypatch.setattr("train.curves.save", lambda figure, path: drawn.append(figure))
+    folder = metrics(tmp_path / "run", step=step)
+    (folder / "evals.jsonl").write_text('{"step": 8, "timed_seconds": 0.0, "val_bpb": 3.0}')
+    draw_curves(folder)
+    (figure,) = drawn
+    assert len(figure.axes) == 3
+
+
+@pytest.mark.usefixtures("pictures")
 def test_the_grey_ends_where_the_timed_steps_begin(tmp_path, monkeypatch):
     spans = []
     monkeypatch.setattr("matplotlib.axes.Axes.axvspan", lambda self, start, end, **_: spans.append((start, end)))
