@@ -127,5 +127,5 @@ def said(init_from: dict[str, str]) -> str:
     """For the header of a run."""
     return (
         f"the weights {init_from['sha256'][:8]} of {printable(init_from['run'])}; moments, schedule and budget begin"
-        " anew; its number is compared with runs from the same weights alone"
+        " anew; its number is compared with no run but those from the same weights"
     )

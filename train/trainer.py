@@ -379,7 +379,7 @@ def conclude(
     if data.was_replaced():
         note = "holds other data by now: this run was trained and scored on what was there when it began"
         print(f"note: {printable(data.folder)} {note}", file=sys.stderr)
-    summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds}
+    summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds, **record.beginning()}
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(masters)
@@ -471,5 +471,6 @@ def summarise(
         "seed": config.seed,
         # What `judge.differences` asks.
         "comparable": "with equal fingerprint, budget and machine"
+                      + ", and from the same weights" * bool(config.init_from)
                       + "; with no published number (CPU defaults)" * (config.device == "cpu"),
     }

@@ -74,6 +74,10 @@ class Record:
         before = values.get("ranks", [1])
         self.ranks = before if before[-1] == self.ranks[-1] else [*before, *self.ranks]
 
+    def beginning(self) -> dict[str, str]:
+        """For the summary: whose weights it began with, where they were not random."""
+        return {"init_from": f"{self.init_from['run']} ({self.init_from['sha256'][:8]})"} if self.init_from else {}
+
     def about(self, first_step: int) -> About:
         """What a tracker is told of the run, which has begun."""
         config, name = self.config, name_of(self.folder)
