@@ -3,10 +3,14 @@
 WANDB_PROJECT names the project (default: timebox); the other variables of wandb hold too.
 """
 
+import atexit
 import os
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,11 +23,13 @@ from ...resilience.durable import replace_file
 from .about import About
 
 SERVICE = "wandb-core"  # the process that wandb starts: it writes, and sends
+_hooks: list[Callable] = []  # that wandb has registered for the end of this process
 
 
 def load() -> Any:
     """The package. Raises ImportError, and InputError where it would ask for a key, which nobody could answer."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it reports its own faults to its maker, offline too
+    os.environ.setdefault("WANDB_SILENT", "true")  # what goes wrong is said here
     import wandb
 
     if mode() == "online" and not has_key():
@@ -48,13 +54,32 @@ def mode() -> str:
 
 
 def abandon() -> None:
-    """Ends the process that wandb started: at its own end this one would wait for it."""
+    """Ends the process that wandb started: at its own end this one would wait for it, or complain that it is gone."""
+    while _hooks:
+        atexit.unregister(_hooks.pop())
     for child in psutil.Process().children():
         try:
             if child.name() == SERVICE:
                 child.kill()
         except psutil.Error:  # it has ended by itself
             pass
+
+
+@contextmanager
+def noting_hooks() -> Iterator[None]:
+    """Inside, what this thread has called at the end of the process is noted in `_hooks` too."""
+    register, thread = atexit.register, get_ident()
+
+    def note(hook, *args, **kwargs):
+        if get_ident() == thread:
+            _hooks.append(hook)
+        return register(hook, *args, **kwargs)
+
+    atexit.register = note
+    try:
+        yield
+    finally:
+        atexit.register = register
 
 
 def said(about: About) -> str:
@@ -86,11 +111,12 @@ class Writer:
             x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False, init_timeout=20.0,
             finish_timeout=15.0, host="",
         )  # fmt: skip
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or "timebox", id=id_of(about.folder, "wandb"), resume="allow",
-            name=about.name, group=about.group, notes=about.description or None, config=about.config,
-            dir=str(about.folder), mode=mode(), settings=settings,
-        )  # fmt: skip
+        with noting_hooks():
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or "timebox", id=id_of(about.folder, "wandb"), resume="allow",
+                name=about.name, group=about.group, notes=about.description or None, config=about.config,
+                dir=str(about.folder), mode=mode(), settings=settings,
+            )  # fmt: skip
 
     def step(self, row: dict[str, float]) -> None:
         # By its own count of steps: those that a resumed run makes again it has already, and takes no second time.
