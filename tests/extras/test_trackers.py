@@ -139,11 +139,13 @@ def test_a_process_of_its_own_that_asks_nothing_of_a_network(corpus, tmp_path, t
     assert weights[0] == weights[1]
 
 
-def test_a_resumed_run_is_the_same_run_of_wandb(corpus, tmp_path):
+def test_a_resumed_run_is_the_same_run_of_wandb(corpus, tmp_path, capfd):
     folder = interrupt(corpus, tmp_path / "run", *STEPS, "--track", "wandb", step=2)
     first = Written(folder)
     assert ([row["_step"] for row in first.history], first.exits) == ([0, 1, 2], [1])
+    capfd.readouterr()
     assert main("--resume", str(folder)) == 0
+    assert capfd.readouterr().err == ""
     written = Written(folder)
     assert len(written.ids) == 2
     assert len({*written.ids}) == 1
