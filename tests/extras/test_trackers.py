@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from tests.helpers.stopped_run import interrupt, main
@@ -55,6 +56,7 @@ class Written:
     """All that the files of a run below `folder`/wandb say, one process's after the other's."""
 
     def __init__(self, folder: Path):
+        wandb.teardown()  # its process writes on after a run has ended, until this one waits for it, here or at its end
         self.config, self.history, self.summary, self.ids, self.exits = {}, [], {}, [], []
         for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
             for record in records(path):
@@ -100,6 +102,7 @@ def test_nothing_of_this_machine_is_in_its_files(corpus, tmp_path):
     run = tmp_path / "run"
     assert run_main(corpus, run, *STEPS, "--track", "wandb") == 0
     secrets = [str(tmp_path), str(corpus.parent), str(ROOT), str(Path.home()), socket.gethostname(), sys.executable]
+    assert Written(run).exits == [0]
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     content = path.read_bytes()
     assert [secret for secret in secrets if len(secret) > 3 and secret.encode() in content] == []

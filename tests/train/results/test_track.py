@@ -3,7 +3,7 @@ in tests/extras."""
 
 import json
 import sys
-from threading import Event
+from threading import Event, Timer
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -161,7 +161,7 @@ def test_numbers_alone_are_drawn():
 @pytest.mark.parametrize("call", ["init", "step", "end", "close"])
 @pytest.mark.parametrize("how", [fails, sys.exit, never_returns])
 def test_a_broken_tracker_costs_the_run_nothing(corpus, tmp_path, heard, monkeypatch, capfd, call, how):
-    monkeypatch.setattr(track, "PATIENCE", 0.05 if how is never_returns else 600.0)
+    monkeypatch.setattr(track, "PATIENCE", 0.05 if how is never_returns else 30.0)
     heard.wandb.fault[call] = how
     assert run_main(corpus, tmp_path / "run", "--steps", "3", "--track", "wandb,tensorboard") == 0
     captured = capfd.readouterr()
@@ -172,6 +172,18 @@ def test_a_broken_tracker_costs_the_run_nothing(corpus, tmp_path, heard, monkeyp
     (row,) = Ledger(tmp_path).runs()
     assert (row["outcome"], row["audit"]) == ("finished", "ok")
     assert [name for name, *_ in heard.tensorboard.told] == ["load", "init", "step", "step", "step", "end", "close"]
+
+
+def test_a_run_waits_until_its_trackers_have_started(tmp_path, heard, capfd):
+    """They would slow down its first steps."""
+    go = Event()
+    heard.wandb.fault["init"] = go.wait
+    timer = Timer(0.2, go.set)
+    timer.start()
+    tracking = track.Tracking("wandb", SimpleNamespace(folder=tmp_path))
+    assert go.is_set()
+    tracking.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_tracker_that_does_not_keep_up_is_dropped(corpus, tmp_path, heard, monkeypatch, capfd):
