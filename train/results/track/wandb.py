@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from prepare import InputError
-from prepare.words import printable
+from prepare.words import quoted
 
 from ...resilience.durable import replace_file
 from .about import About
@@ -85,7 +85,7 @@ def noting_hooks() -> Iterator[None]:
 def said(about: About) -> str:
     if mode() != "offline":
         return "wandb"
-    return f"wandb, offline (wandb sync {printable(about.folder / 'wandb')}/offline-run-* sends it)"
+    return f"wandb, offline (wandb sync {quoted(about.folder / 'wandb')}/offline-run-* sends it)"
 
 
 def id_of(folder: Path, tracker: str) -> str:
