@@ -27,9 +27,9 @@ ifeq ($(strip $(ARGS)),)
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m bench.gpu_tests; fi
 endif
 
-# What is large, or needs more than Python, and so is no part of `make test`: the extra `hf`, and the page of
-# `train.report` in a headless Chromium, which has to be there.
-test-extras: $(VENV)/.hf
+# What is large, or needs more than Python, and so is no part of `make test`: the extras `hf`, `wandb`, `trackio` and
+# `pandas`, and the page of `train.report` in a headless Chromium, which has to be there.
+test-extras: $(VENV)/.extras
 	$(PY) -m pytest tests/extras tests/extras/page_in_a_browser.py $(ARGS)
 
 bench: $(VENV)/.dev
@@ -63,7 +63,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.runtime
 	$(call install,.[dev])
 	@touch $@
 
-WITH_HF := .[dev,hf]
-$(VENV)/.hf: pyproject.toml $(VENV)/.dev
-	$(call install,$(WITH_HF))
+WITH_EXTRAS := .[dev,hf,pandas,trackio,wandb]
+$(VENV)/.extras: pyproject.toml $(VENV)/.dev
+	$(call install,$(WITH_EXTRAS))
 	@touch $@

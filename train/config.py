@@ -27,6 +27,7 @@ RUNS = Path("runs")  # where the folders of runs are by default
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
 GONE = ("confirms",)  # options of before, which no result depends on
 MAX_SEEDS = 3  # of an experiment, until it is known whether it is better
+TRACKERS = ("tensorboard", "wandb", "trackio")
 MAX_DEPTH = 100_000  # a shape has an entry a layer: without a limit, one of 20 digits never ends
 
 
@@ -35,7 +36,10 @@ MEANT = {
     "--lr": ("--matrix-lr", "--embedding-lr"),
     "--learning-rate": ("--matrix-lr", "--embedding-lr"),
     "--unembedding-lr": ("--lm-head-lr",),
-    "--wandb": ("--tensorboard",),
+    "--wandb": ("--track wandb",),
+    "--tensorboard": ("--track tensorboard",),
+    "--report-to": ("--track",),
+    "--finetune": ("--init-from",),
     "--micro-batch-size": ("--device-batch-size",),
     "--eval-batch-size": ("--device-batch-size",),
     "--gradient-accumulation-steps": ("--total-batch-size",),
@@ -57,10 +61,28 @@ def _recipe(name: str) -> str:
     return name
 
 
+def _trackers(words: str) -> str:
+    """Names of trackers, separated by commas, each once; empty for none."""
+    names = [name for word in words.split(",") if (name := word.strip()) not in ("", "none")]
+    for name in names:
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{printable(name)!r} is none of {', '.join(TRACKERS)}, none{hint}")
+    return ",".join(dict.fromkeys(names))
+
+
+class _Adding(argparse.Action):
+    """Of an option that is given twice, both count."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        setattr(namespace, self.dest, _trackers(f"{getattr(namespace, self.dest, '')},{value}"))
+
+
 def option(default, text: str, **metadata):
     """A field of TrainConfig. Its metadata: `help`, `choices`, `kind` where a given word is not taken as it is,
-    `begins` where a group of the help begins, and `free` where a resumed run may have another value: no result depends
-    on it, or what it stands for is compared by itself, as the data's hashes are."""
+    `action` of argparse, `begins` where a group of the help begins, and `free` where a resumed run may have another
+    value: no result depends on it, or what it stands for is compared by itself, as the data's hashes are."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -78,6 +100,8 @@ class TrainConfig:
     max_seeds: int = option(MAX_SEEDS, "of --confirm, at most", free=True)
     resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/",
                                 free=True)  # fmt: skip
+    init_from: str | None = option(None, "begin with the weights of this finished run; its data and its options of the"
+                                   " group `model` hold where no flag names others")  # fmt: skip
     checkpoint_every: float = option(60.0, "seconds between checkpoints; 0: as often as one can be written", free=True)
     hang_timeout: float = option(600.0, "seconds without a step after which the run is ended; 0: never", free=True)
 
@@ -133,7 +157,9 @@ class TrainConfig:
                                  " the ledger is beside it")  # fmt: skip
     group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
                                kind=printable)  # fmt: skip
-    tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)
+    track: str | None = option(None, f"who follows the run beside its own files: {', '.join(TRACKERS)}, or several,"
+                               " separated by commas; none: nobody", free=True, kind=_trackers,
+                               action=_Adding)  # fmt: skip
     keep_checkpoints: bool = option(False, "keep the last two, also after the evaluation", free=True)
 
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"),
@@ -160,6 +186,8 @@ class TrainConfig:
         InputError where a key or the type of a value is not one of ours."""
         hints = get_type_hints(cls)
         saved = {key: value for key, value in saved.items() if key not in GONE}
+        if saved.pop("tensorboard", False):  # which was an option of its own once
+            saved.setdefault("track", "tensorboard")
         for key, value in saved.items():
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, n=1)
@@ -361,6 +389,7 @@ def parse_given(args: list[str] | None = None) -> dict[str, Any]:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             choices = f.metadata.get("choices")
-            group.add_argument(flag, type=f.metadata.get("kind", kind), default=argparse.SUPPRESS, choices=choices,
-                                help=text, metavar=None if choices else kind.__name__.upper())  # fmt: skip
+            group.add_argument(flag, type=f.metadata.get("kind", kind), action=f.metadata.get("action", "store"),
+                               default=argparse.SUPPRESS, choices=choices, help=text,
+                               metavar=None if choices else kind.__name__.upper())  # fmt: skip
     return vars(parser.parse_args(args))

@@ -17,6 +17,7 @@ from prepare.words import command_line, printable
 
 from .config import TrainConfig, to_args
 from .curves import draw_curves
+from .init_from import Weights
 from .ranks import ALONE, LostRankError, Ranks
 from .resilience.resume import resumed, run_of_launch
 from .resilience.signals import Signals
@@ -156,9 +157,10 @@ def confirmed(config: TrainConfig, base: Path, group: str) -> int:
 def incumbent_at(config: TrainConfig, ledger: Ledger) -> Experiment | None:
     """The incumbent among the latest runs of this budget on this machine, as far as that can be known before a run."""
     record = Record(config)
+    weights = Weights.of(config.init_from).name["sha256"] if config.init_from else None
     alike = [
         run for run in ledger.runs() if believable(run) and run["comparable"]["machine"] == record.machine["name"]
-        and run["comparable"]["budget"] == record.budget()
+        and run["comparable"]["budget"] == record.budget() and run["comparable"].get("init_from") == weights
     ]  # fmt: skip
     return incumbent_of([run for run in alike if not differences(run, alike[-1])])
 

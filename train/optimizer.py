@@ -6,9 +6,10 @@ part alone (ranks/parts.py), and nothing in an update depends on how many ranks 
 
 - AdamW is a formula of one element, whatever lies beside it.
 - Muon's is one of a matrix. Its kernels take a tile by the shape of one matrix, never by how many there are, and each
-  program reads one matrix (kernels/choice.py, kernels/polar_express.py); the forms for a CPU multiply one at a time.
-  The references multiply as many at once as there are, and leave it to a vendor's library how: for `--ops reference`
-  and `compile` on a GPU nothing is promised.
+  program reads one matrix (kernels/choice.py, kernels/polar_express.py). References and forms for a CPU multiply as
+  many at once as there are, and a vendor's library could choose its way by that. On a CPU it was seen to give the same
+  bits, at one thread a rank; one matrix at a time would promise it, and takes up to twice as long (bench/LOG.md). For
+  `--ops reference` and `compile` on a GPU nothing is promised.
 - Gradients are added micro-step by micro-step, in their order, by additions of their own (`add_gradients`). A kernel
   that adds to what is there already may round once where two roundings are meant: with a fused multiply-add, as in the
   loss, or in the parts of a product that cuBLAS splits. So it always begins with zeros.

@@ -42,7 +42,7 @@ NO_KERNELS = (
     "name", "run_dir", "seed", "time_budget", "steps", "untimed_steps", "total_batch_size", "packing", "eval_tokens",
     "lm_head_lr", "embedding_lr", "scalar_lr", "matrix_lr", "weight_decay", "warmup_ratio", "warmdown_ratio",
     "final_lr_frac", "graphs", "recipe", "lm_head_decay", "wte_decay", "value_embedding_decay", "bigram_decay",
-    "momentum_ramp", "rope_base", "init_scale", "lambda_r_init", "lambda_0_init", "sums",
+    "momentum_ramp", "rope_base", "init_scale", "lambda_r_init", "lambda_0_init", "sums", "init_from",
 )  # fmt: skip
 MAX_PROCESSES = 16  # three kernels each, and the slowest takes as long as three
 LIMIT = 300.0  # seconds that a run waits for its kernels: two slow cores need one of these five minutes

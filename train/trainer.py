@@ -20,6 +20,7 @@ from prepare.build import DEFAULT_VOCAB_SIZE
 from prepare.scoring import Evaluation
 from prepare.words import command_line, printable
 
+from . import init_from
 from .budget import Budget
 from .clock import Stops, clock_of, seconds_since_start
 from .config import TrainConfig
@@ -51,7 +52,7 @@ from .results.metrics import Value, utilisation
 from .results.progress import Reporter, SilentReporter, announce, announce_resume, print_summary
 from .results.record import Record
 from .results.run_folder import RunFolder, environment
-from .results.tensorboard import EventWriter, check_tensorboard
+from .results.track import check_trackers, track
 from .schedule import step_values
 from .step import TrainingError, TrainStep
 from .tune import Tiles, saved_tiles, tiles_for
@@ -120,6 +121,7 @@ class Decided:
     folder: RunFolder | None  # of a run that goes on; a new one is made when there is something to write
     tiles: Tiles  # in force until the run ends
     ranks: Ranks
+    weights: init_from.Weights | None = None  # of another run, that a new one begins with; on rank 0
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,7 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack, ranks: Ranks) 
 
     What a machine may have a say in is rank 0's to decide, and everybody's then: recipe and configuration, rows, tiles.
     """
-    if config.tensorboard:
-        ranks.first_does(lambda: check_tensorboard(record.folder))
+    ranks.first_does(lambda: check_trackers(config.track, record.folder))
     folder = checkpoint = None
     if config.resume:
         folder = ranks.first_does(lambda: RunFolder.reopen(config.resume)) or RunFolder.of_another(config.resume)
@@ -160,6 +161,9 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack, ranks: Ranks) 
             then = TrainConfig.from_json(checkpoint.values["config"]).fixed()  # older ones lack what was added since
             check_same(str(checkpoint.path), config.fixed(), then, "config.json was changed")
             record.goes_on_from(checkpoint.values)
+    weights = None
+    if begins := config.init_from is not None and checkpoint is None:
+        weights, config = init_from.of_run(config, record, ranks)
     keep_to_the_cores_allowed()
     default_batch = config.device_batch_size is None
     open_options = [name for name in ("fused_norms", "graphs") if getattr(config, name) is None]
@@ -181,6 +185,8 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack, ranks: Ranks) 
     ranks.all_do(lambda: check_same(
         f"the data in {data.folder} ({ranks.where()})", fingerprint, first, "give every machine what rank 0 has"
     ))  # fmt: skip
+    if begins:
+        ranks.first_does(lambda: weights.check(shape, data))
     if default_batch:
         config = dataclasses.replace(config, device_batch_size=ranks.of_first(
             ranks.first_does(lambda: fit_default(config, shape, ranks).device_batch_size)
@@ -191,7 +197,7 @@ def decide(config: TrainConfig, record: Record, stack: ExitStack, ranks: Ranks) 
     found = {name: value for name in open_options if (value := getattr(tiles, name)) is not None}
     config = dataclasses.replace(config, **found)
     ranks.all_do(lambda: check_fits(config, shape, ranks))
-    return Decided(config, shape, data, fingerprint, checkpoint, folder, tiles, ranks)
+    return Decided(config, shape, data, fingerprint, checkpoint, folder, tiles, ranks, weights)
 
 
 def going_on_from(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Checkpoint | None:
@@ -224,6 +230,8 @@ def build(decided: Decided, record: Record, stack: ExitStack) -> Built:
     model = GPT(decided.shape, device=config.device, **config.model_options)
     model.init_weights(config.seed)
     optimizer = Optimizer(model, config, config.forward_dtype, ranks)
+    if config.init_from and not decided.checkpoint:
+        init_from.begin_with(optimizer, ranks.first_does(lambda: decided.weights.tensors()))
     step = TrainStep(model, optimizer, config.autocast)
     with record.timed("compile"):
         if kernels_compile and (why := kernels_compile.wait()):
@@ -254,9 +262,11 @@ def begin(decided: Decided, record: Record, stack: ExitStack) -> RunFolder:
     record.begin(config, dataclasses.asdict(shape), decided.fingerprint, decided.tiles.digest)
     if not ranks.first:
         return folder
-    if config.tensorboard:
-        folder.watchers.append(EventWriter(folder.path))
     announce(config, shape, data, folder, ranks.size)
+    if record.init_from:
+        print(f"init:   {init_from.said(record.init_from)}", flush=True)
+    if config.track:
+        folder.watchers.append(track(config.track, record.about(decided.checkpoint.step if decided.checkpoint else 0)))
     if decided.checkpoint:
         announce_resume(decided.checkpoint, environment(), record.doubts())
     return folder
@@ -268,7 +278,7 @@ def write_begin(decided: Decided, folder: RunFolder, record: Record) -> None:
     folder.write_config(
         dataclasses.asdict(decided.config), dataclasses.asdict(decided.shape),
         {"folder": str(Path(data.folder).resolve()), **decided.fingerprint}, decided.tiles.as_json(),
-        data.tokenizer_file, decided.ranks.place.launch,
+        data.tokenizer_file, decided.ranks.place.launch, record.init_from,
     )  # fmt: skip
     folder.write_changes(record.changes)
 
@@ -301,7 +311,7 @@ def go(
         ranks.first_does(lambda: folder.cut_logs(state.step, state.evaluated.step))
     origin = {
         "config": config.fixed(), "data": decided.fingerprint, "environment": environment(), "sources": record.sources,
-        "tiles": decided.tiles.as_json(), "ranks": record.ranks,
+        "tiles": decided.tiles.as_json(), "ranks": record.ranks, "init_from": record.init_from,
     }  # fmt: skip
     checkpoints = Checkpointer(folder.checkpoints, state, config.checkpoint_every, origin, ranks)
     stack.callback(checkpoints.wait)
@@ -372,12 +382,14 @@ def conclude(
     if data.was_replaced():
         note = "holds other data by now: this run was trained and scored on what was there when it began"
         print(f"note: {printable(data.folder)} {note}", file=sys.stderr)
-    summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds}
+    summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds, **record.beginning()}
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(masters)
     folder.write_summary({**summary, "fingerprint": evaluation.fingerprint, "seconds": record.seconds})
-    folder.write_sample(sampled(step.model, data, config.ops))
+    sample = sampled(step.model, data, config.ops)
+    folder.write_sample(sample)
+    folder.tell(summary, sample)
     draw_curves(folder.path)
     if not config.keep_checkpoints:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -451,5 +463,6 @@ def summarise(
         "seed": config.seed,
         # What `judge.differences` asks.
         "comparable": "with equal fingerprint, budget and machine"
+                      + ", and from the same weights" * bool(config.init_from)
                       + "; with no published number (CPU defaults)" * (config.device == "cpu"),
     }

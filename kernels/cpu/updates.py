@@ -38,9 +38,7 @@ def muon_update_cpu(
         return
     lr, mu, weight_decay = hyper[:3].unbind()
     momentum.lerp_(grad, 1 - mu)
-    # One at a time: a library that multiplies several at once may choose its way by how many there are, and a process
-    # that has a share of them has to compute the bits of all.
-    g = torch.cat([polar_express_ref(one, iterate_dtype) for one in grad.lerp(momentum, mu).split(1)]).to(master.dtype)
+    g = polar_express_ref(grad.lerp(momentum, mu), iterate_dtype).to(master.dtype)
 
     along, matrix = -1 if master.shape[-2] >= master.shape[-1] else -2, (-2, -1)
     squares = g.square().mean(along, keepdim=True)

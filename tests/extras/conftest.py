@@ -1,6 +1,6 @@
-"""These tests need the extra `hf`, and are no part of `make test`: `make test-extras` installs it and runs them.
-
-None asks the network, and the folder where transformers keeps a model's code goes with the session."""
+"""These tests need the extras `hf`, `wandb`, `trackio` and `pandas`, and are no part of `make test`: `make test-extras`
+installs them and runs it all. Nothing is asked of a hub; and the folder where transformers keeps a model's code goes
+with the session."""
 
 import os
 import tempfile

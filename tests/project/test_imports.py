@@ -68,7 +68,7 @@ FLOORS = (
     ("resilience",),
     ("results",),
     ("tune",),
-    ("curves", "modeling", "plain", "generate", "evaluating", "loop"),
+    ("curves", "modeling", "plain", "generate", "evaluating", "loop", "init_from"),
     ("trainer",),
     ("experiment",),
 )  # fmt: skip

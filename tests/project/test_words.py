@@ -149,7 +149,7 @@ def test_a_run_of_such_a_name_from_end_to_end(corpus, tmp_path, capsys, monkeypa
     assert "café" in captured.out
     for module, args, reason in (
         ("__main__", ["--run-dir", run], "not empty"), ("export", [run, "--to", tmp_path / "\udcff"], "UTF-8"),
-        ("__main__", ["--run-dir", tmp_path / "\udcff", "--tensorboard"], "UTF-8"),
+        ("__main__", ["--run-dir", tmp_path / "\udcff", "--track", "tensorboard"], "UTF-8"),
     ):  # fmt: skip
         assert __import__(f"train.{module}", fromlist=["main"]).main([str(arg) for arg in args]) == 2
         line = capsys.readouterr().err

@@ -234,7 +234,7 @@ def test_a_signal_reaches_the_run_and_leaves_a_row(corpus, tmp_path, number, cod
 
 
 def test_arguments_spell_the_configuration():
-    config = TrainConfig(description="--odd = one", seed=7, autocast=False, time_budget=1e-7, tensorboard=True)
+    config = TrainConfig(description="--odd = one", seed=7, autocast=False, time_budget=1e-7, track="wandb,tensorboard")
     assert TrainConfig(**parse_given(to_args(config))) == config
     assert to_args(TrainConfig()) == []
 

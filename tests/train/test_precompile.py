@@ -47,7 +47,7 @@ OTHERS = {
     "final_lr_frac": 0.1, "graphs": False, "recipe": "tuned", "lm_head_decay": 0.1, "wte_decay": 0.1,
     "value_embedding_decay": 0.1, "bigram_decay": 0.1, "momentum_ramp": 7,
     "rope_base": 5.0, "init_scale": 0.5, "lambda_r_init": 1.1,
-    "lambda_0_init": 0.2, "sums": "native",
+    "lambda_0_init": 0.2, "sums": "native", "init_from": "other",
 }  # fmt: skip
 
 # Two kernels of which one does not compile, by `main`.

@@ -107,7 +107,8 @@ def experiments(runs: Sequence[dict]) -> dict[str, Experiment]:
 
 
 def differences(a: dict, b: dict) -> list[str]:
-    """Why the numbers of two runs cannot be compared: nothing where evaluation, budget and machine are the same."""
+    """Why the numbers of two runs cannot be compared: nothing where evaluation, budget, machine, and the
+    weights that they began with are the same."""
     found = []
     a, b = a["comparable"], b["comparable"]
     ours, theirs = (x.get("evaluation") if isinstance(x.get("evaluation"), dict) else {} for x in (a, b))
@@ -118,7 +119,13 @@ def differences(a: dict, b: dict) -> list[str]:
     for key in ("budget", "machine"):
         if a.get(key) != b.get(key):
             found.append(f"{key}: {_short(a.get(key))}, there {_short(b.get(key))}")
+    if (began := a.get("init_from")) != (there := b.get("init_from")):
+        found.append(f"it began with {_weights(began)}, there with {_weights(there)}")
     return found
+
+
+def _weights(sha256) -> str:
+    return f"the weights {_short(sha256)} of a finished run" if sha256 else "random weights"
 
 
 def _short(value) -> str:

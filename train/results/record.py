@@ -28,11 +28,12 @@ from .ledger import RUN, Ledger, name_of
 from .metrics import Value, jsonable
 from .provenance import changes, evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
 from .run_folder import default_run_dir
+from .track.about import About, told_config, told_data
 
 # What is no part of an experiment: how it is called, where it lies, which of its seeds it is.
 NO_FLAGS = {
     "name": "run", "run_dir": None, "description": "", "group": None, "seed": 42, "repeat": 1, "confirm": False,
-    "resume": None, "max_seeds": MAX_SEEDS,
+    "resume": None, "max_seeds": MAX_SEEDS, "track": None,
 }  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class Record:
         self.data: dict = {}
         self.tiles = "default"
         self.load: dict = {}
+        self.init_from: dict[str, str] | None = None  # `run`, whose weights it begins with, and their `sha256`
         self.flags = to_args(dataclasses.replace(config, **NO_FLAGS))
         self.seconds: dict[str, float] = {}
 
@@ -68,8 +70,23 @@ class Record:
         # Checkpoints of before have but the name of the last. Their code was another: it wrote no `sources`.
         earlier = values.get("sources") or [named_state(values["environment"]["commit"])]
         self.sources = earlier if earlier[-1] == self.source else [*earlier, self.source]
+        self.init_from = values.get("init_from")
         before = values.get("ranks", [1])
         self.ranks = before if before[-1] == self.ranks[-1] else [*before, *self.ranks]
+
+    def beginning(self) -> dict[str, str]:
+        """For the summary: whose weights it began with, where they were not random."""
+        return {"init_from": f"{self.init_from['run']} ({self.init_from['sha256'][:8]})"} if self.init_from else {}
+
+    def about(self, first_step: int) -> About:
+        """What a tracker is told of the run, which has begun."""
+        config, name = self.config, name_of(self.folder)
+        more = {
+            "model": self.model, "data": told_data(self.data), "tiles": self.tiles, "machine": self.machine["name"],
+            "commit": short_commit(self.source) or "none", "init_from": self.init_from,
+        }  # fmt: skip
+        told = told_config(dataclasses.asdict(config), **more)
+        return About(self.folder, name, config.group or name, config.description, told, first_step)
 
     def doubts(self) -> list[str]:
         """Why its number is compared with no other, although it is one."""
@@ -119,6 +136,7 @@ class Record:
             "evaluation": {**evaluation.fingerprint, "code_sha256": self.code_sha256},
             "budget": self.budget(),
             "machine": self.machine["name"],
+            **({"init_from": self.init_from["sha256"]} if self.init_from else {}),
         }
         memory = summary["peak_vram_mb" if self.config.device == "cuda" else "peak_rss_mb"]
         bpb = evaluation.bpb if math.isfinite(evaluation.bpb) else None
@@ -201,6 +219,7 @@ class Record:
             "versions": versions(),
             "data": self.data,
             "tiles": self.tiles,
+            "init_from": self.init_from,
             "load": self.load,
             "flags": self.flags,
             "seconds": {**self.seconds, "total": total},

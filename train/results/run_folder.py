@@ -21,7 +21,7 @@ from ..resilience.tensors import load_tensors, save_tensors
 from .evals import append_eval, cut_evals
 from .metrics import jsonable
 from .provenance import short_commit, source_state
-from .tensorboard import EventWriter
+from .track import Tracking
 
 _MEND = "train it again"
 
@@ -112,7 +112,7 @@ class RunFolder:
 
     def _open(self) -> None:
         self._metrics, self._torn = None, False
-        self.watchers: list[EventWriter] = []  # write each row of metrics too
+        self.watchers: list[Tracking] = []  # write each row of metrics too
         self._lock = lock(self.path)
         if self._lock is None:
             raise InputError(f"{self.path} is in use by another process: wait for it, or stop it")
@@ -126,13 +126,13 @@ class RunFolder:
         return (self.path / "summary.json").exists()
 
     def write_config(
-        self, config: dict, model: dict, data: dict, tiles: dict, tokenizer_file: bytes, launch: str | None = None
-    ) -> None:
-        """`launch`: of torchrun, by which what it starts again finds the run."""
-        write_json(
-            self.path / "config.json",
-            {"config": config, "model": model, "data": data, "tiles": tiles, "launch": launch, **environment()},
-        )
+        self, config: dict, model: dict, data: dict, tiles: dict, tokenizer_file: bytes, launch: str | None = None,
+        init_from: dict | None = None,
+    ) -> None:  # fmt: skip
+        """`launch`: of torchrun, by which what it starts again finds the run. `init_from`: see `Record`."""
+        began = {"init_from": init_from} if init_from else {}
+        saved = {"config": config, "model": model, "data": data, "tiles": tiles, "launch": launch, **began}
+        write_json(self.path / "config.json", {**saved, **environment()})
         replace_file(self.path / "tokenizer.json", tokenizer_file)
 
     def write_changes(self, diff: bytes) -> None:
@@ -171,6 +171,11 @@ class RunFolder:
 
     def write_summary(self, summary: dict) -> None:
         write_json(self.path / "summary.json", jsonable(summary))
+
+    def tell(self, summary: dict, sample: str) -> None:
+        """The watchers: how the run has ended."""
+        for watcher in self.watchers:
+            watcher.end(jsonable(summary), sample)
 
     def close(self) -> None:
         if self._metrics is not None:

@@ -1,4 +1,4 @@
-"""Pictures, the night's table, event files, the doctor."""
+"""Pictures, the night's table, the doctor."""
 
 import json
 import resource
@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from prepare import InputError
-from prepare.words import command_line, install_line
+from prepare.words import command_line
 from tests.helpers.ledger_entries import a_night, add, entry
-from tests.helpers.tiny_run import rows, run_main
 from train import doctor, memory
 from train.config import ROOT, TrainConfig, resolve
 from train.curves import draw_curves
@@ -224,31 +223,9 @@ def test_a_picture_that_cannot_be_drawn_is_a_note(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err == "note: no curves.png: ZeroDivisionError: division by zero\n"
 
 
-def test_event_files(corpus, tmp_path):
-    EventAccumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    ).EventAccumulator
-
-    assert run_main(corpus, tmp_path / "run", "--steps", "3", "--tensorboard") == 0
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    logged = rows(tmp_path / "run")
-    for name in ("loss", "smooth_loss", "lr_multiplier", "tokens_per_second"):
-        scalars = events.Scalars(name)
-        assert [scalar.step for scalar in scalars] == [0, 1, 2]
-        assert [scalar.value for scalar in scalars] == pytest.approx([row[name] for row in logged], rel=1e-6)
-    assert "mfu" not in events.Tags()["scalars"]  # there is none on a CPU
-
-
-def test_event_files_without_the_package(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.results.tensorboard.find_spec", lambda name: None)
-    assert run_main(corpus, tmp_path / "run", "--tensorboard") == 2
-    assert install_line("-e", ".[tensorboard]") in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_no_picture_library_before_the_first_step():
-    code = "import sys, train.trainer; sys.exit(bool({'matplotlib', 'tensorboard'} & sys.modules.keys()))"
+    late = {"matplotlib", "tensorboard", "wandb", "trackio"}
+    code = f"import sys, train.trainer; sys.exit(bool({late} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
