@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,12 +18,12 @@ from model import GPTConfig
 from model.config import SHORT_WINDOWS
 from prepare import InputError
 from prepare.arguments import Parser
+from prepare.home import expanded
 from prepare.words import printable
 
 from .recipes import BEFORE_RECIPES, DEVICE_DEFAULTS, RECIPES, recipe_defaults, why_no_recipe
 
 ROOT = Path(__file__).parent.parent  # of the repository
-RUNS = Path("runs")  # where the folders of runs are by default
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
 GONE = ("confirms",)  # options of before, which no result depends on
 MAX_SEEDS = 3  # of an experiment, until it is known whether it is better
@@ -47,6 +48,12 @@ MEANT = {
     "--output-dir": ("--run-dir",),
     "--compile": ("--ops",),
 }
+
+
+def runs_folder() -> Path:
+    """Where the folders of runs are by default, and the ledger beside them: `$TIMEBOX_RUNS`, by default `runs`. The
+    worktrees of one repository that name the same folder there have one ledger."""
+    return expanded(os.environ.get("TIMEBOX_RUNS") or "runs")
 
 
 def _recipe(name: str) -> str:
@@ -74,8 +81,8 @@ class TrainConfig:
     confirm: bool = option(False, "run seed after seed until it is known whether this is better than what was kept;"
                            " what is better is run on a fresh seed too", free=True)  # fmt: skip
     max_seeds: int = option(MAX_SEEDS, "of --confirm, at most", free=True)
-    resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/",
-                                free=True)  # fmt: skip
+    resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/"
+                                " (TIMEBOX_RUNS names another folder)", free=True)  # fmt: skip
     checkpoint_every: float = option(60.0, "seconds between checkpoints; 0: as often as one can be written", free=True)
     hang_timeout: float = option(600.0, "seconds without a step after which the run is ended; 0: never", free=True)
 
@@ -125,8 +132,8 @@ class TrainConfig:
 
     name: str = option("run", "name of the run, part of its folder's name", kind=printable, begins="record")
     description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken);"
-                                 " the ledger is beside it")  # fmt: skip
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken;"
+                                 " TIMEBOX_RUNS is another runs/); the ledger is beside it")  # fmt: skip
     group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
                                kind=printable)  # fmt: skip
     tensorboard: bool = option(False, "write event files for TensorBoard into the run's folder", free=True)

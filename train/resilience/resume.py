@@ -8,7 +8,7 @@ from typing import Any
 from prepare import InputError
 from prepare.files import read_json
 
-from ..config import RUNS, TrainConfig, parse_given
+from ..config import TrainConfig, parse_given, runs_folder
 from . import failure
 from .checkpoint import checkpoint_folders
 from .durable import lock
@@ -56,23 +56,23 @@ def check_same(what: str, now: dict[str, Any], then: dict[str, Any], mend: str) 
 
 
 def newest_interrupted_run() -> Path:
-    """The one below runs/ that has written a checkpoint last, is in no process's hands, and has neither finished nor
+    """The one below runs/, or $TIMEBOX_RUNS, that has written a checkpoint last, is in no process's hands, and has neither finished nor
     failed: it would fail again."""
     candidates = []
-    for run in RUNS.glob("*"):
+    for run in runs_folder().glob("*"):
         checkpoints = checkpoint_folders(run / "checkpoints")
         ended = (run / "summary.json").exists() or (run / failure.FOLDER).exists()
         if checkpoints and not ended and is_free(run):
             candidates.append((checkpoints[0].stat().st_mtime, run))
     if not candidates:
-        raise InputError(f"--resume auto: there is no interrupted run with a checkpoint below {RUNS}/")
+        raise InputError(f"--resume auto: there is no interrupted run with a checkpoint below {runs_folder()}/")
     return max(candidates)[1]
 
 
 def run_of_launch(launch: str | None, named: str | None) -> Path | None:
     """The unfinished run that an earlier attempt of this torchrun began, in the folder `named` or below runs/. None
     where it came to none. Raises InputError where it failed at a step: it would again."""
-    for run in [Path(named)] if named else RUNS.glob("*"):
+    for run in [Path(named)] if named else runs_folder().glob("*"):
         path = run / "config.json"
         if not path.is_file() or read_json(path, "start anew").get("launch") != launch:
             continue

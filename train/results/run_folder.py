@@ -15,7 +15,7 @@ from model.gpt import parameter_shapes
 from prepare import InputError, Tokenizer
 from prepare.files import read_sealed
 
-from ..config import RUNS, TrainConfig
+from ..config import TrainConfig, runs_folder
 from ..resilience.durable import lock, replace_file, sync, write_json
 from ..resilience.tensors import load_tensors, save_tensors
 from .metrics import jsonable
@@ -31,7 +31,7 @@ def source_commit() -> str | None:
 
 
 def default_run_dir(name: str) -> Path:
-    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return runs_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 
 def environment() -> dict:
