@@ -11,7 +11,7 @@ from prepare.files import read_json
 from ..config import TrainConfig, parse_given, runs_folder
 from . import failure
 from .checkpoint import checkpoint_folders
-from .durable import lock
+from .durable import LOCK, hold_lock
 
 # A run that goes on is one run: what makes it several, or part of a group, was settled when it began.
 OF_A_GROUP = ("repeat", "confirm", "max_seeds", "group")
@@ -56,8 +56,8 @@ def check_same(what: str, now: dict[str, Any], then: dict[str, Any], mend: str) 
 
 
 def newest_interrupted_run() -> Path:
-    """The one below runs/, or $TIMEBOX_RUNS, that has written a checkpoint last, is in no process's hands, and has neither finished nor
-    failed: it would fail again."""
+    """The one below `runs_folder` that has written a checkpoint last, is in no process's hands, and has neither
+    finished nor failed: it would fail again."""
     candidates = []
     for run in runs_folder().glob("*"):
         checkpoints = checkpoint_folders(run / "checkpoints")
@@ -84,8 +84,17 @@ def run_of_launch(launch: str | None, named: str | None) -> Path | None:
 
 
 def is_free(run: Path) -> bool:
-    descriptor = lock(run)
-    if descriptor is None:
+    """Whether no process holds the run's folder. Nothing is written to find out; what this user may not write to, or
+    nobody, as on a read-only medium, is no run to go on with."""
+    if not os.access(run, os.W_OK):
         return False
-    os.close(descriptor)
-    return True
+    try:
+        descriptor = os.open(run / LOCK, os.O_RDWR | os.O_APPEND)
+    except FileNotFoundError:
+        return True
+    except PermissionError:
+        return False
+    try:
+        return hold_lock(descriptor, run, wait=False)
+    finally:
+        os.close(descriptor)
