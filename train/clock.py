@@ -60,9 +60,18 @@ _AGE = max(time.time() - psutil.Process(os.getpid()).create_time(), 0.0)
 _IMPORTED = monotonic()
 
 
+_left_out = 0.0
+
+
+def leave_out(seconds: float) -> None:
+    """So many of the process's are no part of the run, which waited for others."""
+    global _left_out
+    _left_out += seconds
+
+
 def seconds_since_start() -> float:
     """Of the process: imports count."""
-    return _AGE + monotonic() - _IMPORTED
+    return _AGE + monotonic() - _IMPORTED - _left_out
 
 
 LOOK = 0.1  # seconds from one look at the clock to the next

@@ -141,6 +141,8 @@ class TrainConfig:
 
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"),
                                 begins="machine")  # fmt: skip
+    gpu: str | None = option(None, "any: one that no other run with --gpu has, waited for where all are lent; or the"
+                             " number of one in nvidia-smi, or its UUID", free=True)  # fmt: skip
     ops: str | None = option(None, "triton kernels, forms for a CPU, PyTorch reference, or the reference under"
                              " torch.compile (default: triton on a GPU, else cpu)",
                              choices=("triton", "cpu", "reference", "compile"))  # fmt: skip

@@ -15,8 +15,10 @@ import torch
 from prepare import InputError
 from prepare.words import command_line, printable
 
+from .clock import leave_out
 from .config import TrainConfig, to_args
 from .curves import draw_curves
+from .leases import lent
 from .ranks import ALONE, LostRankError, Ranks
 from .resilience.resume import resumed, run_of_launch
 from .resilience.signals import Signals
@@ -53,6 +55,13 @@ def experiment(config: TrainConfig, signals: Signals, ranks: Ranks = ALONE) -> i
             raise InputError("torchrun starts a single run: leave --repeat and --confirm out, and start the seeds one"
                              " after the other, with --group and --seed")  # fmt: skip
         return several(config)
+    with lent(config.gpu) as gpu:
+        leave_out(gpu.waited)
+        return single(config, signals, ranks)
+
+
+def single(config: TrainConfig, signals: Signals, ranks: Ranks) -> int:
+    """One run, on the GPU that this process sees."""
     ranks.join(config.device != "cpu" and torch.cuda.is_available(), config.hang_timeout)
     config = begun_before(config, ranks)
     record = Record(config, ranks.size)

@@ -65,7 +65,7 @@ def test_an_op_imports_no_other_op():
 FLOORS = (
     ("recipes", "config", "place", "ranks", "schedule", "budget", "clock", "optimizer", "compiled", "step",
      "live_bytes", "memory", "launching", "device", "precompile"),
-    ("resilience",),
+    ("resilience", "leases"),
     ("results",),
     ("tune",),
     ("curves", "modeling", "plain", "generate", "loop"),

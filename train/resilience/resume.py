@@ -17,12 +17,17 @@ from .durable import LOCK, hold_lock
 OF_A_GROUP = ("repeat", "confirm", "max_seeds", "group")
 
 
-def parse(args: list[str] | None = None) -> TrainConfig:
+def parse(args: list[str] | None = None, launched: bool = False) -> TrainConfig:
     """The configuration that a command line asks for; with --resume the run's own, whose folder `resume` then is.
+    `launched`: by torchrun.
 
     Raises InputError where there is no such run, or where an option differs from what it was started with.
     """
     given = parse_given(args)
+    if launched:
+        if "gpu" in given:
+            raise InputError("torchrun gives each of its processes a GPU: leave --gpu out, or torchrun")
+        given["gpu"] = None  # whatever a run began with that goes on
     if "resume" not in given:
         return TrainConfig(**given)
     folder = newest_interrupted_run() if given["resume"] == "auto" else Path(given["resume"])

@@ -29,10 +29,10 @@ from .metrics import Value, jsonable
 from .provenance import changes, evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
 from .run_folder import default_run_dir
 
-# What is no part of an experiment: how it is called, where it lies, which of its seeds it is.
+# What is no part of an experiment: how it is called, where it lies, on which GPU, which of its seeds it is.
 NO_FLAGS = {
     "name": "run", "run_dir": None, "description": "", "group": None, "seed": 42, "repeat": 1, "confirm": False,
-    "resume": None, "max_seeds": MAX_SEEDS,
+    "resume": None, "max_seeds": MAX_SEEDS, "gpu": None,
 }  # fmt: skip
 
 
