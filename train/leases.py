@@ -9,8 +9,9 @@ import json
 import os
 import platform
 import re
+import select
 import subprocess
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from .resilience.durable import NoLocksError, try_lock
 ANY = "any"
 LOOK = 0.5  # seconds from one look for a free GPU to the next
 LENT = "TIMEBOX_LENT"  # in the environment of a process that is given a lease by the one that starts it
+GO, NOT_NEEDED = b"g", b"n"  # what one of several runs is told (`Turn`)
 QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
 
 
@@ -179,11 +181,25 @@ def others_lent(own: str = "") -> int:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """When a run is to be judged that is one of several (`at_once`): it is told so at `descriptor`."""
+
+    descriptor: int
+
+    def wait(self, beat: Callable[[], None]) -> bool:
+        """Whether the run is needed. `beat` is called as long as it waits. Where nobody is left to tell it, its turn
+        has come."""
+        while not select.select([self.descriptor], [], [], 1.0)[0]:
+            beat()
+        return os.read(self.descriptor, 1) != NOT_NEEDED
+
+
+@dataclass(frozen=True)
 class Lent:
     """How a process came to its GPU."""
 
     waited: float = 0.0  # seconds
-    turn: int | None = None  # the descriptor at which one of several is told its turn (`at_once`)
+    turn: Turn | None = None  # of one of several that run at once
 
 
 @contextmanager
@@ -196,8 +212,8 @@ def lent(wanted: str | None, environment: MutableMapping[str, str] = os.environ)
     turn, began = None, monotonic()
     if given := environment.pop(LENT, None):
         of = json.loads(given)
-        lease, turn = Lease(Gpu(of["index"], of["uuid"], of["name"]), of["descriptor"]), of["turn"]
-        for descriptor in (lease.descriptor, turn):
+        lease, turn = Lease(Gpu(of["index"], of["uuid"], of["name"]), of["descriptor"]), Turn(of["turn"])
+        for descriptor in (lease.descriptor, turn.descriptor):
             os.set_inheritable(descriptor, False)  # what this process starts does not outlive the lease
         lease.sign()
     else:

@@ -370,6 +370,7 @@ def conclude(
         note = "holds other data by now: this run was trained and scored on what was there when it began"
         print(f"note: {printable(data.folder)} {note}", file=sys.stderr)
     summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds}
+    record.wait_for_turn(watchdog.phase)
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(masters)

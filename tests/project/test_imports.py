@@ -69,7 +69,7 @@ FLOORS = (
     ("results",),
     ("tune",),
     ("curves", "modeling", "plain", "generate", "loop"),
-    ("trainer",),
+    ("trainer", "at_once"),
     ("experiment",),
 )  # fmt: skip
 
