@@ -12,19 +12,19 @@ Each run is a process of its own, which starts as a run by hand does.
 import dataclasses
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 from time import sleep
 from types import TracebackType
 
 from prepare.words import printable
 
 from .config import TrainConfig, to_args
-from .leases import ANY, GO, NOT_NEEDED, Lease, free, gpus, holders
+from .leases import ANY, GO, NOT_NEEDED, Gpu, Lease, free, gpus, holders
 from .resilience.signals import WORDS
 from .results.ledger import Ledger
 
@@ -80,7 +80,7 @@ class Runs:
 class OneByOne(Runs):
     """A signal to this process is passed on: the terminal sends its own to this one alone. `popen` starts a process."""
 
-    def __init__(self, config: TrainConfig, base: Path, group: str, popen: Callable = subprocess.Popen):
+    def __init__(self, config: TrainConfig, base: Path, group: str, popen: Callable = Popen):
         super().__init__(config, base, group)
         self._popen, self._what = popen, {}
 
@@ -108,7 +108,8 @@ class Run:
     """One that was begun at once with others."""
 
     seed: int
-    process: subprocess.Popen
+    gpu: Gpu
+    process: Popen
     log: Path
     turn: int | None  # where it is told its turn; None when it has been
     needed: bool = True
@@ -163,11 +164,21 @@ class AtOnce(Runs):
         told = False
         while not self._over():
             if lease := free(self._gpus):
-                return lease
+                return self._after(lease)
             if not told and not self._going():
                 print(f"=== all GPUs are lent ({holders(self._gpus)}): waiting, until Ctrl-C", flush=True)
                 told = True
             sleep(POLL)
+        return None
+
+    def _after(self, lease: Lease) -> Lease | None:
+        """What had it before is ending, if it was ours: how, is to be known first."""
+        for run in self._going():
+            if run.gpu == lease.gpu:
+                run.process.wait()
+        if not self._over():
+            return lease
+        lease.give_back()
         return None
 
     def _start(self, seed: int, what: str, lease: Lease) -> None:
@@ -177,15 +188,15 @@ class AtOnce(Runs):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with log.open("wb") as output:
-                process = subprocess.Popen(
-                    self.command(seed), process_group=0, stdin=subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT, pass_fds=(lease.descriptor, heard),
+                process = Popen(
+                    self.command(seed), process_group=0, stdin=DEVNULL, stdout=output,
+                    stderr=STDOUT, pass_fds=(lease.descriptor, heard),
                     env=os.environ | lease.environment(heard),
                 )  # fmt: skip
         finally:
             os.close(heard)
             lease.give_back()
-        self._runs.append(Run(seed, process, log, told))
+        self._runs.append(Run(seed, lease.gpu, process, log, told))
         if self._signal is not None:  # it came in between
             process.send_signal(self._signal)
         print(f"=== {what}: seed {seed} on GPU {lease.gpu.index}, output in {printable(log)}", flush=True)

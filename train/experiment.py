@@ -18,7 +18,7 @@ from .at_once import AtOnce, OneByOne, Runs, at_once
 from .clock import leave_out
 from .config import TrainConfig
 from .curves import draw_curves
-from .leases import Turn, lent
+from .leases import Turn, take
 from .ranks import ALONE, LostRankError, Ranks
 from .resilience.resume import resumed, run_of_launch
 from .resilience.signals import Signals
@@ -54,9 +54,9 @@ def experiment(config: TrainConfig, signals: Signals, ranks: Ranks = ALONE) -> i
             raise InputError("torchrun starts a single run: leave --repeat and --confirm out, and start the seeds one"
                              " after the other, with --group and --seed")  # fmt: skip
         return several(config)
-    with lent(config.gpu) as gpu:
-        leave_out(gpu.waited)
-        return single(config, signals, ranks, gpu.turn)
+    gpu = take(config.gpu)
+    leave_out(gpu.waited)
+    return single(config, signals, ranks, gpu.turn)
 
 
 def single(config: TrainConfig, signals: Signals, ranks: Ranks, turn: Turn | None) -> int:

@@ -11,8 +11,7 @@ import platform
 import re
 import select
 import subprocess
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -202,13 +201,14 @@ class Lent:
     turn: Turn | None = None  # of one of several that run at once
 
 
-@contextmanager
-def lent(wanted: str | None, environment: MutableMapping[str, str] = os.environ) -> Iterator[Lent]:
-    """Inside, the process sees the GPU that it has a lease of, and no other. To be entered before PyTorch looks at a
-    GPU. With `wanted` None nothing is lent. Raises InputError."""
+held: list[Lease] = []  # by this process, until it ends: so long it has memory on the GPU
+
+
+def take(wanted: str | None, environment: MutableMapping[str, str] = os.environ) -> Lent:
+    """From here on the process sees the GPU that it has a lease of, and no other. To be called before PyTorch looks at
+    a GPU. With `wanted` None nothing is taken. Raises InputError."""
     if wanted is None:
-        yield Lent()
-        return
+        return Lent()
     turn, began = None, monotonic()
     if given := environment.pop(LENT, None):
         of = json.loads(given)
@@ -218,14 +218,7 @@ def lent(wanted: str | None, environment: MutableMapping[str, str] = os.environ)
         lease.sign()
     else:
         lease = waited_for(gpus(printable(wanted), environment))
-    before = environment.get("CUDA_VISIBLE_DEVICES")
+    held.append(lease)
     environment["CUDA_VISIBLE_DEVICES"] = lease.gpu.uuid
     print(f"gpu:    {printable(lease.gpu)}", flush=True)
-    try:
-        yield Lent(monotonic() - began, turn)
-    finally:
-        lease.give_back()
-        if before is None:
-            del environment["CUDA_VISIBLE_DEVICES"]
-        else:
-            environment["CUDA_VISIBLE_DEVICES"] = before
+    return Lent(monotonic() - began, turn)

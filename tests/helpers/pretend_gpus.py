@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from train import leases
+
 
 def uuid_of(number: int) -> str:
     return f"GPU-{number:08x}-0000-4000-8000-000000000000"
@@ -19,5 +21,8 @@ def pretend_gpus(folder: Path, count: int, patch: pytest.MonkeyPatch) -> list[st
     program.chmod(0o755)
     patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
     patch.setenv("TIMEBOX_HOME", str(folder / "home"))
-    patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    # A process keeps its GPU until it ends; this one goes on to other tests.
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    patch.delenv("CUDA_VISIBLE_DEVICES")
+    patch.setattr(leases, "held", [])
     return [uuid_of(i) for i in range(count)]

@@ -18,17 +18,17 @@ from tests.helpers.stopped_run import main, signal_after
 from tests.helpers.tiny_run import TINY
 from train import clock, leases
 from train.config import ROOT
-from train.leases import Lease, free, gpus, lent, others_lent
+from train.leases import Lease, free, gpus, others_lent, take
 from train.resilience import durable
 from train.results.ledger import Ledger
 
-# Takes a lease, says so, and gives it back when a line comes; a process of its own that waits for no import of PyTorch.
+# Takes a lease, says so, and ends when a line comes; a process of its own that waits for no import of PyTorch.
 HOLDER = """
 import os, sys
-from train.leases import lent
-with lent(sys.argv[1]):
-    print("has", os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
-    sys.stdin.readline()
+from train.leases import take
+take(sys.argv[1])
+print("has", os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+sys.stdin.readline()
 """
 
 
@@ -128,14 +128,14 @@ def test_one_by_number_or_uuid_and_the_other_stays_free(tmp_path, monkeypatch):
     assert free(gpus(uuid_of(1)[:12])) is None
     assert others_lent() == 1
     assert others_lent(uuid_of(1)) == 0
-    with lent("any"):
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == uuid_of(0)
-        assert free(gpus("0", {})) is None
-        # What is started from here sees that one alone, and has to wait for it.
-        assert [gpu.index for gpu in gpus("any")] == ["0"]
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    environment = {}
+    take("any", environment)
+    assert environment["CUDA_VISIBLE_DEVICES"] == uuid_of(0)
+    assert free(gpus("0")) is None
+    # What is started from here sees that one alone, and has to wait for it.
+    assert [gpu.index for gpu in gpus("any", environment)] == ["0"]
     second.communicate("\n", timeout=60)
-    assert others_lent() == 0
+    assert others_lent(uuid_of(0)) == 0
 
 
 def test_ctrl_c_ends_the_wait(corpus, tmp_path, monkeypatch, capsys):
@@ -172,8 +172,7 @@ def test_waiting_is_no_part_of_a_run(tmp_path, monkeypatch):
         lease.give_back()
 
     monkeypatch.setattr(leases, "sleep", sleep)
-    with lent("any") as gpu:
-        assert gpu.waited == 50
+    assert take("any", {}).waited == 50
 
 
 def test_a_run_sees_its_gpu_alone_and_goes_on_with_the_same_wish(corpus, tmp_path, monkeypatch):
@@ -190,6 +189,8 @@ def test_a_run_sees_its_gpu_alone_and_goes_on_with_the_same_wish(corpus, tmp_pat
     with monkeypatch.context() as patch:
         signal_after(patch, step=2)
         assert main(*arguments, "--gpu", "any") == 143
+    leases.held.pop().give_back()  # as the end of the process does
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert main("--resume", run) == 0
     assert seen == [("any", uuid_of(1))] * 2
     (row,) = Ledger(tmp_path).runs()
