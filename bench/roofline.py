@@ -6,10 +6,15 @@ tuned, make it another step. An op takes the longer of its two times, as if byte
 no launch gaps, no tails, every fusion that `cost` counts on. It is a bound to measure against, not a prediction. The
 ops are those that the model calls (train/tune/ops.py); one without a known cost is an error.
 
+`--gpus 8`, or `--gpus 2x8` for two machines, predicts a step of as many: what each computes, and what they send each
+other by the rates of the links (train/ranks/traffic.py). Nothing is overlapped. It is a prediction from assumed rates.
+
 `--measured FILE` sets beside it what bench/test_step.py measured: the gap of each op, where the next millisecond is.
 """
 
+import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +26,34 @@ from model.flops import H100_PEAK
 from prepare import InputError
 from prepare.arguments import Parser, command
 from train.config import TrainConfig, parse_given, resolve
+from train.ranks.traffic import traffic_of
 from train.recipes import vocab_size
 from train.tune.ops import Op, micro_step_ops, recomputed_ops, update_ops
 
 # H200: 790 TFLOP/s and 4.3 TB/s (of 4.8) have been measured by others on one. H100: the same rate, and the same nine
 # tenths of its datasheet's 3.35 TB/s: not measured.
 GPUS = {"h200": Ceilings(790e12, 4.3e12), "h100": Ceilings(790e12, 3.0e12)}
+
+
+@dataclass(frozen=True)
+class Links:
+    """Of one GPU, each direction, bytes/s and seconds. Assumed, of an H100 as it is sold: NVLink 4 has 450 GB/s,
+    a network card of 400 Gbit/s 50 GB/s, of which four fifths and nine tenths are counted on; the start of a collective
+    takes some 20 µs inside a machine and 40 µs across. None of it is measured here."""
+
+    inside: float = 0.8 * 450e9
+    across: float = 0.9 * 50e9
+    start_inside: float = 20e-6
+    start_across: float = 40e-6
+
+    def seconds(self, num_bytes: float, calls: int, machines: int, each: int) -> float:
+        """Of `calls` collectives in which a GPU sends so many bytes, the same to every other."""
+        others = machines * each - 1
+        inside, across = num_bytes * (each - 1) / others, num_bytes * (machines - 1) * each / others
+        start = self.start_across if machines > 1 else self.start_inside
+        return calls * start + max(inside / self.inside, across / self.across)
+
+
 ITEMSIZES = {"cuda": 2, "cpu": 4}  # bytes of an activation
 
 
@@ -83,6 +110,34 @@ def report(config: TrainConfig, model: GPTConfig, gpu: Ceilings) -> tuple[float,
     print(f"a micro-step of {config.micro_batch_tokens:,} tokens: {total:.1f} ms, the update's share included")
     print(f"MFU {mfu:.1f} %, {config.micro_batch_tokens / total * 1e3:,.0f} tokens/s: a bound, not a measurement")
     return total, mfu
+
+
+def report_many(config: TrainConfig, model: GPTConfig, gpu: Ceilings, machines: int, each: int) -> float:
+    """Prints what a step takes on `machines` with `each` as many GPUs. Returns its milliseconds."""
+    size, links = machines * each, Links()
+    sent = traffic_of(config, model, size)
+    own = config.grad_accum_steps // size
+    computed = own * sum(line.milliseconds(gpu) for line in micro_step(config, model))
+    updated = sum(line.milliseconds(gpu) for line in update(model)) / size
+    exchanged = 1e3 * links.seconds(sent.exchange, sent.calls, machines, each)
+    # Received and summed: every part is read, and the sum read and written; then the gradients are zeroed.
+    padded = sent.exchange * size / (size - 1)
+    added = 1e3 * (4 * padded if config.sums == "ordered" else 0.0) / gpu.bandwidth
+    gathered = 1e3 * links.seconds(sent.gather, sent.calls, machines, each)
+    parts = {
+        f"{own} micro-step{'s' * (own > 1)} of {config.device_batch_size} rows": computed,
+        "update of a rank's part": updated,
+        f"{sent.exchanges} x exchange, {sent.exchange / 1e6:,.0f} MB": sent.exchanges * exchanged,
+        f"{sent.exchanges} x added in order": sent.exchanges * added,
+        f"gather, {sent.gather / 1e6:,.0f} MB": gathered,
+    }
+    total = sum(parts.values())
+    print(f"{size} GPUs in {machines} machine{'s' * (machines > 1)}: predicted from assumed rates, not measured")
+    for name, ms in parts.items():
+        print(f"{name:<40} {ms:>9.3f} ms  {ms / total:>5.1%}")
+    mfu = 100 * flops_per_token(model) * config.total_batch_size / (total / 1e3) / H100_PEAK / size
+    print(f"a step of {config.total_batch_size:,} tokens: {total:.2f} ms, MFU {mfu:.1f} % of {size} peaks: predicted")
+    return total
 
 
 @dataclass(frozen=True)
@@ -155,12 +210,22 @@ def report_measured(step: dict, gpu: Ceilings) -> list[Part]:
     return parts
 
 
+def _machines(text: str) -> tuple[int, int]:
+    """"8" or "2x8"."""
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+)", text)
+    machines, each = (int(number or 1) for number in found.groups()) if found else (0, 0)
+    if not 1 < machines * each <= 4096 or each < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs, as 8, nor machines and GPUs in each, as 2x8")
+    return machines, each
+
+
 def main(args: list[str] | None = None) -> int:
     parser = Parser("bench.roofline", __doc__)
     parser.add_argument("--gpu", choices=GPUS, help="whose ceilings (default: h200; with --measured those measured)")
     parser.add_argument("--vocab-size", type=int, help="default: the recipe's; with --measured the first step's")
     parser.add_argument("--config", type=Path, help="config.json of a run, instead of options of train")
     parser.add_argument("--measured", type=Path, help="JSON of bench/test_step.py: the gap of each op, largest first")
+    parser.add_argument("--gpus", type=_machines, metavar="N", help="predict a step on N GPUs, or on MxN")
     options, others = parser.parse_known_args(args)
     given = parse_given(others)
     if options.vocab_size is not None and not 1 <= options.vocab_size <= 65536:
@@ -181,9 +246,13 @@ def main(args: list[str] | None = None) -> int:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"--config {options.config} is no config.json of a run ({error})") from None
         else:
-            config = resolve(TrainConfig(**given), "cuda")
+            machines, each = options.gpus or (1, 1)
+            config = resolve(TrainConfig(**given), "cuda", machines * each)
             model = config.model_config(options.vocab_size or vocab_size(config.recipe))
-        report(config, model, GPUS[options.gpu or "h200"])
+        if options.gpus and not options.config:
+            report_many(config, model, GPUS[options.gpu or "h100"], *options.gpus)
+        else:
+            report(config, model, GPUS[options.gpu or "h200"])
     except (ValueError, KeyError, TypeError, InputError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -149,8 +149,8 @@ class TrainConfig:
     graphs: bool | None = option(None, "steps as CUDA graphs (default: with triton kernels on a GPU)")
     device_batch_size: int | None = option(None, "rows of a micro-step")
     autocast: bool | None = option(None, "bf16 matrix products on a CPU (default: where its instructions have them)")
-    recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,759"
-                                    " instead of 25,487 MiB at the GPU's defaults; not yet timed")  # fmt: skip
+    recompute: bool = option(False, "keep less for the backward and make it again there: the same gradients, in 15,949"
+                                    " instead of 25,677 MiB at the GPU's defaults; not yet timed")  # fmt: skip
     sums: str = option("ordered", "of gradients over several GPUs: in the order of the micro-steps, so that how many"
                        " there are changes no bit; native: in the backend's, once a step, for slow links",
                        choices=("ordered", "native"))  # fmt: skip

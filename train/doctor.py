@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
 
+from model import GPT
 from prepare import Dataset, InputError
 from prepare.arguments import Parser, command
 from prepare.home import home
@@ -22,8 +25,12 @@ from prepare.limits import control_group_bytes, num_cores
 from prepare.words import command_line, install_line, printable
 
 from .config import ROOT, TrainConfig, cpu_has_bf16, resolve
-from .device import OLDEST_GPU, gpu_name, why_no_gpu
+from .device import OLDEST_GPU, complete, gpu_name, why_no_gpu
 from .memory import available_bytes, count, largest_batch
+from .optimizer import Optimizer
+from .place import place_of, quiet, take_one_gpu
+from .ranks import Ranks
+from .ranks.traffic import measured, traffic
 from .recipes import DEVICE_DEFAULTS, vocab_size
 from .results.provenance import cpu_name, no_identity, source_state, why_no_commit
 from .results.run_folder import default_run_dir
@@ -69,12 +76,66 @@ def main(args: list[str] | None = None) -> int:
     parser = Parser("train.doctor", __doc__)
     parser.add_argument("--data", metavar="FOLDER", help="prepared folder (default: the one that train would take)")
     options = parser.parse_args(args)
+    try:
+        place = place_of()
+        take_one_gpu(place)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with quiet(place):
+        wrong = said(examine(options.data)) if place.first else 0
+        if place.size > 1:
+            wrong += said(findings("ranks", lambda: together(Ranks(place))))
+        print(f"{wrong} thing{'s are' if wrong != 1 else ' is'} wrong" if wrong else "all is well")
+    return 1 if wrong else 0
+
+
+def said(found: Iterable[Finding]) -> int:
+    """Prints them. How many are wrong."""
     wrong = 0
-    for finding in examine(options.data):
+    for finding in found:
         print(finding, flush=True)
         wrong += finding.state == WRONG
-    print(f"{wrong} thing{'s are' if wrong != 1 else ' is'} wrong" if wrong else "all is well")
-    return 1 if wrong else 0
+    return wrong
+
+
+def together(ranks: Ranks) -> Iterator[Finding]:
+    """Of several processes that torchrun has started: who they are, and how fast they send each other what a step of
+    the default model does. All ranks call it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks.join(device == "cuda")
+    there = ranks.each([socket.gethostname(), torch.cuda.get_device_name() if device == "cuda" else "a CPU"])
+    hosts = {host: [rank for rank, (name, _) in enumerate(there) if name == host] for host, _ in there}
+    where = "; ".join(f"{host}: {', '.join(map(str, ranks_there))}" for host, ranks_there in hosts.items())
+    backend = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if device == "cuda" else "gloo"
+    devices = sorted({name for _, name in there})
+    state = OK if len(devices) == 1 else WRONG
+    yield Finding("ranks", state, f"{ranks.size} on {' and '.join(devices)}, by {backend} ({where})",
+                  "" if state == OK else "a run takes GPUs of one kind")  # fmt: skip
+    if device == "cuda":
+        yield Finding("links", OK, f"between the GPUs of rank 0's machine: {_links()}")
+    config = complete(TrainConfig(), ranks.size)
+    shape = config.model_config(vocab_size(config.recipe))
+    model = GPT(shape, device=device)
+    model.init_weights(0)
+    optimizer = Optimizer(model, config, config.forward_dtype, ranks)
+    sent = traffic(optimizer, config)
+    exchange, gather = map(median, measured(optimizer, device))
+    for name, num_bytes, seconds in (("exchange", sent.exchange, exchange), ("gather", sent.gather, gather)):
+        yield Finding(name, OK, f"{num_bytes / 1e6:.1f} MB sent by a rank in {1e3 * seconds:.2f} ms,"
+                      f" {num_bytes / seconds / 1e9:.2f} GB/s, in {sent.calls} collectives")  # fmt: skip
+    ranks.close()
+
+
+def _links() -> str:
+    """NVLink, PCIe or what else, in the words of `nvidia-smi topo`."""
+    try:
+        done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "nvidia-smi does not say"
+    lines = [line.split() for line in done.stdout.splitlines() if re.match(r"\S*GPU\d", line)]
+    kinds = {kind for line in lines for kind in line[1 : 1 + len(lines)] if kind != "X"}
+    return ", ".join(sorted(kinds)) or "there is but one"
 
 
 def examine(data: str | None) -> Iterator[Finding]:

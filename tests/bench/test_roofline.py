@@ -306,3 +306,32 @@ def test_bad_input_is_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit):
         roofline.main(["--vocab-size", "0"])
     assert "--vocab-size 0" in capsys.readouterr().err
+
+
+def test_many_gpus_by_hand(capsys):
+    """Eight in one machine: a rank sends seven eighths of 50.33M gradients of four bytes at 360 GB/s, ten collectives
+    start in 20 µs each, and what comes is read, and added, at 3 TB/s."""
+    config = resolve(TrainConfig(), "cuda", 8)
+    total = roofline.report_many(config, GPTConfig(), roofline.GPUS["h100"], 1, 8)
+    P = 50.33e6
+    exchange = 10 * 20e-3 + 1e3 * 4 * P * 7 / 8 / 360e9
+    gather = 10 * 20e-3 + 1e3 * 2 * P * 7 / 8 / 360e9
+    added = 1e3 * 4 * 4 * P / 3e12
+    computed = sum(line.milliseconds(roofline.GPUS["h100"]) for line in roofline.micro_step(config, GPTConfig()))
+    updated = sum(line.milliseconds(roofline.GPUS["h100"]) for line in roofline.update(GPTConfig())) / 8
+    assert total == pytest.approx(computed + updated + exchange + gather + added, rel=2e-3)
+    assert "predicted from assumed rates, not measured" in capsys.readouterr().out
+
+
+def test_across_machines_the_network_binds():
+    """Of sixteen in two machines eight fifteenths of the bytes go over 45 GB/s."""
+    links = roofline.Links()
+    assert links.seconds(150e6, 0, 2, 8) == pytest.approx(80e6 / 45e9)
+    assert links.seconds(150e6, 3, 1, 8) == pytest.approx(60e-6 + 150e6 / 360e9)
+
+
+@pytest.mark.parametrize("text", ["x", "1", "0x8", "8x", "-2"])
+def test_a_number_of_gpus_that_is_none(text, capsys):
+    with pytest.raises(SystemExit):
+        roofline.main([f"--gpus={text}"])
+    assert "is no number of GPUs" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import train.__main__
+import train.device
 from tests.helpers.tiny_run import TINY
 from train.ranks import Place, Ranks
 
@@ -69,6 +70,9 @@ def _child(folder: Path, rank: int, work: Callable[[int], int]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         torch.set_num_threads(1)
+        # CUDA does not survive a fork, where another test has begun to use it.
+        torch.cuda.is_available = lambda: False
+        train.device.why_no_gpu = lambda: ""
         code = work(rank)
     except SystemExit as exit:
         code = exit.code

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from torch.distributed import run as torchrun
 
 from prepare.arguments import Parser
 from tests.helpers.ledger_entries import a_night
@@ -41,6 +42,7 @@ NOT_RUN = {
     "bench.gpu_tests": "needs a GPU",
     "bench.offline": "compiles every kernel",
     "train.tune": "compiles kernels, or needs a GPU",
+    "bench.collectives": "takes several processes",
     "bench.nights": "simulates thousands of nights",
     "bench.profile": "runs steps of the default size",
     "pytest ": "runs other tests",
@@ -151,6 +153,9 @@ def check(command: list[str], monkeypatch) -> None:
             assert all((ROOT / word).exists() or word.startswith("bench/results/") for word in named)
         else:
             check_arguments(arguments[1], arguments[2:], monkeypatch)
+    elif program == "torchrun":
+        given = torchrun.parse_args(arguments)
+        check(["python", *["-m"] * given.module, given.training_script, *given.training_script_args], monkeypatch)
     elif program == "make":
         done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -167,6 +172,8 @@ def lists(text: str) -> list[str]:
     """Which of the expressions above match: one for every command of ours."""
     found = []
     for command in commands(text):
+        if command[0] == "torchrun":
+            command = ["python", *command[command.index("-m") :]]
         if command[0] in ("python", "make") or command[0].startswith("bench/"):
             joined = " ".join(command).removeprefix("python -m ")
             matching = [begin for begin in (*RUN, *NOT_RUN) if re.match(begin, joined)]
