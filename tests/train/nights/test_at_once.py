@@ -192,7 +192,15 @@ def test_a_confirmation_decides_as_it_would_one_by_one(tmp_path, monkeypatch, ca
 
 
 def test_the_first_that_fails_ends_the_others(night, tmp_path, monkeypatch, capsys):
+    """Its GPU is free a moment before it is known how it ended, and nothing begins there any more."""
     pretend_gpus(tmp_path, 3, monkeypatch)
+
+    def once_free(among):
+        while (lease := free(among)) is None:
+            time.sleep(0.002)
+        return lease
+
+    monkeypatch.setattr(at_once, "free", once_free)
     night.after, night.fails = {42: [99], 43: [44]}, {43: 1}  # of these no other ends by itself
     assert night.main("base", {}, "--repeat", "5", "--gpu", "any") == 1
     assert night.rows() == []

@@ -21,6 +21,7 @@ from train.config import ROOT
 from train.leases import Lease, free, gpus, others_lent, take
 from train.resilience import durable
 from train.results.ledger import Ledger
+from train.results.load import pace_note
 
 # Takes a lease, says so, and ends when a line comes; a process of its own that waits for no import of PyTorch.
 HOLDER = """
@@ -183,6 +184,8 @@ def test_a_run_sees_its_gpu_alone_and_goes_on_with_the_same_wish(corpus, tmp_pat
         train.experiment, "single",
         lambda config, *rest: seen.append((config.gpu, os.environ["CUDA_VISIBLE_DEVICES"])) or single(config, *rest),
     )  # fmt: skip
+    left_out = []
+    monkeypatch.setattr(train.experiment, "leave_out", left_out.append)
     taken = free(gpus("0"))
     run = str(tmp_path / "run")
     arguments = [*TINY, "--data", str(corpus), "--steps", "6", "--run-dir", run, "--checkpoint-every", "0"]
@@ -193,10 +196,23 @@ def test_a_run_sees_its_gpu_alone_and_goes_on_with_the_same_wish(corpus, tmp_pat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert main("--resume", run) == 0
     assert seen == [("any", uuid_of(1))] * 2
+    assert len(left_out) == 2
     (row,) = Ledger(tmp_path).runs()
     assert row["load"]["other_gpus_lent"] == 1
     assert not any("gpu" in flag for flag in row["flags"])
     taken.give_back()
+
+
+def test_a_verdict_names_the_neighbours_of_a_slower_run():
+    def run(pace: float, lent: int) -> dict:
+        return {"budget": "300 s after 10 steps", "summary": {"tokens_per_second": pace},
+                "load": {"other_cores": 0.0, "other_gpus_lent": lent}}  # fmt: skip
+
+    assert pace_note(run(80.0, 7), run(100.0, 0)) == (
+        "20% fewer tokens a second: other runs had 7 GPUs of the machine, there 0"
+    )
+    assert pace_note(run(100.0, 0), run(80.0, 7)).endswith(": there other runs had 7 GPUs of the machine")
+    assert pace_note(run(95.0, 7), run(100.0, 0)) == ""
 
 
 @pytest.mark.parametrize(("count", "visible", "wanted", "reason"), [
