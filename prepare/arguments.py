@@ -85,7 +85,8 @@ def hear_interrupts() -> None:
 def command(main: Callable[[], int]) -> NoReturn:
     """Ends the process with `main`'s exit code: without a traceback also after Ctrl-C (130), where nobody reads the
     output any more, as in `| head -n 1` (141), and where it cannot be written, as on a full disk (2)."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         hear_interrupts()
         code = main()

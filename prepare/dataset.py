@@ -4,7 +4,6 @@ import bisect
 import contextlib
 import hashlib
 import os
-import resource
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -28,6 +27,11 @@ from .shards import (
 )
 from .tokenizer import Tokenizer
 from .words import command_line
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
 
 # Train shards that are hashed at every start, in bytes: half a second. Of more, those whose size or mtime has changed.
 ALWAYS_HASHED = 250_000_000
@@ -261,6 +265,8 @@ def _well_formed(manifest: dict) -> bool:
 
 def _allow_open_files(folder: Path, shards: int) -> None:
     """Each map keeps its file open: of a large corpus more than the 1,024 that a shell usually allows."""
+    if resource is None:
+        return
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (float("inf") if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if hard < shards:

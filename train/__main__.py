@@ -65,7 +65,7 @@ class Process:
 
         self.ranks = Ranks(self.place)
         try:
-            return experiment(parse(self.args), self.signals, self.ranks)
+            return experiment(parse(self.args, self.place.launched), self.signals, self.ranks)
         except TrainingError as error:
             print(f"\nFAIL: {printable(error)}", flush=True)
             return 1

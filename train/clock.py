@@ -60,12 +60,22 @@ _AGE = max(time.time() - psutil.Process(os.getpid()).create_time(), 0.0)
 _IMPORTED = monotonic()
 
 
+_left_out = 0.0
+
+
+def leave_out(seconds: float) -> None:
+    """So many of the process's are no part of the run, which waited for others."""
+    global _left_out
+    _left_out += seconds
+
+
 def seconds_since_start() -> float:
     """Of the process: imports count."""
-    return _AGE + monotonic() - _IMPORTED
+    return _AGE + monotonic() - _IMPORTED - _left_out
 
 
 LOOK = 0.1  # seconds from one look at the clock to the next
+CONTINUED = getattr(signal, "SIGCONT", None)  # Windows has none, and no process that is stopped
 LEAST = 0.5  # seconds of a stop that is worth a word; a thread may have to wait for as long
 
 
@@ -84,15 +94,17 @@ class Stops:
         self._thread = threading.Thread(target=self._watch, name="stops", daemon=True)
 
     def __enter__(self) -> "Stops":
-        self._before = signal.signal(signal.SIGCONT, self._went_on)
-        signal.siginterrupt(signal.SIGCONT, False)
+        if CONTINUED is not None:
+            self._before = signal.signal(CONTINUED, self._went_on)
+            signal.siginterrupt(CONTINUED, False)
         self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._end.set()
         self._thread.join()
-        signal.signal(signal.SIGCONT, self._before)
+        if CONTINUED is not None:
+            signal.signal(CONTINUED, self._before)
 
     def since(self) -> float:
         """Seconds since the last call that the process stood still. To be called from the main thread, where signals

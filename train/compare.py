@@ -8,6 +8,7 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.words import printable
 
+from .config import runs_folder
 from .results.judge import Experiment, believable, differences, experiments, noise_among
 from .results.ledger import Ledger, name_of
 from .results.statistics import difference, spread
@@ -17,9 +18,10 @@ def main(args: list[str] | None = None) -> int:
     parser = Parser("train.compare", __doc__)
     parser.add_argument("a", metavar="A", help="group, run, or a run's folder")
     parser.add_argument("b", metavar="B", help="what to compare it with")
-    parser.add_argument("--ledger", metavar="FOLDER", default="runs", help="where results.jsonl is (default: runs)")
+    parser.add_argument("--ledger", metavar="FOLDER", help="where results.jsonl is (default: $TIMEBOX_RUNS, else runs)")
     options = parser.parse_args(args)
     try:
+        options.ledger = runs_folder() if options.ledger is None else options.ledger
         a, b = (find(name, options.ledger) for name in (options.a, options.b))
         print(compare(a, b, ledger_of(options.a, options.ledger).runs()))
     except (InputError, OSError) as error:
@@ -28,11 +30,11 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def ledger_of(name: str, folder: str) -> Ledger:
+def ledger_of(name: str, folder: str | Path) -> Ledger:
     return Ledger.beside(name) if Path(name).is_dir() else Ledger(folder)
 
 
-def find(name: str, folder: str) -> Experiment:
+def find(name: str, folder: str | Path) -> Experiment:
     """The group called `name`, or the one run. Raises InputError where the ledger has neither."""
     path, ledger = Path(name), ledger_of(name, folder)
     name = name_of(path) if path.is_dir() else printable(name)

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,13 +18,13 @@ from model import GPTConfig
 from model.config import SHORT_WINDOWS
 from prepare import InputError
 from prepare.arguments import Parser
+from prepare.home import expanded
 from prepare.words import printable
 
 from .every import Every
 from .recipes import BEFORE_RECIPES, DEVICE_DEFAULTS, RECIPES, recipe_defaults, why_no_recipe
 
 ROOT = Path(__file__).parent.parent  # of the repository
-RUNS = Path("runs")  # where the folders of runs are by default
 MAX_SEED = 2**62  # PyTorch's generators take 64 bits; repeats and confirmations count on from here
 GONE = ("confirms",)  # options of before, which no result depends on
 MAX_SEEDS = 3  # of an experiment, until it is known whether it is better
@@ -53,6 +54,12 @@ MEANT = {
     "--output-dir": ("--run-dir",),
     "--compile": ("--ops",),
 }
+
+
+def runs_folder() -> Path:
+    """Where the folders of runs are by default, and the ledger beside them: `$TIMEBOX_RUNS`, by default `runs`. The
+    worktrees of one repository that name the same folder there have one ledger."""
+    return expanded(os.environ.get("TIMEBOX_RUNS") or "runs")
 
 
 def _recipe(name: str) -> str:
@@ -98,8 +105,8 @@ class TrainConfig:
     confirm: bool = option(False, "run seed after seed until it is known whether this is better than what was kept;"
                            " what is better is run on a fresh seed too", free=True)  # fmt: skip
     max_seeds: int = option(MAX_SEEDS, "of --confirm, at most", free=True)
-    resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/",
-                                free=True)  # fmt: skip
+    resume: str | None = option(None, "go on with an interrupted run: its folder, or auto for the newest below runs/"
+                                " (TIMEBOX_RUNS names another folder)", free=True)  # fmt: skip
     init_from: str | None = option(None, "begin with the weights of this finished run; its data and its options of the"
                                    " group `model` hold where no flag names others")  # fmt: skip
     checkpoint_every: float = option(60.0, "seconds between checkpoints; 0: as often as one can be written", free=True)
@@ -153,8 +160,8 @@ class TrainConfig:
 
     name: str = option("run", "name of the run, part of its folder's name", kind=printable, begins="record")
     description: str = option("", "what this run tries, for the ledger", free=True, kind=printable)
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken);"
-                                 " the ledger is beside it")  # fmt: skip
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<name>, numbered where that is taken;"
+                                 " TIMEBOX_RUNS is another runs/); the ledger is beside it")  # fmt: skip
     group: str | None = option(None, "runs of one group are repeats of one experiment (default: the run)", free=True,
                                kind=printable)  # fmt: skip
     track: str | None = option(None, f"who follows the run beside its own files: {', '.join(TRACKERS)}, or several,"
@@ -164,6 +171,8 @@ class TrainConfig:
 
     device: str | None = option(None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu"),
                                 begins="machine")  # fmt: skip
+    gpu: str | None = option(None, "any: one that no other run with --gpu has, waited for where all are lent; or the"
+                             " number of one in nvidia-smi, or its UUID", free=True)  # fmt: skip
     ops: str | None = option(None, "triton kernels, forms for a CPU, PyTorch reference, or the reference under"
                              " torch.compile (default: triton on a GPU, else cpu)",
                              choices=("triton", "cpu", "reference", "compile"))  # fmt: skip

@@ -286,7 +286,7 @@ def memory(device: str) -> Finding:
         found += f"; on the GPU {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         if free < 0.9 * total:
             return Finding("memory", WRONG, found, "another process holds the GPU (nvidia-smi names it): end it")
-    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    busy = psutil.getloadavg()[0] / (os.cpu_count() or 1)
     if device == "cpu" and busy > 0.5:
         return Finding("memory", NOTE, f"{found}; other work keeps {100 * busy:.0f}% of the cores busy",
                        "a timed run wants its cores for itself: wait, or end the other work")  # fmt: skip

@@ -1,10 +1,9 @@
 """What a command line asks for: a run, its repeats on other seeds, or as many seeds as it takes to know.
 
-More than one run are processes of their own, one after another: each starts as a run by hand does.
+More than one run are processes of their own (`at_once`).
 """
 
 import dataclasses
-import signal
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -15,15 +14,17 @@ import torch
 from prepare import InputError
 from prepare.words import command_line, printable
 
-from .config import TrainConfig, to_args
+from .at_once import AtOnce, OneByOne, Runs, at_once
+from .clock import leave_out
+from .config import TrainConfig
 from .curves import draw_curves
 from .init_from import Weights
+from .leases import Turn, take
 from .ranks import ALONE, LostRankError, Ranks
 from .resilience.resume import resumed, run_of_launch
 from .resilience.signals import Signals
 from .results.judge import (
     BETTER,
-    INCUMBENT,
     REFRESH,
     Experiment,
     believable,
@@ -54,9 +55,17 @@ def experiment(config: TrainConfig, signals: Signals, ranks: Ranks = ALONE) -> i
             raise InputError("torchrun starts a single run: leave --repeat and --confirm out, and start the seeds one"
                              " after the other, with --group and --seed")  # fmt: skip
         return several(config)
+    gpu = take(config.gpu)
+    leave_out(gpu.waited)
+    return single(config, signals, ranks, gpu.turn)
+
+
+def single(config: TrainConfig, signals: Signals, ranks: Ranks, turn: Turn | None) -> int:
+    """One run, on the GPU that this process sees; one of several waits for its `turn` to be judged."""
     ranks.join(config.device != "cpu" and torch.cuda.is_available(), config.hang_timeout)
     config = begun_before(config, ranks)
     record = Record(config, ranks.size)
+    record.turn = turn
     record.folder = Path(ranks.of_first(str(record.folder)))
     if record.source["commit"] is None:
         reason, mend = why_no_commit()
@@ -108,23 +117,24 @@ def several(config: TrainConfig) -> int:
 def group_of(config: TrainConfig, base: Path) -> int:
     """The runs in the folders `base`-seed42 and so on."""
     group = config.group or name_of(base)
-    code = confirmed(config, base, group) if config.confirm else repeated(config, base, group)
+    runs = AtOnce(config, base, group) if at_once(config) else OneByOne(config, base, group, Popen)
+    with runs:
+        code = confirmed(config, base, group, runs) if config.confirm else repeated(config, group, runs)
     if code == 0:
         tell(group, Ledger.beside(base))
     return code
 
 
-def repeated(config: TrainConfig, base: Path, group: str) -> int:
+def repeated(config: TrainConfig, group: str, runs: Runs) -> int:
     for seed in range(config.seed, config.seed + config.repeat):
-        if code := one_of(config, base, f"repeat of {group}", seed=seed, group=group):
-            return code
-        config = dataclasses.replace(config, tune="off" if config.tune == "off" else "auto")  # anew once is enough
-    return 0
+        for begun in runs.begin({seed: f"repeat of {group}"}):
+            runs.due(begun)
+    return runs.finish()
 
 
-def confirmed(config: TrainConfig, base: Path, group: str) -> int:
+def confirmed(config: TrainConfig, base: Path, group: str, runs: Runs) -> int:
     """Seed after seed, until the ledger says what is known; then, where it is better, a fresh one, which owes nothing
-    to having been chosen."""
+    to having been chosen. Those that may still be needed run at once where they can, and are judged one by one."""
     ledger, ran = Ledger.beside(base), 0
     incumbent = incumbent_at(config, ledger)
     theirs = incumbent.numbers if incumbent else {}
@@ -133,25 +143,40 @@ def confirmed(config: TrainConfig, base: Path, group: str) -> int:
         took = [run["seconds"]["total"] for run in incumbent.runs if believable(run)]
         about = f" of about {fmean(took):.0f} s" if took else ""
         print(f"{group} against {incumbent.name}: 1 to {config.max_seeds} runs{about}, and one more if it is better")
-    while True:
-        seed = next_seed(ours, theirs) if theirs else config.seed
-        what = f"{group}, seed {ran + 1} of at most {config.max_seeds}"
-        if code := one_of(config, base, what, seed=seed, group=group):
-            return code
-        config = dataclasses.replace(config, tune="off" if config.tune == "off" else "auto")
-        ran += 1
-        runs = ledger.runs()
-        last = experiments(runs)[group].runs[-1]
-        ours = experiments(runs)[group].numbers
-        if not last["verdict"].startswith("undecided") or ran >= config.max_seeds:
-            break
+    known, begun = False, []
+    while not known:
+        seeds = coming(ours, theirs, config.max_seeds - ran) if theirs else [config.seed + ran]
+        begun = runs.begin({seed: f"{group}, seed {number} of at most {config.max_seeds}"
+                            for number, seed in enumerate(seeds, ran + 1)})  # fmt: skip
+        if not begun:
+            return runs.finish()
+        while begun and not known:
+            if code := runs.judged(begun.pop(0)):
+                return code
+            ran += 1
+            found = experiments(ledger.runs())[group]
+            last, ours = found.runs[-1], found.numbers
+            known = not last["verdict"].startswith("undecided") or ran >= config.max_seeds
     if last["verdict"] == BETTER:
-        fresh = max([*ours, *theirs]) + 1
-        if code := one_of(config, base, f"{group} is better, on a fresh seed", seed=fresh, group=group):
+        # One that was trained beside those that decided had no part in it: it is as fresh as a new one.
+        fresh = begun or runs.begin({max([*ours, *theirs]) + 1: f"{group} is better, on a fresh seed"})
+        if code := runs.judged(fresh.pop(0)) if fresh else runs.finish():
             return code
         ran += 1
+    for seed in begun:
+        runs.not_needed(seed)
+    if begun:
+        print(f"{group}: trained beside and not needed: {', '.join(f'seed {seed}' for seed in begun)}")
     print(f"{group}: {ran} run{'s' * (ran > 1)}")
-    return 0
+    return runs.finish()
+
+
+def coming(ours: dict[int, float], theirs: dict[int, float], count: int) -> list[int]:
+    """The seeds with which it goes on, as far as `count`, whatever their numbers will be."""
+    seeds: list[int] = []
+    while len(seeds) < count:
+        seeds.append(next_seed({**ours, **dict.fromkeys(seeds, 0.0)}, theirs))
+    return seeds
 
 
 def incumbent_at(config: TrainConfig, ledger: Ledger) -> Experiment | None:
@@ -165,36 +190,17 @@ def incumbent_at(config: TrainConfig, ledger: Ledger) -> Experiment | None:
     return incumbent_of([run for run in alike if not differences(run, alike[-1])])
 
 
-def one_of(config: TrainConfig, base: Path, what: str, *, seed: int, **fields) -> int:
-    """One run as a process. A signal to this one is passed on, once: the terminal sends its own to this one alone."""
-    folder = base.with_name(f"{base.name}-seed{seed}")
-    config = dataclasses.replace(config, seed=seed, run_dir=str(folder), repeat=1, confirm=False, **fields)
-    print(f"=== {what}: seed {seed}", flush=True)
-    process = Popen([sys.executable, "-m", "train", *to_args(config)], process_group=0)
-    before = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
-
-
 def tell(group: str, ledger: Ledger) -> None:
     """The group in a few lines, and what is to be done next."""
     runs = ledger.runs()
     found = experiments(runs)[group]
     last = found.runs[-1]
-    verdicts = [run for run in found.runs if run["verdict"] != INCUMBENT] or [last]
+    deciding = found.deciding
     print("---")
     print(f"group:     {group}")
     print(f"val_bpb:   {spread([*found.numbers.values()])}")
     print(f"status:    {found.status}")
-    print(f"verdict:   {verdicts[-1]['verdict']}" + (f" ({verdicts[-1]['note']})" if verdicts[-1]["note"] else ""))
+    print(f"verdict:   {deciding['verdict']}" + (f" ({deciding['note']})" if deciding["note"] else ""))
     alike = [run for run in runs if believable(run) and believable(last) and not differences(run, last)]
     incumbent = incumbent_of(alike)
     if incumbent and incumbent.name != group and refresh_due(alike, incumbent):

@@ -31,6 +31,11 @@ from .optimizer import Optimizer
 from .ranks import ALONE, Place, Ranks
 from .step import TrainStep
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 T = TypeVar("T")
 
 # Times what a step holds beside its state, and OVERHEAD. On a CPU the rest is holes: `keep_freed_memory` has every
@@ -45,6 +50,14 @@ STATE_MARGIN = 1.2
 SHARE_OF_A_GPU = 0.9
 # Counting goes on to so many times what there is: it costs time, and only says how far beyond it is.
 HOPELESS = 4
+
+
+def peak_rss_bytes() -> float:
+    """The most memory that this process has held at once."""
+    if resource is None:
+        held = psutil.Process().memory_info()
+        return getattr(held, "peak_wset", held.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
 
 
 @dataclass(frozen=True)

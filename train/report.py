@@ -15,6 +15,7 @@ from prepare.arguments import Parser, command
 from prepare.errors import one_line
 from prepare.words import printable, say_once
 
+from .config import runs_folder
 from .page.facts import facts
 from .page.folders import Folders
 from .page.html import page
@@ -33,8 +34,8 @@ FONT_SIZE = 8.5  # of the labels, in points
 
 def main(args: list[str] | None = None) -> int:
     parser = Parser("train.report", __doc__)
-    parser.add_argument("runs", metavar="RUNS", nargs="*", type=Path, default=[Path("runs")],
-                        help="folders with a ledger, or single runs (default: runs)")  # fmt: skip
+    parser.add_argument("runs", metavar="RUNS", nargs="*", type=Path,
+                        help="folders with a ledger, or single runs (default: $TIMEBOX_RUNS, else runs)")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", type=Path,
                         help="for report.html, report.png, report.md (default: the first ledger's)")  # fmt: skip
     what = parser.add_mutually_exclusive_group()
@@ -46,6 +47,7 @@ def main(args: list[str] | None = None) -> int:
     if options.watch is not None and options.watch < 1:
         parser.error(f"--watch {options.watch} must be at least 1")
     try:
+        options.runs = options.runs or [runs_folder()]
         if options.json:
             runs, ledgers = gather(options.runs)
             print(json.dumps(facts(runs, ledgers, Folders(), time()), allow_nan=False))

@@ -1,7 +1,6 @@
 """A run from its configuration to its summary: what surrounds the loop."""
 
 import dataclasses
-import resource
 import shutil
 import sys
 import traceback
@@ -34,6 +33,7 @@ from .memory import (
     halving,
     is_out_of_memory,
     out_of_memory_is_input_error,
+    peak_rss_bytes,
 )
 from .optimizer import Optimizer
 from .precompile import Precompiler, stamp
@@ -383,6 +383,7 @@ def conclude(
         note = "holds other data by now: this run was trained and scored on what was there when it began"
         print(f"note: {printable(data.folder)} {note}", file=sys.stderr)
     summary |= {"tiles": decided.tiles.digest, "total_seconds": state.seconds, **record.beginning()}
+    record.wait_for_turn(watchdog.phase)
     summary |= record.finish(findings)
     print_summary({**summary, "run": printable(folder.path)})  # before the files, for which a disk may have no room
     folder.write_model(masters)
@@ -426,8 +427,7 @@ def summarise(
     pace = timed_tokens / budget.timed_seconds if budget.timed_seconds else 0.0
     used = utilisation(model, device, pace, ranks.size)
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    peak, rss = ranks.agree(peak, rss)
+    peak, rss = ranks.agree(peak, peak_rss_bytes() / 2**20)
     return {
         "val_bpb": evaluation.bpb,
         "training_seconds": budget.timed_seconds,

@@ -65,11 +65,11 @@ def test_an_op_imports_no_other_op():
 FLOORS = (
     ("recipes", "every", "config", "place", "ranks", "schedule", "budget", "clock", "optimizer", "compiled", "step",
      "live_bytes", "memory", "launching", "device", "precompile"),
-    ("resilience",),
+    ("resilience", "leases"),
     ("results",),
     ("tune",),
     ("curves", "modeling", "plain", "generate", "evaluating", "loop", "init_from"),
-    ("trainer",),
+    ("trainer", "at_once"),
     ("experiment",),
 )  # fmt: skip
 

@@ -295,7 +295,7 @@ class NotLikeThat:
             raise OSError(self.number, os.strerror(self.number))
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_a_file_system_without_locks(corpus, tmp_path, monkeypatch, capsys, number):
     monkeypatch.chdir(tmp_path)
     SAID.clear()

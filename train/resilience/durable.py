@@ -2,7 +2,6 @@
 locks. A file system that can do neither is said to be one, and is taken as it is."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -13,11 +12,16 @@ from pathlib import Path
 from prepare.files import sealed
 from prepare.words import say_once
 
+try:
+    import fcntl
+except ImportError:  # as on Windows: it counts as a file system without locks
+    fcntl = None
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What NFS, Lustre, CIFS and FUSE answer where they cannot sync a folder, or have no locks. EBADF: NFS has them for what
-# is open for writing, as no folder is.
+# What NFS, Lustre, CIFS and FUSE answer where they cannot sync a folder, or have no locks.
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-NO_LOCKS = (*NO_SYNC, errno.ENOLCK, errno.EBADF)
+NO_LOCKS = (*NO_SYNC, errno.ENOLCK)
+LOCK = "run.lock"  # in a folder that belongs to one process
 CHUNK = 2**23  # bytes hashed and written at a time: hashed while they are in the cache
 
 
@@ -47,7 +51,12 @@ def write_synced(path: Path, *pieces: bytes | memoryview) -> str:
 
 def sync(path: Path) -> None:
     """Has a file's content, or a folder's names, on the disk when it returns."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError as error:  # so Windows answers for every folder
+        if not path.is_dir():
+            raise
+        return _no_sync(path, error)
     try:
         with naming(path):
             _fsync(descriptor, path)
@@ -61,13 +70,24 @@ def _fsync(descriptor: int, where: Path) -> None:
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise
-        reason = f"the file system of {where} does not sync it ({error.strerror})"
-        say_once("sync", f"{reason}: a power cut may cost what is newest there")
+        _no_sync(where, error)
 
 
-def hold_lock(descriptor: int, folder: Path, wait: bool = True) -> bool:
-    """Locks an open file or folder, in or at `folder`, until it is closed. Whether it could: not where another process
-    holds it and this one does not wait; where the file system has no locks nothing can be held off."""
+def _no_sync(where: Path, error: OSError) -> None:
+    reason = f"the file system of {where} does not sync it ({error.strerror})"
+    say_once("sync", f"{reason}: a power cut may cost what is newest there")
+
+
+class NoLocksError(OSError):
+    """The file system, or the system, has no locks."""
+
+
+def try_lock(descriptor: int, wait: bool = False) -> bool:
+    """Locks a file until it is closed, and until the process ends however it ends; it is open for writing, since NFS
+    locks no other. Whether it could: not where another process holds it and this one does not wait. Raises NoLocksError
+    where there is no such thing."""
+    if fcntl is None:
+        raise NoLocksError(errno.ENOSYS, "this system has no flock")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -75,6 +95,15 @@ def hold_lock(descriptor: int, folder: Path, wait: bool = True) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        raise NoLocksError(error.errno, error.strerror) from None
+    return True
+
+
+def hold_lock(descriptor: int, folder: Path, wait: bool = True) -> bool:
+    """`try_lock` of a file in `folder`; where there are no locks nothing can be held off, and a note says so."""
+    try:
+        return try_lock(descriptor, wait)
+    except NoLocksError as error:
         reason = f"the file system of {folder} has no locks ({error.strerror})"
         say_once("locks", f"{reason}: nothing keeps two processes from one run, so let there be one alone")
     return True
@@ -110,8 +139,9 @@ def write_json(path: Path, value: dict) -> None:
 
 def lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock until it is closed, and until the process ends however it ends; None
-    where another holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    where another holds it. The lock is on a file inside, which stays when it is given back: whoever removed it might
+    remove that of the next. Its owner may, once nobody wants the lock any more (`RunFolder.close`)."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     if hold_lock(descriptor, folder, wait=False):
         return descriptor
     os.close(descriptor)

@@ -8,21 +8,26 @@ from typing import Any
 from prepare import InputError
 from prepare.files import read_json
 
-from ..config import RUNS, TrainConfig, parse_given
+from ..config import TrainConfig, parse_given, runs_folder
 from . import failure
 from .checkpoint import checkpoint_folders
-from .durable import lock
+from .durable import LOCK, hold_lock
 
 # A run that goes on is one run: what makes it several, or part of a group, was settled when it began.
 OF_A_GROUP = ("repeat", "confirm", "max_seeds", "group")
 
 
-def parse(args: list[str] | None = None) -> TrainConfig:
+def parse(args: list[str] | None = None, launched: bool = False) -> TrainConfig:
     """The configuration that a command line asks for; with --resume the run's own, whose folder `resume` then is.
+    `launched`: by torchrun.
 
     Raises InputError where there is no such run, or where an option differs from what it was started with.
     """
     given = parse_given(args)
+    if launched:
+        if "gpu" in given:
+            raise InputError("torchrun gives each of its processes a GPU: leave --gpu out, or torchrun")
+        given["gpu"] = None  # whatever a run began with that goes on
     if "resume" not in given:
         return TrainConfig(**given)
     folder = newest_interrupted_run() if given["resume"] == "auto" else Path(given["resume"])
@@ -56,23 +61,23 @@ def check_same(what: str, now: dict[str, Any], then: dict[str, Any], mend: str) 
 
 
 def newest_interrupted_run() -> Path:
-    """The one below runs/ that has written a checkpoint last, is in no process's hands, and has neither finished nor
-    failed: it would fail again."""
+    """The one below `runs_folder` that has written a checkpoint last, is in no process's hands, and has neither
+    finished nor failed: it would fail again."""
     candidates = []
-    for run in RUNS.glob("*"):
+    for run in runs_folder().glob("*"):
         checkpoints = checkpoint_folders(run / "checkpoints")
         ended = (run / "summary.json").exists() or (run / failure.FOLDER).exists()
         if checkpoints and not ended and is_free(run):
             candidates.append((checkpoints[0].stat().st_mtime, run))
     if not candidates:
-        raise InputError(f"--resume auto: there is no interrupted run with a checkpoint below {RUNS}/")
+        raise InputError(f"--resume auto: there is no interrupted run with a checkpoint below {runs_folder()}/")
     return max(candidates)[1]
 
 
 def run_of_launch(launch: str | None, named: str | None) -> Path | None:
     """The unfinished run that an earlier attempt of this torchrun began, in the folder `named` or below runs/. None
     where it came to none. Raises InputError where it failed at a step: it would again."""
-    for run in [Path(named)] if named else RUNS.glob("*"):
+    for run in [Path(named)] if named else runs_folder().glob("*"):
         path = run / "config.json"
         if not path.is_file() or read_json(path, "start anew").get("launch") != launch:
             continue
@@ -84,8 +89,17 @@ def run_of_launch(launch: str | None, named: str | None) -> Path | None:
 
 
 def is_free(run: Path) -> bool:
-    descriptor = lock(run)
-    if descriptor is None:
+    """Whether no process holds the run's folder. Nothing is written to find out; what this user may not write to, or
+    nobody, as on a read-only medium, is no run to go on with."""
+    if not os.access(run, os.W_OK):
         return False
-    os.close(descriptor)
-    return True
+    try:
+        descriptor = os.open(run / LOCK, os.O_RDWR | os.O_APPEND)
+    except FileNotFoundError:
+        return True
+    except PermissionError:
+        return False
+    try:
+        return hold_lock(descriptor, run, wait=False)
+    finally:
+        os.close(descriptor)

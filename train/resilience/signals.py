@@ -10,7 +10,8 @@ from prepare.errors import STDOUT, silence
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 SAME = 1.0  # seconds
-UNREAD = signal.SIGPIPE  # nobody reads what is printed, as after `| head -n 1`: ends as if it had been sent
+# Nobody reads what is printed, as after `| head -n 1`: ends as if it had been sent. Windows has no such signal.
+UNREAD = getattr(signal, "SIGPIPE", 13)
 
 
 class Interrupted(BaseException):

@@ -24,7 +24,8 @@ from .statistics import (
 )
 
 CRASH, KEEP, DISCARD = "crash", "keep", "discard"
-BASELINE, INCUMBENT, NOT_COMPARED = "baseline", "incumbent", "not compared"
+BASELINE, INCUMBENT, NOT_COMPARED, NOT_NEEDED = "baseline", "incumbent", "not compared", "not needed"
+NOT_NEEDED_NOTE = "trained beside the runs of its experiment that decided: its number would be one more look"
 REFRESH = 12  # experiments after which the incumbent is run again: a machine drifts, and luck should not last
 
 
@@ -55,6 +56,12 @@ class Experiment:
         return {seed: fmean(values) for seed, values in by_seed.items()}
 
     @property
+    def deciding(self) -> dict:
+        """The run whose verdict speaks for it."""
+        runs = self.confirmations or self.runs
+        return ([run for run in runs if run["verdict"] not in (INCUMBENT, NOT_NEEDED)][-1:] or runs[-1:])[0]
+
+    @property
     def status(self) -> str:
         """Of its runs as tried: keep where one is, else discard where one is."""
         found = {run["status"] for run in self.runs or self.confirmations}
@@ -64,8 +71,8 @@ class Experiment:
 @dataclass(frozen=True)
 class Judgement:
     """status: keep, once the experiment is the baseline, the incumbent, or better; else discard; or crash. verdict:
-    baseline, incumbent, better, not better, undecided and what would decide, not compared, failed or interrupted. note:
-    why, where that is not plain."""
+    baseline, incumbent, better, not better, undecided and what would decide, not compared, not needed, failed or
+    interrupted. note: why, where that is not plain."""
 
     status: str
     verdict: str
@@ -172,6 +179,8 @@ def judge(run: dict, earlier: Sequence[dict]) -> Judgement:
     if run["outcome"] != "finished":
         return Judgement(CRASH, run["outcome"], run["error"])
     if not believable(run):
+        if run.get("audit") == "ok" and run.get("doubts") == [NOT_NEEDED_NOTE]:
+            return Judgement(DISCARD, NOT_NEEDED, NOT_NEEDED_NOTE)
         audit = [] if run.get("audit") == "ok" else [f"audit: {run['audit']}"]
         return Judgement(DISCARD, NOT_COMPARED, "; ".join([*audit, *run.get("doubts", [])]))
     others = [e for e in earlier if e["group"] != run["group"] and believable(e)]

@@ -116,8 +116,9 @@ def _append_line(path: Path, line: str, header: str = "") -> None:
         size = os.fstat(fd).st_size
         if size == 0:
             line = header + line
-        elif os.pread(fd, 1, size - 1) != b"\n":
-            line = "\n" + line
+        else:
+            os.lseek(fd, size - 1, os.SEEK_SET)  # what is written goes to the end all the same
+            line = "\n" * (os.read(fd, 1) != b"\n") + line
         data = line.encode("utf-8", errors="replace")
         if (written := os.write(fd, data)) < len(data):
             raise OSError(f"{path}: only {written} of {len(data)} bytes could be written")

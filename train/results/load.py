@@ -6,6 +6,8 @@ import time
 
 import psutil
 
+from ..leases import others_lent
+
 WORTH_SAYING = 0.10  # of the pace: runs of one code differ by less on a machine with nothing else to do
 
 
@@ -17,10 +19,12 @@ class Load:
         self._start, self._busy, self._own = time.monotonic(), _busy(), _own()
 
     def end(self) -> dict:
-        """Cores that other processes took, on average; on a GPU its clock, and what held that down."""
+        """Cores that other processes took, on average; GPUs of the machine that other runs have now (`--gpu`); on a GPU
+        its clock, and what held that down."""
         passed = max(time.monotonic() - self._start, 1e-3)
         others = (_busy() - self._busy) - (_own() - self._own)
-        found = {"other_cores": round(max(0.0, others) / passed, 2)}
+        lent = others_lent(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        found = {"other_cores": round(max(0.0, others) / passed, 2), "other_gpus_lent": lent}
         return found | (gpu_clock() if self.device == "cuda" else {})
 
 
@@ -72,9 +76,15 @@ def pace_note(run: dict, other: dict) -> str:
     cores = load.get("other_cores", 0.0) - before.get("other_cores", 0.0)
     if change < 0 and cores > 0.2:
         causes.append(f"other processes took {load['other_cores']:.1f} cores, there {before.get('other_cores', 0):.1f}")
+    lent = load.get("other_gpus_lent", 0) - before.get("other_gpus_lent", 0)
+    if change < 0 and lent > 0:
+        causes.append(f"other runs had {load['other_gpus_lent']} GPUs of the machine, there"
+                      f" {before.get('other_gpus_lent', 0)}")  # fmt: skip
     held = [why for why in load.get("held_down_by", []) if why not in before.get("held_down_by", [])]
     if change < 0 and held:
         causes.append(f"the GPU's clock was held down ({', '.join(held)})")
     if change > 0 and cores < -0.2:
         causes.append(f"there other processes took {before['other_cores']:.1f} cores")
+    if change > 0 and lent < 0:
+        causes.append(f"there other runs had {before['other_gpus_lent']} GPUs of the machine")
     return f"{text}: {'; '.join(causes) or 'no other load was seen'}"

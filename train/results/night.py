@@ -100,8 +100,7 @@ def fresh(group: Experiment) -> list[float]:
 
 def deciding(group: Experiment) -> dict:
     """The run whose verdict speaks for the experiment."""
-    runs = group.confirmations or group.runs
-    return ([run for run in runs if run["verdict"] != INCUMBENT][-1:] or runs[-1:])[0]
+    return group.deciding
 
 
 def verdict_of(group: Experiment) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,21 +19,22 @@ from prepare.words import printable
 from ..budget import Budget
 from ..clock import seconds_since_start
 from ..config import MAX_SEEDS, TrainConfig, to_args
+from ..leases import Turn
 from ..recipes import DEVICE_DEFAULTS
 from ..resilience.signals import UNREAD, Interrupted
 from ..resilience.watchdog import HangError
 from ..step import TrainingError
-from .judge import Judgement, described, judge, other_code
+from .judge import NOT_NEEDED_NOTE, Judgement, described, judge, other_code
 from .ledger import RUN, Ledger, name_of
 from .metrics import Value, jsonable
 from .provenance import changes, evaluating_code_sha256, machine, named_state, short_commit, source_state, versions
 from .run_folder import default_run_dir
 from .track.about import About, told_config, told_data
 
-# What is no part of an experiment: how it is called, where it lies, which of its seeds it is.
+# What is no part of an experiment: how it is called, where it lies, on which GPU, which of its seeds it is.
 NO_FLAGS = {
     "name": "run", "run_dir": None, "description": "", "group": None, "seed": 42, "repeat": 1, "confirm": False,
-    "resume": None, "max_seeds": MAX_SEEDS, "track": None,
+    "resume": None, "max_seeds": MAX_SEEDS, "track": None, "gpu": None,
 }  # fmt: skip
 
 
@@ -58,6 +59,8 @@ class Record:
         self.tiles = "default"
         self.load: dict = {}
         self.init_from: dict[str, str] | None = None  # `run`, whose weights it begins with, and their `sha256`
+        self.turn: Turn | None = None  # to be judged, where it is one of several runs at once
+        self.needed = True
         self.flags = to_args(dataclasses.replace(config, **NO_FLAGS))
         self.seconds: dict[str, float] = {}
 
@@ -88,6 +91,11 @@ class Record:
         told = told_config(dataclasses.asdict(config), **more)
         return About(self.folder, name, config.group or name, config.description, told, first_step)
 
+    def wait_for_turn(self, beat: Callable[[], None]) -> None:
+        """Before `finish`. `beat` is called as long as it lasts."""
+        if self.turn is not None:
+            self.needed = self.turn.wait(beat)
+
     def doubts(self) -> list[str]:
         """Why its number is compared with no other, although it is one."""
         found = []
@@ -99,6 +107,8 @@ class Record:
             found.append(f"timed on {numbers} GPUs or processes, which is no single measurement")
         if self.seconds.get("stopped") and self.config.steps is None:
             found.append(f"stopped for {self.seconds['stopped']:.1f} s inside its budget")
+        if not self.needed:
+            found.append(NOT_NEEDED_NOTE)
         return found
 
     @contextmanager

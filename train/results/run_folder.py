@@ -15,8 +15,8 @@ from model.gpt import parameter_shapes
 from prepare import InputError, Tokenizer
 from prepare.files import read_sealed
 
-from ..config import RUNS, TrainConfig
-from ..resilience.durable import lock, replace_file, sync, write_json
+from ..config import TrainConfig, runs_folder
+from ..resilience.durable import LOCK, lock, replace_file, sync, write_json
 from ..resilience.tensors import load_tensors, save_tensors
 from .evals import append_eval, cut_evals
 from .metrics import jsonable
@@ -32,7 +32,7 @@ def source_commit() -> str | None:
 
 
 def default_run_dir(name: str) -> Path:
-    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return runs_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 
 def environment() -> dict:
@@ -48,7 +48,8 @@ def make_folder(path: Path, named_by_user: bool) -> Path:
     """A new folder, or an empty one where the user named it. A name of ours that another run has taken, which began in
     the same second, gets a number: the folder that is returned. Raises InputError."""
     mend = "choose another --run-dir" if named_by_user else "choose another --name, or a --run-dir"
-    if named_by_user and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # A lock alone is what a process left that ended before it wrote anything.
+    if named_by_user and path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
         what = "not empty" if path.is_dir() else "a file"
         raise InputError(f"the run folder {path} is {what}: {mend}")
     wanted, number = path, 1
@@ -98,9 +99,13 @@ class RunFolder:
         folder.path = Path(path)
         if not (folder.path / "config.json").is_file():
             raise InputError(f"{path} is not a run: it has no config.json")
-        if folder.finished:
-            raise InputError(f"{path} is finished: there is nothing to resume")
+        folder._check_unfinished()
         folder._open()
+        try:
+            folder._check_unfinished()  # by whoever held the lock until now
+        except InputError:
+            folder.close()
+            raise
         return folder
 
     @classmethod
@@ -116,6 +121,10 @@ class RunFolder:
         self._lock = lock(self.path)
         if self._lock is None:
             raise InputError(f"{self.path} is in use by another process: wait for it, or stop it")
+
+    def _check_unfinished(self) -> None:
+        if self.finished:
+            raise InputError(f"{self.path} is finished: there is nothing to resume")
 
     @property
     def checkpoints(self) -> Path:
@@ -184,6 +193,9 @@ class RunFolder:
             watcher.close()
         if self._lock is not None:
             os.close(self._lock)
+            if self.finished:  # nobody wants the lock any more: who gets it all the same sees that it is finished
+                with suppress(OSError):
+                    (self.path / LOCK).unlink()
 
 
 def _step_of(line: bytes) -> int | None:

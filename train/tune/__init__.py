@@ -111,7 +111,7 @@ def note(text: str) -> None:
 
 def _tune_apart(config: TrainConfig, shape: GPTConfig) -> str:
     """Tunes in a process of its own, whose progress is shown. Why that did not end well; nothing where it did."""
-    free = {"resume": None, "repeat": 1, "confirm": False, "run_dir": None, "data": None, "track": None}
+    free = {"resume": None, "repeat": 1, "confirm": False, "run_dir": None, "data": None, "track": None, "gpu": None}
     asked_for = replace(config, **free, init_from=None, name="run", description="", group=None, tune="auto")
     arguments = [*to_args(asked_for), f"--vocab-size={shape.vocab_size}", f"--seconds={SECONDS:g}", "--lifeline"]
     if config.tune == "again":
