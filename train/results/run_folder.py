@@ -168,6 +168,8 @@ class RunFolder:
 
     def write_eval(self, row: dict) -> None:
         append_eval(self.path, row)
+        for watcher in self.watchers:
+            watcher.write({"step": row["step"], "eval_val_bpb": row["val_bpb"]})
 
     def cut_logs(self, step: int, evaluated: int) -> None:
         """Leaves of both logs what a checkpoint of `step` stands for; `evaluated`: at which the last evaluation was."""

@@ -331,3 +331,12 @@ def test_event_files_of_a_resumed_run_show_each_step_once(corpus, tmp_path):
         writer.close(False)
     shown = [(scalar.step, scalar.value) for scalar in events_of(tmp_path).Scalars("loss")]
     assert shown == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+
+
+def test_trackers_hear_of_evaluations_on_the_way(heard, corpus, tmp_path):
+    """Beside the rows of the steps, each at the step that it came after."""
+    assert run_main(corpus, tmp_path / "run", "--steps", "4", "--eval-every", "2", "--track", "wandb") == 0
+    told = [row for (row,) in heard.wandb.of("step") if "eval_val_bpb" in row]
+    kept = [json.loads(line) for line in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()]
+    assert told == [{"step": row["step"], "eval_val_bpb": row["val_bpb"]} for row in kept]
+    assert len(told) == 2
