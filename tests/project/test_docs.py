@@ -359,7 +359,7 @@ def known_options() -> set[str]:
             patch.setattr(module, "Parser", Gathered)
             with pytest.raises(Stopped):
                 module.parse_given([]) if path.name == "config.py" else module.main([])
-    for parser in parsers:
+    for parser in [*parsers, torchrun.get_args_parser()]:
         found |= {option for action in parser._actions for option in action.option_strings}
     return found
 

@@ -122,7 +122,7 @@ def test_an_old_configuration_is_what_it_was(monkeypatch):
         "recipe": "published", "smear": False, "key_offset": False, "short_window": 2, "rope_base": 10_000.0,
         "init_scale": 1.0, "lambda_r_init": 1.0, "lambda_0_init": 0.1, "lm_head_decay": 0.0, "wte_decay": 0.0,
         "value_embedding_decay": 0.0, "bigram_decay": 0.0, "bigram_rows": 0, "momentum_ramp": 300,
-        "sums": "ordered", "eval_every": "0", "track": None, "init_from": None,
+        "sums": "ordered", "eval_every": "0", "track": None, "init_from": None, "gpu": None,
     }  # fmt: skip
     del expected["tensorboard"]  # whose place `track` took
     read = TrainConfig.from_json(OLD)

@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("triton")
 import kernels
-import train.experiment
 import train.trainer
 import train.tune
 from kernels.choice import chosen
@@ -19,6 +18,8 @@ from tests.helpers.ledger_entries import entry as ledger_entry
 from tests.helpers.small_targets import config_of
 from tests.helpers.stopped_run import STEPS, interrupt, main
 from tests.helpers.tiny_run import run_main
+from train.at_once import OneByOne
+from train.config import TrainConfig, parse_given
 from train.precompile import stamp, step_digest
 from train.results.judge import judge
 from train.tune import DEFAULTS, Tiles, choices_of, saved_tiles, tiles_for
@@ -206,9 +207,14 @@ def test_kernels_are_compiled_ahead_for_the_tiles_in_force():
 
 
 @pytest.mark.parametrize(("asked", "given"), [("again", ["again", "auto", "auto"]), ("off", ["off"] * 3)])
-def test_repeats_tune_anew_once(monkeypatch, tmp_path, asked, given):
+def test_repeats_tune_anew_once(tmp_path, asked, given):
     seen = []
-    monkeypatch.setattr(train.experiment, "one_of", lambda config, *_, **fields: seen.append(config.tune) and 0)
-    monkeypatch.setattr(train.experiment, "tell", lambda *_: None)
-    assert train.experiment.group_of(config_of(depth=1, tune=asked, repeat=3), tmp_path / "run") == 0
+
+    def popen(command, **_):
+        seen.append(TrainConfig(**parse_given(command[3:])).tune)
+        return SimpleNamespace(wait=lambda: 0)
+
+    runs = OneByOne(config_of(depth=1, tune=asked, repeat=3), tmp_path / "run", "group", popen)
+    runs.begin(dict.fromkeys((1, 2, 3), "a repeat"))
+    assert [runs.judged(seed) for seed in (1, 2, 3)] == [0, 0, 0]
     assert seen == given
