@@ -45,9 +45,9 @@ def test_which_modules_are_commands():
     """What people type, wherever its file goes."""
     assert sorted(commands()) == [
         "bench.ceilings", "bench.collectives", "bench.compare", "bench.gpu_tests", "bench.nights", "bench.offline",
-        "bench.profile", "bench.regressions", "bench.roofline", "bench.runs", "bench.tune", "prepare", "train", "train.compare",
-        "train.curves", "train.doctor", "train.evaluate", "train.export", "train.precompile", "train.replay",
-        "train.report", "train.sample", "train.tune",
+        "bench.profile", "bench.regressions", "bench.roofline", "bench.runs", "bench.tune", "prepare", "train",
+        "train.compare", "train.curves", "train.doctor", "train.evaluate", "train.export", "train.precompile",
+        "train.replay", "train.report", "train.sample", "train.tune",
     ]  # fmt: skip
 
 
