@@ -137,7 +137,8 @@ def _running(facts: dict) -> str:
     cards = []
     for i, run in enumerate(facts["running"]):
         left, share = run["remaining_seconds"], run["progress"] or 0.0
-        remaining = "" if left is None or run["phase"].startswith("trained") else f", {_duration(left)} left"
+        over = left is None or run["phase"].startswith(("trained", "killed"))
+        remaining = "" if over else f", {_duration(left)} left"
         found = run["last_eval"]
         evaluated = f", val_bpb {found['val_bpb']:.4f} on a small part after {found['step']} steps" if found else ""
         cards.append(

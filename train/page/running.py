@@ -8,11 +8,15 @@ from statistics import median
 
 from prepare.words import printable
 
+from ..resilience.resume import is_free
 from ..results.ledger import Ledger
 from .folders import Folders, number
 
 # Without a word for so long, a run is taken to have been killed. A run that hangs ends itself after 600 s.
 SILENT = 900.0
+# After so long its lock is asked for. Not sooner: a run that begins at that moment would find its folder in use.
+QUIET = 10.0
+KILLED = "killed, most likely: no process holds its folder"
 
 
 def running(ledger: Ledger, label: str, folders: Folders, now: float) -> list[dict]:
@@ -45,7 +49,8 @@ def running(ledger: Ledger, label: str, folders: Folders, now: float) -> list[di
             "tokens_per_second": number(last.get("tokens_per_second")),
             "last_eval": evals and {key: values[-1] for key, values in evals.items()},
             "last_sign_seconds_ago": max(0.0, round(now - sign, 1)),
-            "phase": "setting up" if not steps else "trained, and being evaluated" if progress == 1 else "training",
+            "phase": KILLED if now - sign > QUIET and is_free(folder) else "setting up" if not steps
+                     else "trained, and being evaluated" if progress == 1 else "training",
             "curve": folders.curve(folder),
         })  # fmt: skip
     return found

@@ -10,7 +10,9 @@ import pytest
 from tests.helpers.ledger_entries import add, entry
 from tests.helpers.night_page import DIFF, NOW, a_small_night, evals_of, facts_of, of_seeds, rows_of, write_run
 from train.page.folders import MOST_BYTES, POINTS, Folders, curve_of, number
+from train.page.running import KILLED
 from train.report import main as report_main
+from train.resilience.durable import lock
 from train.results.judge import interval_in
 from train.results.ledger import Ledger
 from train.results.night import labels
@@ -278,6 +280,18 @@ def test_what_does_not_run(tmp_path):
     begin_run(tmp_path / "failed", NOW - 1, done=20)
     (tmp_path / "no-run").mkdir()
     assert facts_of(tmp_path)["running"] == facts_of(tmp_path / "worse")["running"] == []
+
+
+def test_one_that_was_killed_is_told_from_one_whose_step_is_long(tmp_path):
+    """By its lock, which the system gives back however a process ends."""
+    begin_run(tmp_path / "killed", NOW - 60, done=20)
+    begin_run(tmp_path / "slow", NOW - 60, done=20)
+    held = lock(tmp_path / "slow")
+    try:
+        phases = {run["run"]: run["phase"] for run in facts_of(tmp_path)["running"]}
+    finally:
+        os.close(held)
+    assert phases == {"killed": KILLED, "slow": "training"}
 
 
 def test_one_that_was_interrupted_runs_again_when_it_writes_again(tmp_path):
