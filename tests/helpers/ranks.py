@@ -1,5 +1,6 @@
 """Several ranks on one machine, forked from the test: PyTorch is imported once, and gloo connects them."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -72,6 +73,7 @@ def _child(folder: Path, rank: int, work: Callable[[int], int]) -> None:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        faulthandler.dump_traceback_later(PATIENCE - 20, file=sys.stderr)  # who waits, and for what
         torch.set_num_threads(1)
         # CUDA does not survive a fork, where another test has begun to use it.
         torch.cuda.is_available = lambda: False
@@ -109,6 +111,8 @@ def run_ranks(
     """`python -m train` of a tiny model on `size` ranks, as torchrun would start them. `before(rank)` is called in each
     process first."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which outlives every rank
+    agent.set("ready", "")
+    agent.get("ready")  # its thread has begun: one that is forked while it does may find a lock that nobody gives back
 
     def child(rank: int) -> int:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
