@@ -106,7 +106,8 @@ def saying_how_to_go_on(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
             print(line, flush=True)
         raise
     except LostRankError as error:
-        raise LostRankError("; ".join([str(error), *filter(None, [how_to_go_on(folder)])])) from None
+        line = how_to_go_on(folder) if ranks.speaks() else ""
+        raise LostRankError("; ".join([str(error), *filter(None, [line])])) from None
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,9 @@ def go(
             # Of the ranks one has got the signal, or has nobody who reads it; all end.
             signals.received = int(ranks.agree(signals.received or 0)[0]) or None
             ranks.together = signals.came()
+        except LostRankError:
+            ranks.speaks()  # asked here, and not when the checkpoint that is being written is on the disk
+            raise
         except TrainingError as error:
             ranks.together = True
             watchdog.phase()

@@ -32,6 +32,7 @@ T = TypeVar("T")
 PATIENCE = 1800.0  # seconds that ranks wait for each other where no watchdog looks: one may prepare data, or tune
 JOINING = 600.0  # seconds in which all of them have to be there
 ASKING = 3.0  # seconds for a word with the store, which lives on the machine of rank 0
+HEAD_START = 2.0  # seconds in which rank 0, if it is alive, finds that another is gone
 
 
 class LostRankError(Exception):
@@ -197,7 +198,7 @@ class Ranks:
     def speaks(self) -> bool:
         """Whether this rank is the one that says what has ended the run, and writes its row. Where all come `together`
         to the same end it is rank 0. Otherwise it is the first that asks: the others may be gone, or have but noticed
-        that it is."""
+        that it is. Rank 0 asks before the others, since it alone knows of a checkpoint that is being written."""
         if self._voice is None:
             self._voice = self.first if self.together else self._asks_first()
         return self._voice
@@ -209,11 +210,14 @@ class Ranks:
 
         def ask() -> None:
             with suppress(RuntimeError):
+                end = monotonic() + (0.0 if self.first else HEAD_START)
+                while monotonic() < end and not self._store.check(["ended"]):
+                    sleep(0.02)
                 answers.append(self._store.add("ended", 1))
 
         asking = Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(ASKING)
+        asking.join(HEAD_START + ASKING)
         return answers in ([], [1])  # where the store cannot be reached each side says it
 
 

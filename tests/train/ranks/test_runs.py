@@ -22,6 +22,7 @@ from tests.helpers.tiny_run import TINY, assert_same, losses, rows
 from train.config import ROOT
 from train.ranks import Ranks
 from train.replay import main as replay
+from train.resilience import checkpoint
 from train.resilience.checkpoint import checkpoint_folders
 from train.results.ledger import Ledger
 from train.results.progress import Reporter, SilentReporter
@@ -164,6 +165,26 @@ def test_a_rank_is_killed_and_the_run_goes_on(alone, corpus, tmp_path):
         assert not any(each.code for each in again), again
         assert_same(folder, alone)
     print(f"{KILLS} of {KILLS} kills survived")
+
+
+def test_a_checkpoint_that_is_being_written_is_gone_on_from(corpus, tmp_path):
+    """Rank 0 alone knows of it; the two others are as quick to see that one is gone."""
+    kill = stop_at(5, 3, signal.SIGKILL)
+
+    def before(rank: int) -> None:
+        write = checkpoint.write_checkpoint
+
+        def slowly(*args):
+            time.sleep(3.0)  # longer than the others leave rank 0 to speak
+            write(*args)
+
+        checkpoint.write_checkpoint = slowly
+        kill(rank)
+
+    ended = go(4, tmp_path / "run", "--checkpoint-every", "0", corpus=corpus, before=before)
+    line, = lines_of(ended)
+    step = int(checkpoint_folders(tmp_path / "run" / "checkpoints")[0].name.removeprefix("step-"))
+    assert f"; to go on from step {step}: " in line
 
 
 def test_a_rank_that_stands_still_ends_the_run(corpus, tmp_path):
