@@ -9,12 +9,12 @@ import signal
 import string
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-from prepare import limits, prepare
+from prepare import prepare
 from prepare.limits import num_cores
+from tests.helpers.alike import no_machines_memory, short_end
 from tests.helpers.kernel_memory import watch_memory
 from tests.helpers.payloads import Payload
 from tests.helpers.prepare_corpus import write_corpus
@@ -138,21 +138,10 @@ def pictures():
 
 
 @pytest.fixture(autouse=True)
-def _the_memory_of_no_machine(monkeypatch):
-    """In this process 16 GiB are free and no control group counts, whatever this machine has and a container allows."""
-    memory, groups = psutil.virtual_memory(), limits.control_groups
-    memory = memory._replace(total=24 * 2**30, available=16 * 2**30)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(limits, "control_groups", lambda name, root: [] if root == Path("/") else groups(name, root))
-
-
-@pytest.fixture(autouse=True)
-def _tiny_runs_end_soon(request, monkeypatch):
-    """What ends a run would take most of a tiny run's time: in this process no curves are drawn but where a test asks
-    for `pictures`, and the audit sums probabilities at fewer positions. Runs in processes of their own end as ever."""
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("train.curves._draw", lambda folder, steps: folder)
-    monkeypatch.setattr("train.results.audit.SUM_TOKENS", 2**11)
+def _on_any_machine(request, monkeypatch):
+    """Runs in processes of their own have the machine's memory, and end as ever."""
+    no_machines_memory(monkeypatch)
+    short_end(monkeypatch, "pictures" in request.fixturenames)
 
 
 @pytest.fixture(params=[pytest.param("real", marks=pytest.mark.gpu), "pretended"])

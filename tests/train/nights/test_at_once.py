@@ -4,6 +4,7 @@ Most runs here are forked from the test: they take a lease, are told their turn 
 nothing. Where one is to end after another, it waits for that one's mark, and not for a time.
 """
 
+import gc
 import json
 import os
 import re
@@ -41,6 +42,7 @@ class Forked:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             return
         code = 1
+        gc.freeze()  # the garbage of earlier tests may wait for threads, of which there are none here
         try:
             os.setpgid(0, 0)
             if stdout is not None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,30 +47,30 @@ def said(process: subprocess.Popen, begin: str) -> str:
 def starts(count: int, folder: Path, marks: Path, *args: str) -> list[Ended]:
     """`python -m train` so many times in the same second, in processes of their own. Each leaves a mark where it has
     its GPU, and where it is done."""
+    return fork(count, folder, partial(started, count, folder, marks, args))
 
+
+def started(count: int, folder: Path, marks: Path, args: tuple[str, ...], number: int) -> int:
     def mark(what: str) -> None:
         with marks.open("a") as file:
             file.write(f"{what} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
 
-    def work(number: int) -> int:
-        single = train.experiment.single
+    single = train.experiment.single
 
-        def marked(*given) -> int:
-            mark("begin")
-            try:
-                return single(*given)
-            finally:
-                mark("end")
+    def marked(*given) -> int:
+        mark("begin")
+        try:
+            return single(*given)
+        finally:
+            mark("end")
 
-        train.experiment.single = marked
-        leases.LOOK = 0.02
-        time.strftime = lambda form, *_: "20261130-000000"
-        (folder / f"{number}.ready").touch()
-        while len([*folder.glob("*.ready")]) < count:
-            time.sleep(0.001)
-        return main(*args, "--seed", str(42 + number))
-
-    return fork(count, folder, work)
+    train.experiment.single = marked
+    leases.LOOK = 0.02
+    time.strftime = lambda form, *_: "20261130-000000"
+    (folder / f"{number}.ready").touch()
+    while len([*folder.glob("*.ready")]) < count:
+        time.sleep(0.001)
+    return main(*args, "--seed", str(42 + number))
 
 
 def most_at_once(marks: Path) -> dict[str, int]:

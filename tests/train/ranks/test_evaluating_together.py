@@ -2,13 +2,14 @@
 
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import train.evaluating
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import nothing, run_ranks
 from tests.helpers.tiny_run import assert_same
 from train.clock import HostClock
 from train.resilience.checkpoint import checkpoint_folders, read_checkpoint
@@ -19,13 +20,14 @@ ARGS = ["--steps", "10", "--untimed-steps", "3", "--keep-checkpoints", "--eval-t
         "--total-batch-size", "512"]  # fmt: skip
 
 
-def go(size, corpus, folder, *args, before=lambda rank: None):
-    def prepared(rank: int) -> None:
-        train.evaluating.PART = 2  # four batches
-        before(rank)
+def four_batches(before, rank: int) -> None:
+    train.evaluating.PART = 2
+    before(rank)
 
+
+def go(size, corpus, folder, *args, before=nothing):
     ended = run_ranks(size, folder.parent / f"{folder.name}-streams", "--data", str(corpus), "--run-dir", str(folder),
-                      *args, before=prepared)  # fmt: skip
+                      *args, before=partial(four_batches, before))  # fmt: skip
     assert [each.code for each in ended] == [0] * size, ended
     assert all(each.out == "" for each in ended[1:])
     return ended
@@ -71,30 +73,31 @@ def test_it_changes_no_bit_and_is_the_same_on_two_ranks(corpus, tmp_path, alone,
     assert ended[0].out.count("\neval 0") == 2
 
 
+def slow_clock_on_rank_1(rank: int) -> None:
+    HostClock.seconds = lambda self, start, end: 1.0 if rank == 0 else 100.0
+
+
 def test_by_seconds_it_is_rank_0s_clock_that_counts(corpus, tmp_path):
     """However slow another seems to itself: else one would wait for a step, and the other for an evaluation."""
-
-    def before(rank: int) -> None:
-        HostClock.seconds = lambda self, start, end: 1.0 if rank == 0 else 100.0
-
-    go(2, corpus, tmp_path / "run", *ARGS, "--eval-every", "2.5s", before=before)
+    go(2, corpus, tmp_path / "run", *ARGS, "--eval-every", "2.5s", before=slow_clock_on_rank_1)
     assert [step for step, *_ in numbers(tmp_path / "run")] == [6, 8]  # the first three steps are not timed
 
 
+def scarce_on_rank_1(rank: int) -> None:
+    token_losses = TrainStep.token_losses
+
+    def scarce(self, inputs, targets):
+        if rank == 1 and len(inputs) == 4 and self.optimizer.ranks.size == 2 and scarce.left:
+            scarce.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return token_losses(self, inputs, targets)
+
+    scarce.left = 1
+    TrainStep.token_losses = scarce
+
+
 def test_where_the_memory_of_one_rank_runs_out_all_take_fewer_rows(corpus, tmp_path, alone, evaluated):
-    def before(rank: int) -> None:
-        token_losses = TrainStep.token_losses
-
-        def scarce(self, inputs, targets):
-            if rank == 1 and len(inputs) == 4 and self.optimizer.ranks.size == 2 and scarce.left:
-                scarce.left -= 1
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return token_losses(self, inputs, targets)
-
-        scarce.left = 1
-        TrainStep.token_losses = scarce
-
-    ended = go(2, corpus, tmp_path / "run", *ARGS, "--eval-every", "4", before=before)
+    ended = go(2, corpus, tmp_path / "run", *ARGS, "--eval-every", "4", before=scarce_on_rank_1)
     assert "note: out of memory: going on with 2 rows at a time" in ended[0].err
     assert_same(tmp_path / "run", alone)
     for (step, bpb, *_), (then, whole, *_) in zip(numbers(tmp_path / "run"), numbers(evaluated), strict=True):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,21 +72,21 @@ def test_a_run_is_the_same_on_any_number_of_ranks(alone, corpus, tmp_path, size)
 
 def stop_at(step: int, rank: int, number: int):
     """What makes one rank get a signal when it has made a step."""
+    return partial(_stop_at, step, rank, number)
 
-    def before(here: int) -> None:
-        if here != rank:
-            return
-        kind = SilentReporter if here else Reporter
-        report = kind.step
 
-        def reported(self, budget, *args):
-            report(self, budget, *args)
-            if budget.step == step + 1:
-                os.kill(os.getpid(), number)
+def _stop_at(step: int, rank: int, number: int, here: int) -> None:
+    if here != rank:
+        return
+    kind = SilentReporter if here else Reporter
+    report = kind.step
 
-        kind.step = reported
+    def reported(self, budget, *args):
+        report(self, budget, *args)
+        if budget.step == step + 1:
+            os.kill(os.getpid(), number)
 
-    return before
+    kind.step = reported
 
 
 def test_stopped_on_one_rank_and_continued_on_as_many_as_there_are(alone, corpus, tmp_path):
@@ -107,42 +108,41 @@ def test_stopped_on_one_rank_and_continued_on_as_many_as_there_are(alone, corpus
     assert row["doubts"] == []  # by steps, no time is measured
 
 
+def a_slow_row_of_what_is_stopped(rank: int) -> None:
+    fail = Record.fail
+
+    def slowly(self, error):
+        time.sleep(1.0)
+        fail(self, error)
+
+    Record.fail = slowly
+    _stop_at(3, 1, signal.SIGTERM, rank)
+
+
 def test_the_others_wait_for_rank_0(corpus, tmp_path):
     """torchrun ends all processes as soon as one has failed: rank 0 has its row to write before that."""
-    stop, fail, rows_then = stop_at(3, 1, signal.SIGTERM), Record.fail, {}
-
-    def before(rank: int) -> None:
-        def slowly(self, error):
-            time.sleep(1.0)
-            fail(self, error)
-
-        Record.fail = slowly
-        stop(rank)
+    rows_then = {}
 
     def at_end(rank: int) -> None:
         rows_then[rank] = len(Ledger(tmp_path).runs())
 
-    ended = go(2, tmp_path / "run", corpus=corpus, before=before, at_end=at_end)
+    ended = go(2, tmp_path / "run", corpus=corpus, before=a_slow_row_of_what_is_stopped, at_end=at_end)
     assert [each.code for each in ended] == [143, 143], ended
     assert rows_then == {0: 1, 1: 1}
 
 
-def killed_at(call: int, rank: int):
-    """What kills one rank in the middle of sending gradients."""
+def killed_at(call: int, rank: int, here: int) -> None:
+    """Kills one rank in the middle of sending gradients."""
+    if here != rank:
+        return
+    send, calls = Ranks.all_to_all, iter(range(10**9))
 
-    def before(here: int) -> None:
-        if here != rank:
-            return
-        send, calls = Ranks.all_to_all, iter(range(10**9))
+    def sent(self, *args):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        send(self, *args)
 
-        def sent(self, *args):
-            if next(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            send(self, *args)
-
-        Ranks.all_to_all = sent
-
-    return before
+    Ranks.all_to_all = sent
 
 
 def test_a_rank_is_killed_and_the_run_goes_on(alone, corpus, tmp_path):
@@ -152,7 +152,7 @@ def test_a_rank_is_killed_and_the_run_goes_on(alone, corpus, tmp_path):
     for number in range(KILLS):
         folder, size = tmp_path / f"run-{number}", rng.choice([2, 4])
         rank, call = rng.randrange(size), rng.randrange(120)
-        ended = go(size, folder, "--checkpoint-every", "0", corpus=corpus, before=killed_at(call, rank))
+        ended = go(size, folder, "--checkpoint-every", "0", corpus=corpus, before=partial(killed_at, call, rank))
         assert sorted(each.code for each in ended) == [-signal.SIGKILL] + [1] * (size - 1), ended
         line, = lines_of(ended)
         checkpoints = checkpoint_folders(folder / "checkpoints")
@@ -167,21 +167,20 @@ def test_a_rank_is_killed_and_the_run_goes_on(alone, corpus, tmp_path):
     print(f"{KILLS} of {KILLS} kills survived")
 
 
+def killed_while_rank_0_writes(rank: int) -> None:
+    write = checkpoint.write_checkpoint
+
+    def slowly(*args):
+        time.sleep(3.0)  # longer than the others leave rank 0 to speak
+        write(*args)
+
+    checkpoint.write_checkpoint = slowly
+    _stop_at(5, 3, signal.SIGKILL, rank)
+
+
 def test_a_checkpoint_that_is_being_written_is_gone_on_from(corpus, tmp_path):
     """Rank 0 alone knows of it; the two others are as quick to see that one is gone."""
-    kill = stop_at(5, 3, signal.SIGKILL)
-
-    def before(rank: int) -> None:
-        write = checkpoint.write_checkpoint
-
-        def slowly(*args):
-            time.sleep(3.0)  # longer than the others leave rank 0 to speak
-            write(*args)
-
-        checkpoint.write_checkpoint = slowly
-        kill(rank)
-
-    ended = go(4, tmp_path / "run", "--checkpoint-every", "0", corpus=corpus, before=before)
+    ended = go(4, tmp_path / "run", "--checkpoint-every", "0", corpus=corpus, before=killed_while_rank_0_writes)
     line, = lines_of(ended)
     step = int(checkpoint_folders(tmp_path / "run" / "checkpoints")[0].name.removeprefix("step-"))
     assert f"; to go on from step {step}: " in line
@@ -272,25 +271,25 @@ def test_parameters_that_differ_are_a_finding(corpus, tmp_path):
     assert "FAIL: audit: ranks: the parameters on rank 1 are not those on rank 0" in ended[0].out
 
 
+def slow_clock_on_rank_1(folder: Path, rank: int) -> None:
+    def seconds(self, start, end, usual=train.clock.HostClock.seconds):
+        return usual(self, start, end) * (1 if rank == 0 else 100)
+
+    train.clock.HostClock.seconds = seconds
+    made = SilentReporter.step
+
+    def counted(self, budget, *args):
+        made(self, budget, *args)
+        (folder / "steps-of-1").write_text(f"{budget.step} {budget.timed_seconds}")
+
+    SilentReporter.step = counted
+
+
 def test_time_is_up_for_all_at_once(corpus, tmp_path):
     """By rank 0's clock, however slow the others seem to themselves."""
-
-    def before(rank: int) -> None:
-        def seconds(self, start, end, usual=train.clock.HostClock.seconds):
-            return usual(self, start, end) * (1 if rank == 0 else 100)
-
-        train.clock.HostClock.seconds = seconds
-        made = SilentReporter.step
-
-        def counted(self, budget, *args):
-            made(self, budget, *args)
-            (tmp_path / "steps-of-1").write_text(f"{budget.step} {budget.timed_seconds}")
-
-        SilentReporter.step = counted
-
     args = ["--time-budget", "0.5", "--untimed-steps", "2"]
     ended = run_ranks(2, tmp_path / "streams", "--data", str(corpus), "--run-dir", str(tmp_path / "run"), *args,
-                      before=before)  # fmt: skip
+                      before=partial(slow_clock_on_rank_1, tmp_path))  # fmt: skip
     assert [each.code for each in ended] == [0, 0], ended
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     steps, seconds = (tmp_path / "steps-of-1").read_text().split()
@@ -323,6 +322,14 @@ def test_bad_input_is_said_once(corpus, tmp_path, args, said):
     assert not (tmp_path / "run").exists()
 
 
+def no_data_on_rank_1(rank: int) -> None:
+    def nowhere(*_):
+        raise InputError("there is no such folder")
+
+    if rank == 1:
+        train.trainer.open_data = nowhere
+
+
 def test_what_one_rank_alone_cannot_do_ends_all_in_one_line(corpus, tmp_path):
     """Rank 0 makes the folder; rank 1 may be on a machine without the data."""
     (tmp_path / "run").mkdir()
@@ -332,14 +339,7 @@ def test_what_one_rank_alone_cannot_do_ends_all_in_one_line(corpus, tmp_path):
     line, = lines_of(ended)
     assert "run is not empty: choose another --run-dir (rank 0, on " in line
 
-    def before(rank: int) -> None:
-        def nowhere(*_):
-            raise InputError("there is no such folder")
-
-        if rank == 1:
-            train.trainer.open_data = nowhere
-
-    ended = go(2, tmp_path / "other", corpus=corpus, before=before)
+    ended = go(2, tmp_path / "other", corpus=corpus, before=no_data_on_rank_1)
     assert [each.code for each in ended] == [2, 2], ended
     line, = lines_of(ended)
     assert line.startswith("error: there is no such folder (rank 1, on ")

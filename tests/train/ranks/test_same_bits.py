@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def configuration(micro_steps: int, **options) -> TrainConfig:
     )  # fmt: skip
 
 
-def steps(ranks: Ranks, micro_steps: int, forward_dtype: str = "float32", ops: str = "cpu", **options) -> dict:
+def steps(micro_steps: int, ranks: Ranks, forward_dtype: str = "float32", ops: str = "cpu", **options) -> dict:
     """A few steps on `ranks`: losses, whether all was good, and hashes of what is left."""
     config = configuration(micro_steps, **options)
     kernels.set_ops(ops)
@@ -75,17 +77,18 @@ def differs(found: list[dict], alone: dict) -> list[str]:
      (2, 4, "float32", "reference"), (2, 2, "float32", "cpu")],
 )  # fmt: skip
 def test_as_many_ranks_as_there_are_make_the_same_bits(tmp_path, size, micro_steps, dtype, ops):
-    alone = on_ranks(1, tmp_path / "alone", lambda ranks: steps(ranks, micro_steps, dtype, ops))[0]
+    made = partial(steps, micro_steps, forward_dtype=dtype, ops=ops)
+    alone = on_ranks(1, tmp_path / "alone", made)[0]
     assert alone["good"] == [True] * STEPS
-    found = on_ranks(size, tmp_path / "ranks", lambda ranks: steps(ranks, micro_steps, dtype, ops))
+    found = on_ranks(size, tmp_path / "ranks", made)
     assert not differs(found, alone)
 
 
 def test_a_rank_has_its_part_of_the_state(tmp_path):
     """All of it once; of three layers a rank of two has two or one, and what is flat is cut at 1,024 elements."""
-    alone = on_ranks(1, tmp_path / "alone", lambda ranks: steps(ranks, 4))[0]["own"]
-    two = [each["own"] for each in on_ranks(2, tmp_path / "two", lambda ranks: steps(ranks, 4))]
-    four = [each["own"] for each in on_ranks(4, tmp_path / "four", lambda ranks: steps(ranks, 4))]
+    alone = on_ranks(1, tmp_path / "alone", partial(steps, 4))[0]["own"]
+    two = [each["own"] for each in on_ranks(2, tmp_path / "two", partial(steps, 4))]
+    four = [each["own"] for each in on_ranks(4, tmp_path / "four", partial(steps, 4))]
     assert sum(two) == sum(four) == alone
     assert max(two) < 2 / 3 * alone
     assert max(four) < 0.4 * alone
@@ -93,8 +96,8 @@ def test_a_rank_has_its_part_of_the_state(tmp_path):
 
 def test_native_sums_are_the_same_but_for_their_rounding(tmp_path):
     """Moments are compared, and no losses: Muon and AdamW hide a gradient that is eight times too large."""
-    alone = on_ranks(1, tmp_path / "alone", lambda ranks: steps(ranks, 4))[0]["moments"]
-    found = on_ranks(2, tmp_path / "ranks", lambda ranks: steps(ranks, 4, sums="native"))
+    alone = on_ranks(1, tmp_path / "alone", partial(steps, 4))[0]["moments"]
+    found = on_ranks(2, tmp_path / "ranks", partial(steps, 4, sums="native"))
     for name, norm in found[0]["moments"].items():
         assert norm == pytest.approx(alone[name], rel=1e-3), name
     assert found[0]["parameters"] == found[1]["parameters"]
@@ -168,17 +171,17 @@ MUTANTS = [same_rows, own_scale, one_gather_forgotten, gradients_not_zeroed, sum
            losses_by_rank]  # fmt: skip
 
 
+def all_of_them(ranks: Ranks) -> list[dict]:
+    found = []
+    for mutant in MUTANTS:
+        with pytest.MonkeyPatch.context() as patch:
+            mutant(patch)
+            found.append(steps(4, ranks))
+    return [*found, steps(4, ranks)]
+
+
 def test_what_would_change_the_bits_is_noticed(tmp_path):
-    alone = on_ranks(1, tmp_path / "alone", lambda ranks: steps(ranks, 4))[0]
-
-    def all_of_them(ranks: Ranks) -> list[dict]:
-        found = []
-        for mutant in MUTANTS:
-            with pytest.MonkeyPatch.context() as patch:
-                mutant(patch)
-                found.append(steps(ranks, 4))
-        return [*found, steps(ranks, 4)]
-
+    alone = on_ranks(1, tmp_path / "alone", partial(steps, 4))[0]
     by_rank = on_ranks(2, tmp_path / "ranks", all_of_them)
     *mutants, healthy = [differs([*found], alone) for found in zip(*by_rank, strict=True)]
     assert not healthy
@@ -195,7 +198,7 @@ def bad_on_rank_1(ranks: Ranks) -> dict:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStep, "micro_step", with_nan)
-        return steps(ranks, 4)
+        return steps(4, ranks)
 
 
 def test_a_gradient_that_is_bad_on_one_rank_is_bad_on_all(tmp_path):
@@ -204,32 +207,32 @@ def test_a_gradient_that_is_bad_on_one_rank_is_bad_on_all(tmp_path):
     assert all(each["parameters"] == each["before"] for each in found)
 
 
+def deciding_alone(ranks: Ranks) -> dict:
+    update = Optimizer.update
+
+    def locally(self, loss):
+        self.checks.fill_(self.sums.sum())
+        return update(self, loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "update", locally)
+        return bad_on_rank_1(ranks)
+
+
 def test_deciding_alone_would_be_noticed(tmp_path):
     """Where each rank asks its own gradients only, the ranks part."""
-
-    def alone(ranks: Ranks) -> dict:
-        update = Optimizer.update
-
-        def locally(self, loss):
-            self.checks.fill_(self.sums.sum())
-            return update(self, loss)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Optimizer, "update", locally)
-            return bad_on_rank_1(ranks)
-
-    found = on_ranks(2, tmp_path, alone)
+    found = on_ranks(2, tmp_path, deciding_alone)
     assert found[0]["good"] != found[1]["good"]
+
+
+def packed(corpus: Path, ranks: Ranks) -> list:
+    data = Dataset.open(corpus)
+    with Loader(data.split("train"), 4, 32, bos=data.tokenizer.bos, rank=ranks.rank, ranks=ranks.size) as loader:
+        batches: list[Batch] = list(itertools.islice(loader, 6))
+        return [[digest({"tokens": b.tokens}) for b in batches], loader.state_dict()]
 
 
 def test_all_ranks_pack_the_same_batches(tmp_path, corpus):
     """Each the rows of all, of which it trains on its own; the state is the same on every rank."""
-    split = Dataset.open(corpus).split("train")
-
-    def packed(ranks: Ranks) -> list:
-        with Loader(split, 4, 32, bos=Dataset.open(corpus).tokenizer.bos, rank=ranks.rank, ranks=ranks.size) as loader:
-            batches: list[Batch] = list(itertools.islice(loader, 6))
-            return [[digest({"tokens": b.tokens}) for b in batches], loader.state_dict()]
-
-    alone, *_ = on_ranks(1, tmp_path / "alone", packed)
-    assert on_ranks(2, tmp_path / "ranks", packed) == [alone, alone]
+    alone, *_ = on_ranks(1, tmp_path / "alone", partial(packed, corpus))
+    assert on_ranks(2, tmp_path / "ranks", partial(packed, corpus)) == [alone, alone]

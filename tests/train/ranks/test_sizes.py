@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+import train.__main__
 from model import GPTConfig
 from prepare import InputError
 from tests.helpers.ranks import run_ranks
@@ -123,12 +124,14 @@ def test_a_process_by_itself_keeps_what_it_sees():
     assert environment == {"CUDA_VISIBLE_DEVICES": "3,4"}
 
 
-def test_the_doctor_knows_the_ranks(tmp_path, monkeypatch):
+def the_doctor_of_ranks(rank: int) -> None:
+    doctor.examine = lambda data: []
+    train.__main__.main = lambda args: doctor.main([])
+
+
+def test_the_doctor_knows_the_ranks(tmp_path):
     """Once for all, with the traffic of a step."""
-    for name in ("examine",):
-        monkeypatch.setattr(doctor, name, lambda data: [])
-    monkeypatch.setattr("train.__main__.main", lambda args: doctor.main([]))
-    ended = run_ranks(2, tmp_path)
+    ended = run_ranks(2, tmp_path, before=the_doctor_of_ranks)
     assert [each.code for each in ended] == [0, 0], ended
     assert ended[1].out == ended[1].err == ""
     lines = ended[0].out.splitlines()

@@ -242,14 +242,15 @@ def test_the_ids_of_a_run_stay(tmp_path):
     assert wandb.id_of(tmp_path / "other", "wandb") != first
 
 
-def test_rank_0_alone_tracks(corpus, tmp_path):
-    def before(rank):
-        module = Heard()
-        module.act = lambda call, *told: print(f"{call} on rank {rank}", flush=True)
-        track.MODULES["wandb"] = module
+def saying_what_is_told(rank: int) -> None:
+    module = Heard()
+    module.act = lambda call, *told: print(f"{call} on rank {rank}", flush=True)
+    track.MODULES["wandb"] = module
 
+
+def test_rank_0_alone_tracks(corpus, tmp_path):
     given = ["--data", str(corpus), "--run-dir", str(tmp_path / "run"), "--steps", "2", "--track", "wandb"]
-    ended = run_ranks(2, tmp_path / "streams", *given, before=before)
+    ended = run_ranks(2, tmp_path / "streams", *given, before=saying_what_is_told)
     assert [each.code for each in ended] == [0, 0], ended
     assert [line for line in ended[0].out.splitlines() if "on rank" in line] == [
         f"{call} on rank 0" for call in ("load", "init", "step", "step", "end", "close")
