@@ -1,9 +1,9 @@
 """Several ranks on one machine, connected by gloo.
 
-They are forked from a process that has imported PyTorch and done nothing else. A test's own process has threads, and
-garbage of the tests before it: what is forked from it may wait for ever for a lock that one of those threads held, or
-for a thread that it has not got, where it collects the garbage. So what a rank does is a function of a module, or a
-`partial` of one, sent there by its name; and nothing that a test patches in its own process is patched there.
+They are forked from a process that has imported PyTorch and done nothing else. A test's own process has threads, of
+libraries and of the tests before it, and what is forked while one of them holds a lock waits for that lock for ever. So
+what a rank does is a function of a module, or a `partial` of one, sent there by its name; and nothing that a test
+patches in its own process is patched there.
 """
 
 import faulthandler

@@ -42,7 +42,7 @@ class Forked:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             return
         code = 1
-        gc.freeze()  # the garbage of earlier tests may wait for threads, of which there are none here
+        gc.freeze()  # what is left of earlier tests is not this process's to end
         try:
             os.setpgid(0, 0)
             if stdout is not None:
