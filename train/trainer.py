@@ -106,8 +106,7 @@ def saying_how_to_go_on(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
             print(line, flush=True)
         raise
     except LostRankError as error:
-        line = how_to_go_on(folder) if ranks.speaks() else ""
-        raise LostRankError("; ".join([str(error), *filter(None, [line])])) from None
+        raise LostRankError("; ".join([str(error), *filter(None, [how_to_go_on(folder)])])) from None
 
 
 @dataclass(frozen=True)
